@@ -1,0 +1,16 @@
+"""The one exception a user ever sees: a single line that says what is wrong and what is allowed."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake of the user's or a limit of their machine: printed as one line, never as a traceback."""
+
+
+def unknown(key: str, value: object, allowed: Iterable[str]) -> UserError:
+    """`key=value: unknown; did you mean ...? available: ...`, to be raised by the caller."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(str(value), names, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UserError(f"{key}={value!r}: unknown; {hint}available: {', '.join(names)}")
