@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check lint clean
+
+demo: $(VENV)/installed  ## pretrain on Fashion-MNIST without labels, then compare few-label accuracy with training from scratch
+	@BIN=$(BIN) scripts/find_fashion_mnist.sh
+	$(BIN)/ssl-jax study --config=configs/study_fashion_mnist.py:demo --workdir=runs/demo
+
+test: $(VENV)/installed-test  ## all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed-dev lint  ## lint, types, tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/installed-%: $(VENV)/bin/python setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	@touch $(VENV)/installed $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,13 @@
+"""Any method on any data, with the method's own recipe.
+
+    ssl-jax pretrain --config=pretrain:byol --config.data.name=folder --config.data.path=DIR --workdir=runs/a
+
+The transforms decide what the encoder ignores: look at them first (`ssl-jax views --config=pretrain:byol ...`) and
+choose a preset (`--config.augment.preset=chest_xray`). Every key: docs/configuration.md.
+"""
+
+from ssl_jax.config import default
+
+
+def get_config(method="byol"):
+    return default(method)

@@ -1,0 +1,212 @@
+"""The command line: `ssl-jax COMMAND --flag=value ...`. Parsing only; the work is done in `commands`."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ssl_jax.errors import UserError, unknown
+
+CONFIG = "config file, name[:argument] or path/to/file.py[:argument]; then --config.section.key=value"
+RUN = "run folder, made by `ssl-jax pretrain`"
+DATA = "folder of images, .csv or .npz file, fashion_mnist, or tfds:NAME"
+
+# command: (one line, {flag: (default, help)}); a default of ... marks a flag that must be given
+COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
+    "pretrain": (
+        "train an encoder (the same command continues an interrupted run)",
+        {"config": (..., CONFIG), "workdir": (..., "run folder to make or to continue")},
+    ),
+    "evaluate": (
+        "judge an encoder: kNN, linear probe or fine-tuning, on all or few labels",
+        {
+            "workdir": (..., RUN),
+            "protocol": ("knn", "knn, linear or finetune"),
+            "labels": (0, "labels per draw; 0: all"),
+            "seeds": (1, "draws of the labels"),
+            "data": ("", f"labelled data, if not the run's own: {DATA}"),
+            "test": ("", "test data; default: the data's test split, else 20 % held out"),
+        },
+    ),
+    "study": (
+        "compare methods over label counts and seeds (can be stopped and continued)",
+        {"config": (..., CONFIG), "workdir": (..., "study folder to make or to continue")},
+    ),
+    "finetune": (
+        "train a classifier from labelled images, starting from an encoder",
+        {
+            "workdir": (..., RUN),
+            "data": (..., f"labelled data: {DATA}"),
+            "out": (..., "folder for the classifier"),
+            "test": ("", "labelled data to test on"),
+            "seed": (0, "random seed"),
+        },
+    ),
+    "predict": (
+        "class probabilities for images",
+        {
+            "workdir": (..., "classifier folder, made by `ssl-jax finetune`"),
+            "data": (..., DATA),
+            "out": (..., ".csv file to write"),
+        },
+    ),
+    "embed": (
+        "embeddings for images, with their file names",
+        {"workdir": (..., RUN), "data": (..., DATA), "out": (..., ".npz, .csv or .parquet file to write")},
+    ),
+    "views": (
+        "a picture of what a config's transforms do to your images",
+        {"config": (..., CONFIG), "out": ("views.png", ".png file to write"), "images": (6, "number of images")},
+    ),
+    "report": (
+        "one self-contained HTML page about a run or a study",
+        {"workdir": (..., "run or study folder"), "out": ("", ".html file; default: report.html in the folder")},
+    ),
+    "methods": ("list the methods: name, one line, source, needs", {}),
+}
+
+
+def usage(command: str | None = None) -> str:
+    """Help of one command, or of all."""
+    if command is None:
+        lines = "\n".join(f"  {name:10} {line}" for name, (line, _) in COMMANDS.items())
+        return (
+            "usage: ssl-jax COMMAND --flag=value ...\n\n"
+            f"{lines}\n\n  ssl-jax COMMAND --help   flags of one command\n  ssl-jax --version"
+        )
+    line, flags = COMMANDS[command]
+    shown = [
+        f"  --{name:9} {text}" + ("" if default is ... or default == "" else f" (default {default})")
+        for name, (default, text) in flags.items()
+    ]
+    if "workdir" in flags and "config" not in flags and command in ("evaluate", "finetune"):
+        shown.append("  --config.finetune.KEY=VALUE changes how classifiers are trained")
+    needed = " ".join(f"--{n}=..." for n, (d, _) in flags.items() if d is ...)
+    return "\n".join([f"usage: ssl-jax {command} {needed}", f"\n{line}\n", *shown])
+
+
+def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Values of a command's flags, and the `--config.key=value` overrides among argv."""
+    from absl import flags
+
+    values, table = flags.FlagValues(), COMMANDS[command][1]
+    for name, (default, text) in table.items():
+        define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
+        define(name, None if default is ... else default, text, flag_values=values)
+    overrides = _overrides(argv)
+    rest = [a for a in argv if a not in overrides]
+    try:
+        left = values([f"ssl-jax {command}", *rest])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise unknown(f"--{error.flagname}", error.flagvalue or "", (f"--{n}" for n in table)) from None
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if left:
+        raise UserError(f"{left[0]!r}: not a flag; allowed: {', '.join(f'--{n}=' for n in table) or 'none'}")
+    for name, (default, text) in table.items():
+        if default is ... and not values[name].value:
+            raise UserError(f"--{name}: missing; allowed: {text}")
+    return {name: values[name].value for name in table}, overrides
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+    """The --config.key=value arguments; "--config.key value" is joined."""
+    found, items = [], iter(argv)
+    for item in items:
+        if item.startswith("--config."):
+            found.append(item)
+            if "=" not in item:
+                raise UserError(f"{item}: value missing; allowed: {item}=VALUE")
+    return found
+
+
+def find_config(spec: str) -> tuple[Path, list[str]]:
+    """The file that --config names, and its argument: a path, or the name of a config that ships with the package."""
+    name, *argument = spec.split(":", 1)
+    here = Path(__file__).parent
+    shipped = next((d for d in (here / "configs", here.parent / "configs") if d.is_dir()), here / "configs")
+    for path in (Path(name), shipped / Path(name).name, shipped / f"{Path(name).name}.py"):
+        if path.is_file() and path.suffix == ".py":
+            return path, argument
+    names = [p.stem for p in shipped.glob("*.py") if p.stem != "__init__"]
+    raise unknown("--config", spec, names)
+
+
+def load_config(spec: str, overrides: Sequence[str]) -> Any:
+    """The ConfigDict of --config=SPEC with its overrides applied."""
+    import runpy
+
+    path, argument = find_config(spec)
+    made = runpy.run_path(str(path))
+    if "get_config" not in made:
+        raise UserError(f"--config={spec}: no function get_config in {path}")
+    return override(made["get_config"](*argument), overrides)
+
+
+def override(config: Any, overrides: Sequence[str]) -> Any:
+    """ml_collections' own parsing of --config.key=value, with errors of one line."""
+    from absl import flags
+    from ml_collections import ConfigDict, config_flags
+
+    for item in overrides:
+        path, place = item.removeprefix("--config.").split("=", 1)[0], config
+        parts = path.split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(place, ConfigDict) or part not in place:
+                known = list(place) if isinstance(place, ConfigDict) else []
+                raise unknown(f"--{'.'.join(['config', *parts[:depth]])}", part, known)
+            place = place[part]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(overrides))
+        values(["ssl-jax", *overrides])
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())[:300]}") from None
+    return values["config"].value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. A user's mistake is one line on stderr and code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from ssl_jax import __version__
+
+        print(__version__)
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise unknown("command", argv[0], COMMANDS)
+        if any(a in ("-h", "--help") for a in argv[1:]):
+            print(usage(argv[0]))
+            return 0
+        values, overrides = parse(argv[0], argv[1:])
+        from ssl_jax import commands
+
+        commands.start_jax()
+        if "config" in values:
+            values["config"] = load_config(values["config"], overrides)
+        elif argv[0] in ("evaluate", "finetune"):
+            values["overrides"] = overrides
+        elif overrides:
+            raise UserError(f"{overrides[0]}: `ssl-jax {argv[0]}` takes no config")
+        work: Callable[..., None] = getattr(commands, argv[0])
+        work(**values)
+    except UserError as error:
+        print(f"ssl-jax: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        return 1
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"ssl-jax: {error.filename or argv[0]}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ssl-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

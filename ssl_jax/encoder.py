@@ -1,0 +1,124 @@
+"""A trained encoder as a value: embed images with it, export it, load it again."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssl_jax.augment import center_view
+from ssl_jax.config import Config, Data, Model
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import Network
+from ssl_jax.models import build_encoder, from_torch, to_torch
+from ssl_jax.run import write_bytes, write_json
+
+
+class Encoder(NamedTuple):
+    """network with its params and stats; size: side in px of the images it was trained on; channels: C.
+
+    about: what encoder.json says of it (model, method, steps ...).
+    """
+
+    network: Network
+    params: Any
+    stats: Any
+    size: int
+    channels: int
+    about: dict[str, Any]
+
+    def embed(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
+        """Embeddings float32 [N, D] of images uint8 [N, H, W, C], resized to `size` where they differ from it."""
+        parts = []
+        for start in range(0, len(images), batch):
+            part = images[start : start + batch]
+            filled = np.pad(part, [(0, batch - len(part)), (0, 0), (0, 0), (0, 0)])  # one shape, one compilation
+            parts.append(np.asarray(_embed(self.network, self.size, self.params, self.stats, filled))[: len(part)])
+        return np.concatenate(parts)
+
+    def data(self, data: Data) -> Data:
+        """`data` read in the size and channels that this encoder wants."""
+        return dataclasses.replace(data, size=self.size, channels=self.channels)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(network, size, params, stats, images):
+    return network.apply(params, stats, center_view(images, size), train=False)[0]
+
+
+# Equal networks must be the same object, so that jit compiles each only once a process.
+build = functools.cache(build_encoder)
+
+
+def random_encoder(model: Model, size: int, channels: int, seed: int) -> Encoder:
+    """A freshly initialised encoder: the start of training from scratch."""
+    network = build(model, channels, size)
+    params, stats = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, size, size, channels)))
+    return Encoder(network, params, stats, size, channels, _about(model, size, channels, method="scratch", seed=seed))
+
+
+def _about(model: Model, size: int, channels: int, **more: Any) -> dict[str, Any]:
+    return {"model": dataclasses.asdict(model), "size": size, "channels": channels, **more}
+
+
+def export(folder: Path, encoder: Encoder) -> None:
+    """Writes encoder.safetensors (torchvision's names and layouts) and encoder.json, which says how to rebuild it."""
+    import safetensors.numpy
+
+    weights = {k: np.ascontiguousarray(v) for k, v in to_torch(encoder.params, encoder.stats).items()}
+    write_bytes(folder / "encoder.safetensors", safetensors.numpy.save(weights))
+    write_json(folder / "encoder.json", encoder.about)
+
+
+def describe(config: Config, size: int, channels: int, step: int) -> dict[str, Any]:
+    """The `about` of an encoder that a run of `config` trained."""
+    return _about(config.model, size, channels, method=config.method_name, step=step, seed=config.train.seed)
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder of a run folder, or of a folder written by `export`.
+
+    Raises UserError if there is none, or if its weights are of another architecture than its encoder.json says.
+    """
+    folder = Path(path)
+    folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
+    if not (folder / "encoder.json").is_file():
+        unfinished = (folder / "checkpoints").is_dir()
+        hint = "the run has not ended; run its pretrain command again" if unfinished else "allowed: a run folder"
+        raise UserError(f"{path}: no encoder.json; {hint}")
+    about = json.loads((folder / "encoder.json").read_text())
+    known = {f.name for f in dataclasses.fields(Model)}
+    model = Model(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items() if k in known})
+    blank = random_encoder(dataclasses.replace(model, init=""), about["size"], about["channels"], seed=0)
+    params, stats = load_weights(folder / "encoder.safetensors", blank.params, blank.stats)
+    return blank._replace(params=params, stats=stats, about=about)
+
+
+def load_weights(path: Path, params: Any, stats: Any) -> tuple[Any, Any]:
+    """(params, stats) like those given, with the weights of a .safetensors file under torchvision's names."""
+    import safetensors
+    import safetensors.numpy
+
+    try:
+        weights = safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: not readable as safetensors ({error})") from error
+    return from_torch(weights, params, stats)
+
+
+def started_from(network: Network, init: str) -> Network:
+    """`network` whose initial weights are those of an exported encoder (config.model.init)."""
+    path = Path(init)
+    if path.is_dir():
+        path = next((p for p in (path / "encoder" / "encoder.safetensors", path / "encoder.safetensors") if p.exists()), path)
+    if not path.is_file():
+        raise UserError(f"config.model.init={init!r}: not found; allowed: a run folder or a .safetensors file")
+
+    def load(rng, x):
+        return load_weights(path, *network.init(rng, x))
+
+    return network._replace(init=load)

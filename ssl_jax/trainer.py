@@ -1,0 +1,378 @@
+"""The training loop: one jitted step for every method, and `fit`, which feeds it.
+
+A batch travels: data.order -> raw uint8 images -> (inside the step) views -> method.forward -> method.loss -> gradient
+-> optimizer -> method.post_update. The data order and all randomness are functions of (seed, step), so a run is
+continued from its TrainState alone.
+"""
+
+import dataclasses
+import functools
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssl_jax import checkpoint, run
+from ssl_jax.augment import make_views
+from ssl_jax.augment import resolve as resolve_views
+from ssl_jax.config import Config, View, method_module, to_steps
+from ssl_jax.data import open_source, order, stream
+from ssl_jax.encoder import Encoder, build, describe, export, started_from
+from ssl_jax.errors import UserError
+from ssl_jax.evaluate.collapse import embedding_std
+from ssl_jax.evaluate.knn import knn_predict
+from ssl_jax.methods.base import Method, Network
+from ssl_jax.models import resolve_conv
+from ssl_jax.parallel import make_mesh, replicated, split
+from ssl_jax.progress import Progress
+from ssl_jax.transforms import learning_rate, optimizer, target_of
+
+REQUEUE = 75  # exit code after SIGTERM or SIGINT: "try again later" (EX_TEMPFAIL), for schedulers
+MOST_SKIPPED = 10  # steps without finite gradients in a row, before a run with skip_nonfinite gives up
+
+
+class TrainState(NamedTuple):
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    extra: Any  # the method's own: batch statistics, queue ...
+    probe: Any  # the online linear probe and its optimizer; () without labels
+
+
+class Setup(NamedTuple):
+    """What a config means for one data set."""
+
+    method: Method
+    encoder: Network
+    tx: optax.GradientTransformation
+    schedule: Callable[[Any], Any]
+    views: tuple[View, ...]
+    steps: int
+    shape: tuple[int, int, int]
+    classes: int  # of the labels, 0 without
+
+
+def set_up(config: Config, source: Any) -> Setup:
+    """Builds method and optimizer; every demand that the data does not meet is an error here, before compiling."""
+    examples, batch, shape = len(source), config.train.batch, source.shape
+    if batch > examples:
+        raise UserError(f"config.train.batch={batch}: larger than the data set; allowed: 1 to {examples}")
+    module = method_module(config.method_name)
+    classes = len(source.classes) if source.labels is not None else 0
+    settings = config.method
+    if getattr(settings, "classes", None) == 0:
+        settings = dataclasses.replace(settings, classes=classes)
+    steps = to_steps(config.train.duration, examples, batch)
+    if steps < 1:
+        raise UserError(f"config.train.duration={config.train.duration!r}: no step at all; allowed: at least one")
+    size = min(shape[:2])
+    encoder = build(config.model, shape[2], size)
+    if config.model.init:
+        encoder = started_from(encoder, config.model.init)
+    method = module.make(settings, encoder, steps)
+    if "label" in method.needs and not classes:
+        raise UserError(
+            f"config.method.name={config.method_name!r}: needs labels, which the data set "
+            f"{config.data.path or config.data.name!r} has not; allowed: data with class folders or a label column"
+        )
+    schedule = learning_rate(config.optim, batch, steps, to_steps(config.optim.warmup, examples, batch))
+    tx = optimizer(config.optim, schedule, method.transform)
+    views = resolve_views(config.augment, method.views, size)
+    return Setup(method, encoder, tx, schedule, views, steps, shape, classes if config.eval.online_probe else 0)
+
+
+PROBE = optax.adam(1e-3)
+
+
+def init_state(setup: Setup, seed: int) -> TrainState:
+    """Parameters, optimizer and state of step 0, a function of the seed alone."""
+    views = [jnp.zeros((2, v.size, v.size, setup.shape[2])) for v in setup.views]
+
+    def init(key):
+        params, extra = setup.method.init(key, views)
+        probe: Any = ()
+        if setup.classes:
+            width = jax.eval_shape(setup.encoder.init, key, views[0])
+            features = jax.eval_shape(lambda p, s: setup.encoder.apply(p, s, views[0], train=True)[0], *width)
+            linear = {"w": jnp.zeros((features.shape[1], setup.classes)), "b": jnp.zeros(setup.classes)}
+            probe = (linear, PROBE.init(linear))
+        return TrainState(jnp.zeros([], jnp.int32), params, setup.tx.init(params), extra, probe)
+
+    # A generator of its own: the data order and the views use fold_in(key(seed), step).
+    return jax.jit(init)(jax.random.fold_in(jax.random.key(seed), 2**31 - 1))
+
+
+def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """The train step: (state, {"image" uint8 [B, H, W, C], "label" [B]}) -> state, metrics. To be jitted."""
+    method, augment = setup.method, make_views(setup.views)
+
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+        key_views, key_forward = jax.random.split(key)
+        views = jax.lax.with_sharding_constraint(augment(key_views, batch["image"]), split(mesh))
+        inputs = {"views": views, **{name: batch[name] for name in method.needs}}
+        target = target_of(state.opt_state)
+
+        def objective(params):
+            outputs, extra = method.forward(params, target, state.extra, inputs, key_forward)
+            loss, metrics = method.loss(outputs, state.extra, inputs)
+            return loss, (outputs, extra, metrics)
+
+        (loss, (outputs, extra, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        updates, opt_state = setup.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, extra = method.post_update(params, extra, outputs, state.step)
+        after = TrainState(state.step, params, opt_state, extra, state.probe)
+
+        embedding = jax.lax.stop_gradient(outputs["embedding"])
+        norm = optax.tree.norm(grads)
+        metrics |= {"loss": loss, "grad_norm": norm, "embedding_std": embedding_std(embedding)}
+        metrics["lr"] = jnp.asarray(setup.schedule(state.step), jnp.float32)
+        if setup.classes and "label" in batch:
+            probe, metrics["probe_accuracy"] = _probe_step(state.probe, embedding, batch["label"])
+            after = after._replace(probe=probe)
+        if config.optim.skip_nonfinite:
+            # The whole state stays, or a queue and statistics of the broken batch would remain.
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+            metrics["skipped"] = 1 - finite.astype(jnp.int32)
+        return after._replace(step=state.step + 1), metrics
+
+    return step
+
+
+def _probe_step(probe, embedding, label):
+    """One step of the online linear probe; `embedding` carries no gradient, so labels never reach the encoder."""
+    linear, opt_state = probe
+    known = label >= 0
+    count = jnp.maximum(known.sum(), 1)
+
+    def objective(linear):
+        logits = embedding @ linear["w"] + linear["b"]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+        return jnp.where(known, each, 0).sum() / count, logits
+
+    (_, logits), grads = jax.value_and_grad(objective, has_aux=True)(linear)
+    updates, opt_state = PROBE.update(grads, opt_state, linear)
+    accuracy = ((logits.argmax(axis=-1) == label) & known).sum() / count
+    return (optax.apply_updates(linear, updates), opt_state), accuracy
+
+
+def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gather: bool) -> Iterator[dict]:
+    """Batches of steps start to stop - 1 on the devices: indices into the store in memory, or images from disk."""
+    with_labels = source.labels is not None
+    if gather:
+        for step in range(start, stop):
+            index = order(config.train.seed, len(source), config.train.batch, step)
+            yield {"index": jax.device_put(index.astype(np.int32), split(mesh))}
+    else:
+        options = {"batch": config.train.batch, "seed": config.train.seed, "workers": config.data.workers}
+        for batch in stream(source, start=start, stop=stop, **options):
+            kept = {"image": batch["image"], **({"label": batch["label"]} if with_labels else {})}
+            yield jax.device_put(kept, split(mesh))
+
+
+def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
+    """Trains, or continues to train, the run in `workdir`; returns its encoder. A finished run is only loaded.
+
+    Raises UserError for mistakes and for a loss that is not finite; SystemExit(75) after SIGTERM or SIGINT, saved.
+    """
+    with run.lock(workdir):
+        run.start(workdir, config)
+        source = source or open_source(config.data)
+        # How convolutions are written changes the last bits: a continued run keeps what it began with.
+        conv = run.read_environment(workdir).get("conv") or resolve_conv(config.model.conv)
+        run.record_environment(workdir, conv=conv)
+        return _Loop(dataclasses.replace(config, model=dataclasses.replace(config.model, conv=conv)), workdir, source).run()
+
+
+class _Loop:
+    """The state of `fit`: what is open and running around the pure step."""
+
+    def __init__(self, config: Config, workdir: Path, source: Any):
+        self.config, self.workdir, self.source = config, workdir, source
+        self.mesh = make_mesh(config.train.devices, config.train.batch)
+        self.setup = set_up(config, source)
+        self.state = jax.device_put(init_state(self.setup, config.train.seed), replicated(self.mesh))
+        self.gather = _in_memory(config, source)
+        self.stopped_by: int | None = None
+        self.pending: list[tuple[int, dict]] = []  # metrics of steps not looked at yet, still on the device
+        self.skipped_in_a_row = 0
+        self.warned = False
+
+    def every(self, duration: str) -> int:
+        return to_steps(duration, len(self.source), self.config.train.batch)
+
+    def run(self) -> Encoder:
+        config, total = self.config, self.setup.steps
+        say = functools.partial(print, flush=True)
+        restored = checkpoint.restore_latest(self.workdir / "checkpoints", self.state, say)
+        self.state = self.state if restored is None else restored
+        start = self.saved = int(self.state.step)
+        self.metrics = run.Lines(self.workdir / "metrics.jsonl", start)
+        self.timing = run.Lines(self.workdir / "timing.jsonl", start)
+        if start < total:
+            self._sheet()
+            title = f"{config.method_name} {config.model.name}"
+            title += f" (from step {start})" if start else ""
+            previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+            try:
+                with Progress(total, start, title) as self.progress:
+                    self._steps(start, total)
+            finally:
+                for number, handler in previous.items():
+                    signal.signal(number, handler)
+        encoder = self._encoder(total)
+        export(self.workdir / "encoder", encoder)
+        return encoder
+
+    def _steps(self, start: int, total: int) -> None:
+        config, step_fn, store = self.config, self._jitted(), self._store()
+        log_every = max(1, self.every(config.train.log_every))
+        save_every = max(1, self.every(config.train.save_every))
+        eval_every = self.every(config.eval.every)
+        knn = self._knn() if eval_every and self.source.labels is not None else None
+        before, waited, since, marked = None, 0.0, start, time.monotonic()
+        source = batches(config, self.source, self.mesh, start, total, self.gather)
+        for step in range(start + 1, total + 1):
+            asked = time.monotonic()
+            batch = next(source)
+            if before is not None:
+                # The device was idle at most while we waited, and only if its step had ended when the batch came.
+                waited += (time.monotonic() - asked) * before["loss"].is_ready()
+                jax.block_until_ready(before)
+            self.state, before = step_fn(self.state, store, batch)
+            self.pending.append((step, before))
+            if step == start + 1:  # compiled: the clock starts
+                jax.block_until_ready(before)
+                waited, since, marked = 0.0, step, time.monotonic()
+            last = step == total
+            if step % log_every == 0 or last or self.stopped_by:
+                values = self._check()
+                now = time.monotonic()
+                seconds = max(now - marked, 1e-9)
+                speed = {"images_per_s": (step - since) * config.train.batch / seconds, "waiting": waited / seconds}
+                if step % log_every == 0 or last:
+                    epoch = step * config.train.batch / len(self.source)
+                    self.metrics.append({"step": step, "epoch": round(epoch, 4), **values})
+                    if step > since:
+                        self.timing.append({"step": step, **{k: round(v, 4) for k, v in speed.items()}})
+                shown = {k: values[k] for k in ("loss", "probe_accuracy") if k in values}
+                images = f"{speed['images_per_s']:.0f}/s" if step > since else "-"
+                self.progress.update(step, {**shown, "images": images, "waiting": f"{speed['waiting']:.0%}"})
+                waited, since, marked = 0.0, step, now
+            if knn and (step % eval_every == 0 or last):
+                self.metrics.append({"step": step, "knn_accuracy": knn()})
+                marked = time.monotonic()
+            if step % save_every == 0 or last or self.stopped_by:
+                self._check()
+                checkpoint.save(self.workdir / "checkpoints", step, self.state, config.train.keep)
+                self.saved, marked = step, time.monotonic()
+            if self.stopped_by and not last:
+                name = signal.Signals(self.stopped_by).name
+                self.progress.say(f"{name}: saved step {step} in {self.workdir}; the same command continues it")
+                raise SystemExit(REQUEUE)
+
+    def _jitted(self):
+        step = make_step(self.setup, self.config, self.mesh)
+
+        def gathered(state, store, batch):
+            if self.gather:
+                batch = {name: values[batch["index"]] for name, values in store.items()}
+            return step(state, batch)
+
+        whole = replicated(self.mesh)
+        return jax.jit(gathered, donate_argnums=0, out_shardings=(whole, whole))
+
+    def _store(self) -> dict[str, jax.Array]:
+        """The whole data set on the devices, if it is to be gathered there."""
+        if not self.gather:
+            return {}
+        arrays = {"image": self.source.arrays()}
+        if self.source.labels is not None:
+            arrays["label"] = np.asarray(self.source.labels, np.int32)
+        return jax.device_put(arrays, replicated(self.mesh))
+
+    def _check(self) -> dict[str, float]:
+        """Looks at every step since the last look; returns the newest step's metrics."""
+        values: dict[str, float] = {}
+        for step, metrics in self.pending:
+            values = {k: np.asarray(v).item() for k, v in metrics.items()}
+            skipped = bool(values.pop("skipped", 0))
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            if skipped and self.skipped_in_a_row <= MOST_SKIPPED:
+                self.progress.say(f"step {step}: gradients not finite, step left out")
+            elif not np.isfinite(values["loss"]):
+                self._not_finite(step, values)
+        self.pending.clear()
+        if values["embedding_std"] < 0.01 and not self.warned and int(self.state.step) >= 50:
+            self.warned = True
+            self.progress.say(
+                f"warning: embedding std {values['embedding_std']:.2g}: all images get almost the same embedding, the "
+                "method has collapsed; likely a learning rate too high, a batch too small, or no stop-gradient or predictor"
+            )
+        return {k: v if np.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
+
+    def _not_finite(self, step: int, values: dict[str, float]) -> None:
+        cause = (
+            "a learning rate too high for this batch and warm-up"
+            if step > 1
+            else "broken input (mean, std) or initial weights"
+        )
+        good = f"last good checkpoint: step {self.saved} in {self.workdir}/checkpoints" if self.saved else "no checkpoint yet"
+        raise UserError(
+            f"step {step}: loss is {values['loss']}, lr {values['lr']:.3g}; likely cause: {cause} "
+            f"(config.optim.lr={self.config.optim.lr}; config.optim.clip_norm and skip_nonfinite may help); {good}"
+        )
+
+    def _stop(self, number: int, frame: Any) -> None:
+        del frame
+        self.stopped_by = number
+
+    def _encoder(self, step: int) -> Encoder:
+        params, stats = self.setup.method.encoder(self.state.params, self.state.extra)
+        size, channels = min(self.setup.shape[:2]), self.setup.shape[2]
+        about = describe(self.config, size, channels, step)
+        return Encoder(self.setup.encoder, params, stats, size, channels, about)
+
+    def _knn(self) -> Callable[[], float]:
+        """Accuracy of a kNN vote among training images with labels: some vote, others are classified."""
+        settings, labels = self.config.eval, np.asarray(self.source.labels)
+        chosen = np.random.default_rng(self.config.train.seed).permutation(np.flatnonzero(labels >= 0))
+        chosen = chosen[: settings.knn_bank + settings.knn_queries]
+        queries = min(settings.knn_queries, len(chosen) // 2)
+        images = np.stack([self.source.load(int(i)) for i in chosen])
+
+        def accuracy() -> float:
+            features = self._encoder(0).embed(images)
+            scores = knn_predict(
+                features[queries:],
+                labels[chosen[queries:]],
+                features[:queries],
+                classes=len(self.source.classes),
+                k=min(settings.knn_k, len(chosen) - queries),
+                temperature=settings.knn_temperature,
+            )
+            return float((np.asarray(scores).argmax(axis=1) == labels[chosen[:queries]]).mean())
+
+        return accuracy if queries else lambda: 0.0
+
+    def _sheet(self) -> None:
+        from ssl_jax.report.sheet import view_sheet
+
+        out = self.workdir / "views.png"
+        if not out.exists():
+            count = min(6, len(self.source))
+            view_sheet(np.stack([self.source.load(i) for i in range(count)]), self.setup.views, out)
+
+
+def _in_memory(config: Config, source: Any) -> bool:
+    if config.data.engine == "auto":
+        return len(source) * int(np.prod(source.shape)) <= config.data.memory_gb * 1e9
+    return config.data.engine == "memory"

@@ -1,0 +1,127 @@
+"""Optimizers as optax transformations: the chain of a run, LARS, and the target network's moving average."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ssl_jax.config import Optim
+from ssl_jax.errors import UserError
+
+
+class TrackTargetState(NamedTuple):
+    count: jax.Array
+    target_params: Any
+
+
+def track_target(
+    tau: float | Callable[[jax.Array], jax.Array], select: Callable[[Any], Any] = lambda params: params
+) -> optax.GradientTransformation:
+    """Keeps a target network: target <- tau * target + (1 - tau) * parameters, after each step.
+
+    Updates pass through unchanged. It averages the parameters as they are after the step, so it must be the last of a
+    chain and sit inside `optax.MultiSteps`. The average is kept in float32 (in bfloat16 a tau of 0.996 would never
+    move it) and cast to the parameters' type only by whoever reads it.
+
+    Args:
+      tau: momentum in [0, 1], or a schedule of the step count.
+      select: the part of the parameters that has a target (everything but a predictor, say).
+
+    Read it with `target_of(opt_state)`. Source: BYOL, section 3.1, https://arxiv.org/abs/2006.07733.
+    """
+
+    def init(params):
+        # A copy: the same buffer twice in a donated state would be an error.
+        target = jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), select(params))
+        return TrackTargetState(jnp.zeros([], jnp.int32), target)
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("track_target needs params: call update(updates, state, params)")
+        t = tau(state.count) if callable(tau) else tau
+        after = select(optax.apply_updates(params, updates))
+        target = jax.tree.map(lambda old, new: t * old + (1 - t) * new.astype(old.dtype), state.target_params, after)
+        return updates, TrackTargetState(state.count + 1, target)
+
+    return optax.GradientTransformation(init, update)
+
+
+def target_of(opt_state: Any) -> Any:
+    """The target network's parameters in an optimizer state, or None where no `track_target` is in the chain."""
+    return optax.tree.get(opt_state, "target_params")
+
+
+def cosine_momentum(base: float, steps: int) -> Callable[[jax.Array], jax.Array]:
+    """Momentum that rises from `base` to 1: 1 - (1 - base)(cos(pi k / K) + 1) / 2. Source: BYOL, section 3.3.
+
+    >>> schedule = cosine_momentum(0.9, 100)
+    >>> round(float(schedule(0)), 4), round(float(schedule(50)), 4), round(float(schedule(100)), 4)
+    (0.9, 0.95, 1.0)
+    """
+    return lambda count: 1 - (1 - base) * (jnp.cos(jnp.pi * jnp.minimum(count, steps) / steps) + 1) / 2
+
+
+def lars(
+    lr: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    trust: float = 1e-3,
+    mask: Callable[[Any], Any] | None = None,
+) -> optax.GradientTransformation:
+    """LARS: g <- (g + wd p) * trust |p| / |g + wd p| for each tensor under `mask`, then SGD with momentum.
+
+    The learning rate is applied after the momentum, as in MoCo v3's code (SimCLR's applies it inside; they differ only
+    while the rate changes). Tensors outside the mask, by default those of one dimension or none, get neither weight
+    decay nor the trust ratio. A zero norm leaves its ratio at 1.
+
+    Source: https://arxiv.org/abs/1708.03888; facebookresearch/moco-v3, moco/optimizer.py.
+    """
+    mask = mask or matrices
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=mask),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), mask),
+        optax.trace(decay=momentum),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+def matrices(params: Any) -> Any:
+    """Mask of the tensors with two dimensions or more: all but biases and norm scales."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def learning_rate(optim: Optim, batch: int, steps: int, warmup: int) -> Callable[[Any], Any]:
+    """Schedule of a run of `steps`: linear warm-up, then `optim.schedule`; peak = lr * batch / lr_batch."""
+    if warmup >= steps:
+        raise UserError(f"config.optim.warmup={optim.warmup!r}: {warmup} steps; allowed: fewer than the run's {steps}")
+    peak = optim.lr * batch / optim.lr_batch if optim.lr_batch else optim.lr
+    rest = steps - warmup
+    body: Callable[[Any], Any]
+    if optim.schedule == "cosine":
+        body = optax.cosine_decay_schedule(peak, rest)
+    elif optim.schedule == "step":
+        body = optax.piecewise_constant_schedule(peak, {int(rest * 0.6): 0.1, int(rest * 0.8): 0.1})
+    else:
+        body = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup]) if warmup else body
+
+
+def optimizer(
+    optim: Optim, schedule: Callable[[Any], Any], last: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """The whole chain of a run; `last` is the method's own transformation (`track_target` or identity)."""
+    mask = (lambda params: jax.tree.map(lambda _: True, params)) if optim.decay_all else matrices
+    if optim.name == "sgd":
+        core = optax.chain(
+            optax.add_decayed_weights(optim.weight_decay, mask=mask),
+            optax.sgd(schedule, momentum=optim.momentum, nesterov=optim.nesterov),
+        )
+    elif optim.name == "adamw":
+        core = optax.adamw(schedule, b1=optim.momentum, b2=optim.b2, weight_decay=optim.weight_decay, mask=mask)
+    else:
+        core = lars(schedule, weight_decay=optim.weight_decay, momentum=optim.momentum, mask=mask)
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+    return optax.chain(clip, core, last)

@@ -1,0 +1,98 @@
+"""Losses in float64 against loops in NumPy, gradients against central differences of those loops, and known limits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssl_jax import losses
+
+
+def unit(x):
+    return x / math.sqrt(sum(float(v) * float(v) for v in x))
+
+
+def nt_xent_by_hand(a, b, temperature):
+    views = [unit(x) for x in a] + [unit(x) for x in b]
+    total = 0.0
+    for i, z in enumerate(views):
+        partner = (i + len(a)) % len(views)
+        others = sum(math.exp(float(z @ views[j]) / temperature) for j in range(len(views)) if j != i)
+        total -= math.log(math.exp(float(z @ views[partner]) / temperature) / others)
+    return total / len(views)
+
+
+def info_nce_by_hand(q, k, queue, temperature):
+    total = 0.0
+    for query, key in zip(q, k):
+        positive = math.exp(float(unit(query) @ unit(key)) / temperature)
+        negative = sum(math.exp(float(unit(query) @ unit(n)) / temperature) for n in queue)
+        total -= math.log(positive / (positive + negative))
+    return total / len(q)
+
+
+def cosine_by_hand(p, z):
+    return -sum(float(unit(a) @ unit(b)) for a, b in zip(p, z)) / len(p)
+
+
+def triplet_by_hand(a, p, n, margin):
+    def distance(x, y):
+        return math.sqrt(sum((float(u) - float(v) + 1e-6) ** 2 for u, v in zip(x, y)))
+
+    return sum(max(0.0, distance(x, y) - distance(x, z) + margin) for x, y, z in zip(a, p, n)) / len(a)
+
+
+# loss, by hand, shapes, hyper-parameters, positions of arguments that get a gradient
+CASES = {
+    "nt_xent": (losses.nt_xent, nt_xent_by_hand, [(5, 4), (5, 4)], {"temperature": 0.3}, (0, 1)),
+    "info_nce": (losses.info_nce, info_nce_by_hand, [(3, 4), (3, 4), (7, 4)], {"temperature": 0.2}, (0, 1, 2)),
+    "negative_cosine": (losses.negative_cosine, cosine_by_hand, [(6, 3), (6, 3)], {}, (0,)),
+    "triplet": (losses.triplet, triplet_by_hand, [(6, 5), (6, 5), (6, 5)], {"margin": 0.7}, (0, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_value_and_gradient_equal_loops(name, seed):
+    loss, by_hand, shapes, hyper, positions = CASES[name]
+    generator = np.random.default_rng(seed)
+    inputs = [generator.normal(size=shape) for shape in shapes]
+    with jax.enable_x64(True):
+        value, gradients = jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=positions)(*map(jnp.asarray, inputs))
+        assert value.dtype == jnp.float64
+        np.testing.assert_allclose(value, by_hand(*inputs, **hyper), rtol=1e-12)
+        for position, gradient in zip(positions, gradients):
+            numeric, step = np.zeros_like(inputs[position]), 1e-5
+            for place in np.ndindex(numeric.shape):
+                moved = [x.copy() for x in inputs]
+                moved[position][place] += step
+                up = by_hand(*moved, **hyper)
+                moved[position][place] -= 2 * step
+                numeric[place] = (up - by_hand(*moved, **hyper)) / (2 * step)
+            np.testing.assert_allclose(gradient, numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_limits():
+    one, identity = jnp.ones((4, 6)), jnp.eye(6)
+    assert losses.nt_xent(one, one, temperature=0.5) == pytest.approx(math.log(7), rel=1e-6)  # collapse: ln(2N - 1)
+    assert losses.nt_xent(identity, identity, temperature=0.01) == pytest.approx(0, abs=1e-5)  # perfect alignment
+    assert losses.info_nce(one, one, jnp.ones((9, 6)), temperature=0.1) == pytest.approx(math.log(10), rel=1e-6)
+    assert losses.negative_cosine(one, 3 * one) == pytest.approx(-1, rel=1e-6)
+    assert losses.negative_cosine(one, -one) == pytest.approx(1, rel=1e-6)
+    assert losses.triplet(one, one, one, margin=0.3) == pytest.approx(0.3, rel=1e-5)
+    assert losses.triplet(one, one, one + 9, margin=0.3) == 0
+
+
+def test_no_gradient_into_the_target():
+    z = jnp.arange(12.0).reshape(3, 4) + 1
+    assert jnp.all(jax.grad(lambda t: losses.negative_cosine(z, t))(z + 1) == 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zero_inputs_are_finite(name):
+    loss, _, shapes, hyper, positions = CASES[name]
+    zeros = [jnp.zeros(shape) for shape in shapes]
+    for x in jax.tree.leaves(jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=positions)(*zeros)):
+        assert jnp.all(jnp.isfinite(x))

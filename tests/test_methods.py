@@ -1,0 +1,223 @@
+"""One contract, held by every method found in ssl_jax/methods."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import Images, tiny_config, tiny_encoder
+
+from ssl_jax import checkpoint, trainer
+from ssl_jax.config import method_module, method_names, resolve, default
+from ssl_jax.data import order
+from ssl_jax.errors import UserError
+from ssl_jax.parallel import make_mesh, replicated, split
+from ssl_jax.transforms import target_of
+
+METHODS = method_names()
+TARGETS = ["byol", "moco"]
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    encoder = tiny_encoder()
+    monkeypatch.setattr(trainer, "build", lambda model, channels, size: encoder)
+
+
+def start(config, source, devices=1):
+    """(initial state, jitted step, mesh)"""
+    setup = trainer.set_up(config, source)
+    mesh = make_mesh(devices, config.train.batch)
+    state = jax.device_put(trainer.init_state(setup, config.train.seed), replicated(mesh))
+    return state, jax.jit(trainer.make_step(setup, config, mesh)), mesh
+
+
+def batch_of(config, source, step, mesh):
+    index = order(config.train.seed, len(source), config.train.batch, step)
+    batch = {"image": source.images[index]}
+    if source.labels is not None:
+        batch["label"] = source.labels[index]
+    return jax.device_put(batch, split(mesh))
+
+
+def train(config, source, steps, devices=1, state=None, first=0):
+    begun, step_fn, mesh = start(config, source, devices)
+    state, losses = begun if state is None else state, []
+    for step in range(first, steps):
+        state, metrics = step_fn(state, batch_of(config, source, step, mesh))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_finite_and_loss_falls(name):
+    config = tiny_config(name, train__duration="200 steps")
+    state, losses = train(config, Images(), 60)
+    assert np.all(np.isfinite(losses))
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state))
+    assert np.mean(losses[-10:]) < np.mean(losses[:5]) - 0.01, losses
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_jit_equals_no_jit(name):
+    config, source = tiny_config(name), Images()
+    state, step, mesh = start(config, source)
+    batch = batch_of(config, source, 0, mesh)
+    jitted, metrics = step(state, batch)
+    with jax.disable_jit():
+        plain, plain_metrics = trainer.make_step(trainer.set_up(config, source), config, mesh)(state, batch)
+    np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_two_and_four_devices_agree(name):
+    config, source = tiny_config(name), Images()
+    _, one = train(config, source, 20, devices=1)
+    for devices in (2, 4):
+        _, many = train(config, source, 20, devices=devices)
+        np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_runs_are_bit_equal_and_resume_is_exact(name, tmp_path):
+    """Saved, restored into a fresh process' state and continued: every array as in a run that never stopped."""
+    config, source = tiny_config(name), Images()
+    whole, losses = train(config, source, 12)
+    again, losses_again = train(config, source, 12)
+    assert losses == losses_again and equal(whole, again)
+    stop = int(np.random.default_rng().integers(1, 12))
+    half, _ = train(config, source, stop)
+    checkpoint.save(tmp_path, stop, half, keep=1)
+    fresh, _, _ = start(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=config.train.seed)), source)
+    restored = checkpoint.restore_latest(tmp_path, fresh, pytest.fail)
+    resumed, rest = train(config, source, 12, state=restored, first=stop)
+    assert rest == losses[stop:], f"stopped at {stop}"
+    assert equal(whole, resumed), f"stopped at {stop}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_gradient_into_the_target(name):
+    config, source = tiny_config(name), Images()
+    setup = trainer.set_up(config, source)
+    state = trainer.init_state(setup, 0)
+    target = target_of(state.opt_state)
+    assert (target is not None) == (name in TARGETS)
+    if target is None:
+        return
+    views = tuple(jax.random.uniform(jax.random.key(i), (16, 8, 8, 1)) for i in range(2))
+
+    def loss(params, target):
+        batch = {"views": views}
+        outputs, _ = setup.method.forward(params, target, state.extra, batch, jax.random.key(3))
+        return setup.method.loss(outputs, state.extra, batch)[0]
+
+    into_params, into_target = jax.grad(loss, argnums=(0, 1))(state.params, target)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(into_params)) > 0
+    assert all(jnp.all(g == 0) for g in jax.tree.leaves(into_target))
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_target_follows_the_explicit_formula(name):
+    """target <- tau target + (1 - tau) params, with the parameters after the step, at every step."""
+    config, source = tiny_config(name), Images()
+    state, step_fn, mesh = start(config, source)
+    expected = target_of(state.opt_state)
+    for step in range(5):
+        state, _ = step_fn(state, batch_of(config, source, step, mesh))
+        tau = config.method.momentum
+        if name == "byol":  # cosine to 1
+            tau = 1 - (1 - tau) * (np.cos(np.pi * step / 20) + 1) / 2
+        part = {key: state.params[key] for key in expected}
+        expected = jax.tree.map(lambda old, new, t=tau: t * old + (1 - t) * new, expected, part)
+    for a, b in zip(jax.tree.leaves(target_of(state.opt_state)), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_labels_reach_only_methods_that_declare_them(name):
+    """The online probe learns from labels; encoder, optimizer and statistics must not feel them."""
+    config, source, shuffled = tiny_config(name), Images(), Images()
+    shuffled.labels = np.random.default_rng(1).permutation(source.labels).astype(np.int32)
+    a, _ = train(config, source, 6)
+    b, _ = train(config, shuffled, 6)
+    declared = "label" in trainer.set_up(config, source).method.needs
+    assert equal(a._replace(probe=()), b._replace(probe=())) != declared
+    assert not equal(a.probe, b.probe)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_needs_are_checked_before_compiling(name):
+    config, source = tiny_config(name), Images(labels=False)
+    if name == "supervised":
+        with pytest.raises(UserError, match="needs labels"):
+            trainer.set_up(config, source)
+    else:
+        _, losses = train(config, source, 2)
+        assert np.all(np.isfinite(losses))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("batch", "channels"), [(7, 3), (10, 2), (13, 5)])
+def test_odd_batches_and_channels(name, batch, channels):
+    extra = {"method__bn_groups": 1 if batch % 2 else 2} if name == "moco" else {}
+    config = tiny_config(name, train__batch=batch, **extra)
+    _, losses = train(config, Images(channels=channels), 2)
+    assert np.all(np.isfinite(losses))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_documented_for_the_listing(name):
+    """`ssl-jax methods` reads the docstring: one line, then the source; every field of Config has a default."""
+    module = method_module(name)
+    head, rest = module.__doc__.split("\n\n")[:2]
+    assert len(head.splitlines()) == 1 and rest.startswith("Source: ")
+    assert resolve(default(name)).method == dataclasses.replace(module.Config())
+
+
+def test_batch_larger_than_data_and_devices():
+    with pytest.raises(UserError, match=r"config.train.batch=16: larger than the data set; allowed: 1 to 9"):
+        trainer.set_up(tiny_config("simclr"), Images(n=9))
+    with pytest.raises(UserError, match=r"config.train.batch=15: not divisible by the 4 devices.*12 or 16"):
+        make_mesh(4, 15)
+    with pytest.raises(UserError, match="only 4 found"):
+        make_mesh(5, 20)
+
+
+# MoCo's queue and its BatchNorm.
+
+
+def test_queue_is_a_ring_in_order_of_age():
+    """Keys of 7 a step into a queue of 24: after each push the newest keys lie behind each other, oldest overwritten."""
+    config = tiny_config("moco", train__batch=7, method__bn_groups=1)
+    method = trainer.set_up(config, Images()).method
+    extra = {"queue": np.full((24, 8), -1.0), "oldest": np.int32(0)}
+    remembered = []
+    for push in range(11):
+        keys = np.full((7, 8), push, float) + np.arange(7)[:, None] / 10
+        remembered += list(keys[:, 0])
+        _, extra = method.post_update({}, jax.tree.map(jnp.asarray, extra), {"key": jnp.asarray(keys)}, push)
+        oldest = int(extra["oldest"])
+        by_age = np.roll(np.asarray(extra["queue"])[:, 0], -oldest)
+        want = ([-1.0] * 24 + remembered)[-24:]
+        np.testing.assert_allclose(by_age, want, rtol=1e-6)
+
+
+def test_batch_larger_than_the_queue_keeps_the_newest():
+    config = tiny_config("moco", method__queue=5)
+    method = trainer.set_up(config, Images()).method
+    extra = {"queue": jnp.zeros((5, 8)), "oldest": jnp.int32(3)}
+    _, extra = method.post_update({}, extra, {"key": jnp.arange(16.0)[:, None] * jnp.ones(8)}, 0)
+    assert sorted(np.asarray(extra["queue"])[:, 0]) == [11, 12, 13, 14, 15]
+
+
+def test_groups_must_divide_the_batch():
+    config = tiny_config("moco", method__bn_groups=3)
+    with pytest.raises(UserError, match="bn_groups"):
+        train(config, Images(), 1)

@@ -1,0 +1,8 @@
+"""`ssl-jax pretrain` for launch scripts: python train.py --config=configs/pretrain.py:byol --workdir=DIR"""
+
+import sys
+
+from ssl_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["pretrain", *sys.argv[1:]]))
