@@ -98,7 +98,7 @@ def evaluate(
 def study(config: ConfigDict, workdir: str) -> None:
     """Pretrains every arm that needs it in workdir/pretrain/<arm>, then runs the cells; see `ssl_jax.study`."""
     from ssl_jax.report.html import write_report
-    from ssl_jax.study import run_study
+    from ssl_jax.study import from_scratch, run_study
     from ssl_jax.trainer import fit
 
     resolved, folder = resolve(config), Path(workdir)
@@ -109,14 +109,12 @@ def study(config: ConfigDict, workdir: str) -> None:
         size, channels = min(train.shape[:2]), train.shape[2]
 
         def get_encoder(arm: str, arm_config: Config, seed: int) -> Encoder:
-            if not resolved.study.arms[arm]:
+            if from_scratch(resolved.study.arms[arm]):
                 return random_encoder(arm_config.model, size, channels, seed)
             return fit(arm_config, folder / "pretrain" / arm, train)
 
-        for arm, changes in resolved.study.arms.items():
+        for changes in resolved.study.arms.values():
             merge(resolved, changes)  # a mistake in any arm is told before the first one trains
-            if changes:
-                print(f"arm {arm}")
         test = open_source(dataclasses.replace(resolved.study.test, size=size, channels=channels))
         run_study(resolved, folder, get_encoder=get_encoder, train=train, test=test, log=print)
         print((folder / "summary.md").read_text())
@@ -142,9 +140,9 @@ def finetune(
     about = {**encoder.about, "classes": source.classes, "finetune": dataclasses.asdict(config.finetune), "seed": seed}
     about["chosen"] = classifier.chosen
     if test:
-        held = open_source(encoder.data(_data(test, "--test")))
+        held = open_source(encoder.data(_data(test, "--test")), "all")
         wanted = _same_classes(_labels(held, test), held.classes, source.classes, test)
-        about["test"] = metrics(predict(classifier, held.arrays()), wanted, source.classes)
+        about["test"] = metrics(predict(classifier, held.arrays())[wanted >= 0], wanted[wanted >= 0], source.classes)
     _save_classifier(Path(out), classifier, about)
     for name, value in {**about["chosen"], **about.get("test", {})}.items():
         if isinstance(value, float):
@@ -158,13 +156,12 @@ def predict(workdir: str, data: str, out: str) -> None:
     from ssl_jax.evaluate.finetune import predict as scores_of
 
     classifier, encoder, classes = _load_classifier(Path(workdir))
-    source = open_source(encoder.data(_data(data, "--data")), "all")
-    scores = np.asarray(scores_of(classifier, source.arrays()), np.float64)
+    images, names = _readable(open_source(encoder.data(_data(data, "--data")), "all"))
+    scores = np.asarray(scores_of(classifier, images), np.float64)
     odds = np.exp(scores - scores.max(axis=1, keepdims=True))
     odds /= odds.sum(axis=1, keepdims=True)
-    rows = [[name, classes[p.argmax()], *(f"{v:.6f}" for v in p)] for name, p in zip(source.names, odds, strict=True)]
+    rows = [[name, classes[p.argmax()], *(f"{v:.6f}" for v in p)] for name, p in zip(names, odds, strict=True)]
     _write_csv(Path(out), ["file", "predicted", *classes], rows)
-    _tell_skipped(source)
     print(f"{len(rows)} predictions: {out}")
 
 
@@ -174,15 +171,15 @@ def embed(workdir: str, data: str, out: str) -> None:
     if path.suffix not in (".npz", ".csv", ".parquet"):
         raise UserError(f"--out={out}: unknown ending {path.suffix!r}; allowed: .npz, .csv, .parquet")
     encoder = load_encoder(workdir)
-    source = open_source(encoder.data(_data(data, "--data")), "all")
-    features = encoder.embed(source.arrays())
+    images, names = _readable(open_source(encoder.data(_data(data, "--data")), "all"))
+    features = encoder.embed(images)
     columns = ["file", *(f"e{i}" for i in range(features.shape[1]))]
     packed = io.BytesIO()
     if path.suffix == ".npz":
-        np.savez_compressed(packed, embeddings=features, names=np.array(source.names))
+        np.savez_compressed(packed, embeddings=features, names=np.array(names))
         run.write_bytes(path, packed.getvalue())
     elif path.suffix == ".csv":
-        rows = [[name, *(f"{v:.7g}" for v in f)] for name, f in zip(source.names, features, strict=True)]
+        rows = [[name, *(f"{v:.7g}" for v in f)] for name, f in zip(names, features, strict=True)]
         _write_csv(path, columns, rows)
     else:
         try:
@@ -190,10 +187,9 @@ def embed(workdir: str, data: str, out: str) -> None:
             import pyarrow.parquet
         except ImportError:
             raise UserError(f"--out={out}: needs pyarrow: pip install pyarrow (or write .npz or .csv)") from None
-        table = pyarrow.table([source.names, *features.T.copy()], names=columns)
+        table = pyarrow.table([names, *features.T.copy()], names=columns)
         pyarrow.parquet.write_table(table, packed)
         run.write_bytes(path, packed.getvalue())
-    _tell_skipped(source)
     print(f"{len(features)} embeddings of {features.shape[1]} dimensions: {out}")
 
 
@@ -316,9 +312,13 @@ def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
     run.write_bytes(path, text.getvalue().encode())
 
 
-def _tell_skipped(source: Any) -> None:
-    for name in source.skipped:
+def _readable(source: Any) -> tuple[np.ndarray, list[str]]:
+    """Images and names without the files that could not be read, which are named on the way."""
+    images = source.arrays()
+    good = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in is another file's image
+    for name in [*source.skipped, *(source.names[i] for i in source.replaced if source.names[i] not in source.skipped)]:
         print(f"skipped, not readable: {name}")
+    return images[good], [source.names[i] for i in good]
 
 
 def _save_classifier(folder: Path, classifier: Any, about: dict[str, Any]) -> None:

@@ -12,11 +12,11 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from ssl_jax import methods
 from ssl_jax.errors import UserError, unknown
 
 
@@ -24,7 +24,7 @@ from ssl_jax.errors import UserError, unknown
 class Data:
     name: str = "fashion_mnist"  # fashion_mnist, folder, csv, npz, tfds or synthetic
     path: str = ""  # folder, .csv, .npz; the TFDS data set's name for tfds; empty: the usual places for fashion_mnist
-    split: str = "train"  # train, test or all; any TFDS split
+    split: str = "train"  # train, test, val or all; any TFDS split
     size: int = 0  # images are resized to size x size px when read; 0: as they are (arrays), 224 (image files)
     channels: int = 0  # 1 or 3; 0: as in the data (arrays), 3 (image files)
     limit: int = 0  # use only the first N images; 0: all
@@ -187,8 +187,7 @@ NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "data.size", "data.limit", "da
 
 def method_names() -> list[str]:
     """Names of all methods: the modules of ssl_jax/methods but `base`."""
-    folder = str(Path(__file__).parent / "methods")
-    return sorted(m.name for m in pkgutil.iter_modules([folder]) if m.name != "base")
+    return sorted(m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "base")
 
 
 def method_module(name: str) -> types.ModuleType:

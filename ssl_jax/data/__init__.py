@@ -1,0 +1,29 @@
+"""Images in, uint8 batches out: one module per source, one order for data in memory and on disk.
+
+A source is a module of this folder whose name is `config.data.name`; it holds `read(data: config.Data) -> Source`.
+"""
+
+import dataclasses
+import importlib
+
+from ssl_jax.config import Data
+from ssl_jax.data.source import Source
+from ssl_jax.data.stream import order, stream
+from ssl_jax.errors import unknown
+
+__all__ = ["SOURCES", "Source", "open_source", "order", "stream"]
+
+SOURCES = ("csv", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
+
+
+def open_source(data: Data, split: str | None = None) -> Source:
+    """The images that `data` names, nothing decoded yet.
+
+    split: train, test, all, or another part the data have; None: data.split. Without a test part "test" means the
+        validation part, and without either it is an error: the caller holds images out with `Source.take`.
+    Raises UserError, one line, for whatever is missing, malformed or unreadable.
+    """
+    if data.name not in SOURCES:
+        raise unknown("config.data.name", data.name, SOURCES)
+    module = importlib.import_module(f"ssl_jax.data.{data.name}")
+    return module.read(dataclasses.replace(data, split=split or data.split))

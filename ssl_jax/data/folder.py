@@ -1,0 +1,61 @@
+"""Any folder of images, at any depth, with or without a sub-folder for each class."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ssl_jax.config import Data
+from ssl_jax.data.files import PARTS, File, from_files, printable
+from ssl_jax.data.source import Source, pick_parts
+from ssl_jax.errors import UserError
+
+
+def read(data: Data) -> Source:
+    """The images under data.path, sorted by name; hidden files and files that are not images are passed over.
+
+    First-level folders train/ and test/ (or val/, valid/) are parts of the data. Labels are the names of the
+    first-level folders (below train/ ..., if there are parts) if there are two or more and no image is outside them.
+    """
+    if not data.path:
+        raise UserError("config.data.path='': missing; allowed: a folder of images")
+    root = Path(data.path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"config.data.path={data.path!r}: {'not a folder' if root.exists() else 'no such folder'}")
+    paths = sorted(_image_paths(root))
+    split_up = any(PARTS.get(path[0].lower()) == "train" for path in paths if len(path) > 1)
+    if split_up:
+        paths = [path for path in paths if len(path) > 1 and path[0].lower() in PARTS]
+    depth = 1 if split_up else 0  # where in a path the class stands
+    names = {path[depth] if len(path) > depth + 1 else None for path in paths}
+    # A lone test/ or val/ beside other folders is a part of some data set too, hardly a class.
+    labelled = len(names) > 1 and None not in names and (split_up or not any(n and n.lower() in PARTS for n in names))
+    parts: dict[str, list[File]] = {"train": []}
+    for path in paths:
+        part = PARTS[path[0].lower()] if split_up else "train"
+        label = printable(path[depth]) if labelled else None
+        file = File(root.joinpath(*path), printable("/".join(path)), label, part)
+        parts.setdefault(part, []).append(file)
+    chosen = [file for files in pick_parts(parts, data.split, f"folder {data.path!r}") for file in files]
+    classes = sorted(printable(name) for name in names if name) if labelled else []
+    return from_files(chosen, classes, data, f"config.data.path={data.path!r}")
+
+
+def _image_paths(root: Path) -> Iterator[tuple[str, ...]]:
+    """Image files below root as tuples of names. A folder that links reach twice is read once."""
+    from ssl_jax.data.image import EXTENSIONS
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{printable(error.filename)!r}: {error.strerror}") from error
+
+    seen = set()
+    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
+        here = Path(folder).stat()
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        parents = Path(folder).relative_to(root).parts
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
+                yield (*parents, name)

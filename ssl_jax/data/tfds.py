@@ -1,0 +1,122 @@
+"""Any image data set that TensorFlow Datasets has prepared; reading it needs no TensorFlow."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_jax.config import Data
+from ssl_jax.data.files import SIZE
+from ssl_jax.data.source import Source
+from ssl_jax.errors import UserError
+
+
+def command(name: str) -> str:
+    """What the user types to prepare a data set."""
+    return f"pip install tensorflow-cpu && tfds build {name} --file_format=array_record"
+
+
+def read(data: Data) -> Source:
+    """data.path: a name ("cifar10", "cifar10:3.0.2"; TFDS_DATA_DIR or ~/tensorflow_datasets), or the folder of a
+    prepared version, with its dataset_info.json. data.split: as TFDS writes them, e.g. "train[:10%]"; "all": the sum.
+
+    The image is the feature "image", or the only one that is an image; the label is "label", or the only class label.
+    """
+    from ssl_jax.data import image
+
+    if not data.path:
+        raise UserError("config.data.path='': missing; allowed: the name of a TFDS data set, such as cifar10")
+    with _quiet():
+        records, info = _open(data)
+    image_name, label_name = _features(info, data.path)
+    feature = info.features[image_name]
+    height, width, depth = feature.shape
+    fixed = height and width and not data.size
+    shape = (height, width) if fixed else (data.size or SIZE, data.size or SIZE)
+    channels, size = data.channels or (1 if depth == 1 else 3), 0 if fixed else shape[0]
+    count = min(len(records), data.limit or len(records))
+
+    def labels() -> np.ndarray | None:
+        found = np.array([records[i][label_name] for i in range(count)], np.int32)
+        return None if found.max() < 0 else found  # all -1: a test part whose labels are kept secret
+
+    return Source(
+        [str(i) for i in range(count)],
+        (*shape, channels),
+        lambda index: image.decode(records[index][image_name], size, channels),
+        labels=labels if label_name else None,
+        classes=info.features[label_name].names if label_name else (),
+        max_bad_share=data.max_bad_share,
+        workers=data.workers,
+    )
+
+
+def _open(data: Data) -> tuple[Any, Any]:
+    """The records, with images still encoded, and the data set's description."""
+    where = f"config.data.path={data.path!r}"
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"config.data.name='tfds': {error}; pip install tensorflow-datasets") from error
+    try:
+        if (Path(data.path).expanduser() / "dataset_info.json").is_file():
+            builder = tfds.builder_from_directory(Path(data.path).expanduser())
+        else:
+            builder = tfds.builder(data.path, data_dir=os.environ.get("TFDS_DATA_DIR"))
+    except tfds.core.DatasetNotFoundError as error:
+        raise UserError(
+            f"{where}: TFDS knows no data set of this name, and there is no such prepared folder"
+        ) from error
+    except (ValueError, ImportError, OSError) as error:
+        raise UserError(f"{where}: TFDS can't open it: {str(error).strip().splitlines()[0]}") from error
+    info = builder.info
+    if not info.splits:
+        raise UserError(f"{where}: not prepared in {builder.data_path.parent.parent}; {command(data.path)}")
+    split = "+".join(info.splits) if data.split == "all" else data.split
+    available = f"available: {', '.join([*info.splits, 'all'])}, or as TFDS writes them"
+    if split == "test" and split not in info.splits:
+        raise UserError(f"{where}: no test part; {available}")
+    image_name, _ = _features(info, data.path)
+    try:
+        records = builder.as_data_source(split, decoders={image_name: tfds.decode.SkipDecoding()})
+    except NotImplementedError as error:
+        raise UserError(
+            f"{where}: prepared as {info.file_format.value}, which can't be read in any order; "
+            f"{command(data.path)} --overwrite"
+        ) from error
+    except ValueError as error:
+        reason = "no images" if "length" in str(error) else "unknown or malformed"
+        raise UserError(f"config.data.split={data.split!r}: {reason}; {available}") from error
+    return records, info
+
+
+def _features(info: Any, where: str) -> tuple[str, str | None]:
+    """Names of the image and of the label, if there is one."""
+    import tensorflow_datasets as tfds
+
+    def find(kind: type, name: str) -> str | None:
+        found = [key for key, feature in info.features.items() if type(feature) is kind]
+        return name if name in found else found[0] if len(found) == 1 else None
+
+    image_name = find(tfds.features.Image, "image")
+    if image_name is None or info.features[image_name].np_dtype == np.float32:
+        raise UserError(
+            f"config.data.path={where!r}: features are {', '.join(info.features)}; needed: one image, uint8"
+        )
+    return image_name, find(tfds.features.ClassLabel, "label")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS from logging what our own error says better."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,43 @@
+"""The example of CONTRIBUTING.md is a method like any other."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ssl_jax.methods
+from ssl_jax import trainer
+from ssl_jax.config import method_names
+
+
+def test_the_method_of_contributing_trains(tmp_path, monkeypatch):
+    from test_methods import train
+    from tiny import Images, tiny_config, tiny_encoder
+
+    encoder = tiny_encoder()
+    monkeypatch.setattr(trainer, "build", lambda model, channels, size: encoder)
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    name, code = re.search(r"<!-- method: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL).groups()
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.setattr(ssl_jax.methods, "__path__", [*ssl_jax.methods.__path__, str(tmp_path)])
+    assert name in method_names()
+    _, losses = train(tiny_config(name, train__duration="200 steps"), Images(), 40)
+    assert np.all(np.isfinite(losses)) and np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/evaluation.md", "docs/concepts.md"])
+def test_commands_in_the_docs_parse(page):
+    """Each `ssl-jax ...` line of a shell block names a command, flags and config keys that exist."""
+    from ssl_jax import cli
+
+    text = (Path(__file__).parent.parent / page).read_text()
+    blocks = re.findall(r"```(?:sh|console|)\n(.*?)```", text, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    commands = [line.split()[1:] for line in lines if line.startswith("ssl-jax ")]
+    assert commands or page == "docs/concepts.md"
+    for name, *argv in commands:
+        argv = [a for a in argv if not a.startswith("(")]
+        values, overrides = cli.parse(name, argv)
+        if "config" in values:
+            cli.load_config(values["config"], overrides)

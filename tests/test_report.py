@@ -1,0 +1,223 @@
+"""The report of run folders and study folders, whole or with parts missing."""
+
+import html
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ssl_jax import config as configs
+from ssl_jax.errors import UserError
+from ssl_jax.evaluate.metrics import metrics
+from ssl_jax.report import plots
+from ssl_jax.report.html import Sample, _map, _neighbours, write_report
+from ssl_jax.run import write_json
+
+CLASSES = ["bag & <b>belt</b>", "cost $5", "coat"]
+
+
+def make_run(folder, *, labels=True, std=0.9, path="no/such/folder", **data):
+    """A run folder as training leaves it, without its encoder."""
+    made = configs.default("byol")
+    made.data.name, made.data.path, made.optim.lr = data.get("name", "folder"), path, 0.123
+    made.augment.second.blur = 0.77
+    write_json(folder / "config.json", configs.to_json(configs.resolve(made)))
+    lines = []
+    for i in range(1, 41):
+        line = {"step": 10 * i, "epoch": i / 10, "loss": 4 / i, "grad_norm": 1.0, "embedding_std": std, "lr": 0.1}
+        lines.append({**line, "probe_accuracy": i / 80} if labels else line)
+        if labels and i % 10 == 0:
+            lines.append({"step": 10 * i, "knn_accuracy": 0.7 + i / 400})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timing = [{"step": 10 * i, "images_per_s": 400.0 + i, "waiting": 0.01} for i in range(1, 41)]
+    (folder / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in timing))
+    command = {"time": "2025-01-01T10:00:00+00:00", "argv": ["/bin/ssl-jax", "pretrain", "--workdir=a b"]}
+    environment = {"packages": {"jax": "9.8.7"}, "python": "3.12.0", "devices": ["cpu", "cpu"], "commands": [command]}
+    write_json(folder / "environment.json", environment)
+    Image.new("RGB", (60, 20), (200, 30, 30)).save(folder / "views.png")
+    return folder
+
+
+def add_evaluation(folder, stem="linear-30", seeds=2, classes=CLASSES, n=30):
+    """As `evaluate` writes it, of scores under which the third class is taken for the first one."""
+    labels = np.arange(n) % len(classes)
+    each = metrics(np.eye(len(classes))[np.where(labels == 2, 0, labels)], labels, classes)
+    made = {
+        "protocol": stem.split("-")[0],
+        "labels": 30,
+        "seeds": seeds,
+        "classes": classes,
+        "test": "test split",
+        "per_seed": [each] * seeds,
+        "mean": {"top1": 0.6612345, "macro_auc": None},
+        "interval": {"top1": 0.02 if seeds > 1 else None, "macro_auc": None},
+    }
+    write_json(folder / "evaluation" / f"{stem}.json", made)
+
+
+def text_of(path):
+    """What a reader sees, without pictures and tags."""
+    page = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", path.read_text(), flags=re.S)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
+
+
+def sections(path):
+    return [html.unescape(h) for h in re.findall(r"<h2>(.*?)</h2>", path.read_text())]
+
+
+def test_page_holds_what_the_run_did_and_needs_nothing_else(tmp_path):
+    folder = make_run(tmp_path / "run")
+    add_evaluation(folder)
+    page = write_report(folder)
+    assert page == folder / "report.html"
+    markup, text = page.read_text(), text_of(page)
+    assert "4 epochs (400 steps of batch 256)" in text and "The run is not finished" in text
+    assert "loss 0.1 " not in text and "0.1 loss at first 4" in text
+    assert "80.0 % kNN accuracy" in text and "The embedding is healthy" in text
+    assert markup.count("<svg") == 6
+    assert "config.optim.lr 0.123 0.45" in text and "config.augment.second.blur 0.77" in text
+    assert "2 × cpu" in text and "jax 9.8.7" in text and "ssl-jax pretrain '--workdir=a b'" in text
+    assert not re.findall(r"<script|<link|@import|(?:src|href)=\"(?!data:|#)|url\((?!#)", markup)
+    assert "prefers-color-scheme: dark" in markup and "width=device-width" in markup
+    assert write_report(folder, tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_confusion_is_that_of_the_newest_evaluation(tmp_path):
+    folder = make_run(tmp_path)
+    add_evaluation(folder, "knn-30", seeds=1)
+    add_evaluation(folder)
+    os.utime(folder / "evaluation" / "knn-30.json", (1, 1))
+    text = text_of(write_report(folder))
+    assert "0.6612 ± 0.0200" in text and "2 draws of labels together" in text
+    # Class, test images, recall, precision, F1, taken for: class 2 always went to class 0, which halves its precision.
+    assert "bag & <b>belt</b> 10 100.0 % 50.0 % 66.7 % 0.7500 –" in text
+    assert "coat 10 0.0 % – 0.0 % 0.5000 bag & <b>belt</b> (100.0 %)" in text
+
+
+def test_names_are_escaped(tmp_path):
+    folder = make_run(tmp_path, path="<i>x</i> & y")
+    add_evaluation(folder)
+    markup = write_report(folder).read_text()
+    assert "<b>belt" not in markup and "<i>x" not in markup and "&lt;i&gt;x&lt;/i&gt; &amp; y" in markup
+
+
+def test_collapse_and_broken_losses_are_said_in_words(tmp_path):
+    assert "The embedding has collapsed" in text_of(write_report(make_run(tmp_path / "a", std=0.001)))
+    assert "The embedding is narrow" in text_of(write_report(make_run(tmp_path / "c", std=0.05)))
+    folder = make_run(tmp_path / "b")
+    with (folder / "metrics.jsonl").open("a") as file:
+        line = {"step": 410, "epoch": 4.1, "loss": None, "grad_norm": None, "embedding_std": 0.03, "lr": 0.1}
+        file.write(json.dumps(line) + "\n")
+    assert "not a finite number" in text_of(write_report(folder))
+
+
+def test_missing_inputs_leave_their_sections_out(tmp_path):
+    write_json(tmp_path / "config.json", configs.to_json(configs.resolve(configs.default("simclr"))))
+    page = write_report(tmp_path)
+    assert sections(page) == ["Training curves", "Evaluation", "Configuration"]
+    assert text_of(page).count("No step has been logged yet") == 2
+    unlabelled = write_report(make_run(tmp_path / "b", labels=False))
+    assert "Accuracy" not in re.findall(r"<figcaption>(.*?)</figcaption>", unlabelled.read_text())
+    with pytest.raises(UserError, match=r"no config\.json"):
+        write_report(tmp_path / "nothing")
+
+
+def test_many_classes_become_a_picture(tmp_path):
+    folder = make_run(tmp_path)
+    add_evaluation(folder, classes=[f"class {i}" for i in range(25)], n=100)
+    markup = write_report(folder).read_text()
+    assert 'class="heat"' in markup and 'class="matrix"' not in markup
+    assert "class 24" in markup
+
+
+def test_finished_run_shows_its_images_as_long_as_they_are_there(tmp_path):
+    from ssl_jax.encoder import describe, export, random_encoder
+
+    made = configs.default("simclr")
+    made.data.name, made.data.path, made.model.name = "synthetic", "classes=3,n=30", "resnet_thin"
+    config = configs.resolve(made)
+    encoder = random_encoder(config.model, 32, 3, seed=0)
+    export(tmp_path / "encoder", encoder._replace(about=describe(config, 32, 3, 10)))
+    write_json(tmp_path / "config.json", configs.to_json(config))
+    page = write_report(tmp_path)
+    assert {"Nearest neighbours", "Embedding map"} <= set(sections(page))
+    assert page.read_text().count('class="strip"') == 3 and "30 training images; colours: classes" in text_of(page)
+    assert "30 images of classes=3" in text_of(page)
+
+    made.data.name, made.data.path = "folder", str(tmp_path / "gone")
+    write_json(tmp_path / "config.json", configs.to_json(configs.resolve(made)))
+    page = write_report(tmp_path)
+    assert "Left out, as is the embedding map" in text_of(page) and str(tmp_path / "gone") in text_of(page)
+    assert "Embedding map" not in sections(page)
+
+
+def sample(n=40, labels=True, size=20, channels=1):
+    rng = np.random.default_rng(0)
+    kind = np.arange(n) % 3
+    features = np.eye(3)[kind] + 0.01 * rng.normal(size=(n, 3))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    images = rng.integers(0, 255, (n, size, size, channels), np.uint8)
+    return Sample(images, features, [f"a<{i}>.png" for i in range(n)], kind if labels else None, CLASSES, n)
+
+
+@pytest.mark.parametrize(("labels", "channels", "size"), [(True, 1, 20), (False, 3, 120), (True, 5, 20)])
+def test_neighbours_are_the_nearest(labels, channels, size):
+    markup = _neighbours(sample(labels=labels, channels=channels, size=size))
+    rows = markup.count('class="strip"')
+    assert rows == (3 if labels else 8)
+    assert markup.count("<img") == 7 * rows
+    assert "a&lt;0&gt;.png" in markup
+    if labels:
+        assert "100% of the neighbours share" in markup
+        assert markup.count('class="same"') == 18 and 'class="other"' not in markup
+
+
+def test_few_images_are_said_to_be_too_few():
+    assert "too few" in _neighbours(sample(n=3)) and "too few" in _map(sample(n=2))
+
+
+def test_map_names_the_classes():
+    markup = _map(sample())
+    assert "cost $5" in markup and "bag &amp; &lt;b&gt;belt" in markup
+
+
+def test_projection_is_principal_components():
+    from sklearn.decomposition import PCA
+
+    features = np.random.default_rng(1).normal(size=(50, 8)) * np.arange(1, 9)
+    points, names = plots.project(features)
+    wanted = PCA(2)
+    theirs = wanted.fit_transform(features)
+    np.testing.assert_allclose(np.abs(points), np.abs(theirs), atol=1e-9)
+    assert f"{wanted.explained_variance_ratio_[0]:.0%}" in names[0]
+
+
+def test_long_curves_are_averaged_in_blocks():
+    x, y = plots._thin(np.arange(1000.0), np.tile([0.0, 2.0], 500)[:1000])
+    assert len(x) <= plots.MOST_POINTS
+    np.testing.assert_allclose(y[:-1].mean(), 1.0, atol=0.4)
+    np.testing.assert_allclose(x[0], 1.0)
+
+
+def test_study_folder(tmp_path):
+    make_run(tmp_path / "pretrain" / "byol")
+    assert "No result yet" in text_of(write_report(tmp_path))
+    config = configs.to_json(configs.resolve(configs.default("byol")))
+    config["study"]["arms"] = {"byol": {"optim": {"lr": 0.1}}, "scratch": {}}
+    write_json(tmp_path / "study.json", {"config": config})
+    (tmp_path / "summary.csv").write_text("arm,labels,mean\n<byol>,50,0.7012345\nscratch,50,0.65\n")
+    table = "| arm | 50 labels | 1,000 labels |\n|---|---|---|\n| <byol> | 70.1 ± 0.5 | – |"
+    (tmp_path / "summary.md").write_text(f"# Study\n\nTop-1 & <more>.\n\n{table}\n\nbyol: better.\n")
+    for name in ("curve", "gain_by_class"):
+        Image.new("RGB", (60, 20)).save(tmp_path / f"{name}.png")
+    page = write_report(tmp_path)
+    pictures = ["Score against labels", "Gain by class"]
+    assert sections(page) == ["Result", *pictures, "All metrics", "Pretraining of byol", "Configuration"]
+    text = text_of(page)
+    assert "byol, scratch on fashion_mnist (train): finetune with 50, 100, 250, 1,000 labels, 5 draws" in text
+    assert "Top-1 & <more>. arm 50 labels 1,000 labels <byol> 70.1 ± 0.5 – byol: better." in text
+    assert "<byol> 50 0.7012" in text and "byol on a resnet18" in text and "config.study.arms.byol.optim.lr 0.1" in text
+    assert page.read_text().count("data:image/png") == 2

@@ -1,0 +1,231 @@
+"""Whole runs: real processes, real kills, real files."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import Images, tiny_config, tiny_encoder
+
+from ssl_jax import run, trainer
+from ssl_jax.checkpoint import steps
+from ssl_jax.errors import UserError
+
+TINY = (
+    "--config.data.name=synthetic --config.data.limit=96 --config.data.size=16 --config.data.channels=1 "
+    "--config.augment.preset=grayscale --config.model.name=resnet_thin --config.model.width=0.25 "
+    "--config.method.queue=50 --config.method.hidden=16 --config.method.out=8 --config.method.bn_groups=2 "
+    "--config.train.batch=16 --config.train.log_every=1_steps --config.train.save_every=5_steps "
+    "--config.eval.every=10_steps --config.train.devices=1"
+).replace("_steps", " steps")
+FLAGS = [f"--{flag}" for flag in TINY.removeprefix("--").split(" --")]
+
+
+def command(workdir, *more, duration="60 steps", method="moco"):
+    config = ["--config=pretrain:" + method, f"--workdir={workdir}", f"--config.train.duration={duration}"]
+    flags = FLAGS if method == "moco" else [f for f in FLAGS if "queue" not in f and "bn_groups" not in f]
+    return [sys.executable, "-m", "ssl_jax.cli", "pretrain", *config, *flags, *more]
+
+
+def start(*args, **kwargs):
+    return subprocess.Popen(command(*args, **kwargs), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=300)
+
+
+def wait_for(process, workdir, count, what="metrics"):
+    """Until the run has written `count` lines, or saved a checkpoint of at least that step."""
+    end = time.monotonic() + 200
+    while time.monotonic() < end and process.poll() is None:
+        lines = len(run.read_lines(Path(workdir) / "metrics.jsonl"))
+        if (lines if what == "metrics" else max([0, *steps(Path(workdir) / "checkpoints")])) >= count:
+            return
+        time.sleep(0.005)
+    if process.poll() is not None and process.returncode:
+        pytest.fail(f"ended with {process.returncode}: {process.stderr.read()}")
+
+
+def final_arrays(workdir):
+    """Digests of every array of the newest checkpoint, and every array itself."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    path = Path(workdir).absolute() / "checkpoints" / f"{steps(Path(workdir) / 'checkpoints')[-1]:09d}"
+    return ocp.metadata(path).custom_metadata["arrays"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    done = finish(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_run_folder_holds_everything(uninterrupted):
+    names = {p.name for p in uninterrupted.iterdir()}
+    files = {"config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "encoder", "views.png"}
+    assert files | {"report.html"} <= names
+    lines = run.read_lines(uninterrupted / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
+    assert [line["step"] for line in lines if "knn_accuracy" in line] == [10, 20, 30, 40, 50, 60]
+    assert json.loads((uninterrupted / "environment.json").read_text())["conv"] in ("native", "patches")
+
+
+def test_killed_at_any_moment_it_ends_bit_identical(uninterrupted, tmp_path):
+    """SIGKILL at three random moments: while compiling, between saves, and right when a checkpoint appears."""
+    workdir = tmp_path / "run"
+    moments = [("metrics", random.randint(1, 18)), ("checkpoint", 25), ("metrics", random.randint(36, 55))]
+    for what, count in moments:
+        process = start(workdir)
+        wait_for(process, workdir, count, what)
+        time.sleep(random.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    done = finish(workdir)
+    assert done.returncode == 0, done.stderr
+    assert final_arrays(workdir) == final_arrays(uninterrupted), moments
+    same = (workdir / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
+    assert same, moments
+    weights = "encoder/encoder.safetensors"
+    assert (workdir / weights).read_bytes() == (uninterrupted / weights).read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_ask_for_requeue(uninterrupted, tmp_path, number):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for(process, workdir, 7)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == trainer.REQUEUE, err
+    saved = steps(workdir / "checkpoints")[-1]
+    assert saved >= 7 and f"saved step {saved}" in err
+    done = finish(workdir)
+    assert done.returncode == 0, done.stderr
+    assert f"from step {saved}" in done.stderr
+    assert final_arrays(workdir) == final_arrays(uninterrupted)
+
+
+def test_second_run_of_a_finished_one_changes_nothing(uninterrupted):
+    before = {p: p.stat().st_mtime_ns for p in (uninterrupted / "checkpoints").rglob("*") if p.is_file()}
+    metrics = (uninterrupted / "metrics.jsonl").read_bytes()
+    done = finish(uninterrupted)
+    assert done.returncode == 0, done.stderr
+    assert before == {p: p.stat().st_mtime_ns for p in (uninterrupted / "checkpoints").rglob("*") if p.is_file()}
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_another_config_in_the_same_folder_is_refused(uninterrupted):
+    done = finish(uninterrupted, "--config.optim.lr=0.5", "--config.train.seed=3")
+    assert done.returncode == 2
+    assert "config.optim.lr: 0.03 -> 0.5" in done.stderr and "config.train.seed: 0 -> 3" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    process = start(tmp_path / "run", duration="4000 steps")
+    wait_for(process, tmp_path / "run", 1)
+    done = finish(tmp_path / "run", duration="4000 steps")
+    process.kill()
+    process.wait()
+    assert done.returncode == 2 and "another process is working in this folder" in done.stderr
+
+
+def test_full_disk_while_training_is_one_line_and_can_be_resumed(tmp_path):
+    """No file may grow beyond 3 kB after the first save: metrics or a checkpoint hit it."""
+    script = (
+        "import resource, signal, sys; from ssl_jax import checkpoint, cli; save = checkpoint.save\n"
+        "def first(folder, step, *rest):\n"
+        "    save(folder, step, *rest); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "checkpoint.save = first; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    args = command(tmp_path / "run", duration="30 steps")
+    done = subprocess.run([args[0], "-c", script, *args[3:]], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("ssl-jax: ") and "not written" in done.stderr
+    assert steps(tmp_path / "run" / "checkpoints") == [5]
+    assert finish(tmp_path / "run", duration="30 steps").returncode == 0
+
+
+def folder_of_images(folder, n=40):
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for i in range(n):
+        place = folder / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (20, 24, 3)).astype(np.uint8)).save(place / f"{i}.png")
+    return folder
+
+
+def test_memory_and_disk_engines_train_the_same(tmp_path):
+    """The same images in the same order with the same augmentation, wherever the bytes come from."""
+    data = folder_of_images(tmp_path / "data")
+    lines = {}
+    for engine in ("memory", "disk"):
+        config = tiny_config("simclr", train__duration="2.5 epochs", eval__every="0 steps")
+        source = dataclasses.replace(config.data, name="folder", path=str(data), size=16, engine=engine)
+        trainer.fit(dataclasses.replace(config, data=source), tmp_path / engine)
+        lines[engine] = (tmp_path / engine / "metrics.jsonl").read_text()
+    assert lines["memory"] == lines["disk"] and len(lines["memory"].splitlines()) == 5
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    encoder = tiny_encoder()
+    monkeypatch.setattr(trainer, "build", lambda model, channels, size: encoder)
+    monkeypatch.setattr(trainer, "export", lambda folder, encoder: None)
+
+
+def test_loss_not_finite_stops_with_step_cause_and_checkpoint(tmp_path, small_networks):
+    source = Images()
+    config = tiny_config("supervised", train__duration="40 steps", train__save_every="2 steps", optim__lr=1e38)
+    with pytest.raises(UserError, match=r"step \d+: loss is (nan|inf).*likely cause: a learning rate too high.*checkpoint"):
+        trainer.fit(config, tmp_path / "run", source)
+    assert all(line["loss"] is not None for line in run.read_lines(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_non_finite_steps_are_left_out_with_everything_they_touched(small_networks):
+    """A batch with a NaN: parameters, queue, statistics and target stay bit-equal; the step counts."""
+    config = tiny_config("moco", optim__skip_nonfinite=True)
+    setup = trainer.set_up(config, Images())
+    bad = setup.method._replace(loss=lambda outputs, extra, batch: (outputs["query"].sum() * jnp.nan, {}))
+    mesh = trainer.make_mesh(1, 16)
+    state = trainer.init_state(setup, 0)
+    step = jax.jit(trainer.make_step(setup._replace(method=bad), config, mesh))
+    after, metrics = step(state, {"image": jnp.zeros((16, 8, 8, 1), jnp.uint8), "label": jnp.zeros(16, jnp.int32)})
+    assert int(metrics["skipped"]) == 1 and int(after.step) == 1
+    for a, b in zip(jax.tree.leaves(after._replace(step=0)), jax.tree.leaves(state._replace(step=0)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_collapse_is_told_in_words(tmp_path, small_networks, capsys):
+    """Black images all look the same: the embedding cannot spread."""
+    source = Images(n=64)
+    source.images[:] = 0
+    config = tiny_config("simclr", train__duration="60 steps", eval__every="0 steps")
+    trainer.fit(config, tmp_path / "run", source)
+    assert "the method has collapsed" in capsys.readouterr().err
+
+
+def test_workdir_that_is_something_else(tmp_path, small_networks):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    for name, message in (("file", "cannot be made|is a file"), ("full", "not empty and no run folder")):
+        with pytest.raises(UserError, match=message):
+            trainer.fit(tiny_config("simclr"), tmp_path / name, Images())
+    assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
+    assert os.listdir(tmp_path / "full") == ["thesis.tex"] or sorted(os.listdir(tmp_path / "full")) == [".lock", "thesis.tex"]
