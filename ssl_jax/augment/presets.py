@@ -1,0 +1,53 @@
+"""Named pairs of views. Each number's source stands beside it; `config.augment.KEY` changes any of them."""
+
+from dataclasses import replace
+
+from ssl_jax.config import View
+
+# BYOL (arXiv 2006.07733, appendix B and table 6), also used by Barlow Twins and MoCo v3; torchvision's blur in px.
+_BYOL = View(
+    crop_scale=(0.08, 1.0),
+    flip=0.5,
+    jitter_prob=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.2,
+    hue=0.1,
+    gray=0.2,
+    blur_sigma=(0.1, 2.0),
+    solarize_threshold=0.5,
+)
+
+# SimCLR on CIFAR-10 (arXiv 2002.05709, appendix B.9): colour distortion at half strength, no blur;
+# smallest crop 0.2 as in solo-learn's and lightly's CIFAR recipes.
+_SMALL = View(
+    crop_scale=(0.2, 1.0),
+    flip=0.5,
+    jitter_prob=0.8,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+    gray=0.2,
+)
+
+# Ours, for one channel: what is left of `small` without colour; crops below a quarter lose a 28 px garment.
+_GRAYSCALE = View(crop_scale=(0.25, 1.0), flip=0.5, jitter_prob=0.8, brightness=0.4, contrast=0.4)
+
+# MoCo-CXR (arXiv 2010.05352): rotation up to 10 degrees and flip, no crop, blur or colour, because a lesion may be
+# small and its brightness is the finding. Perspective is ours, light. A flip puts the heart on the other side: set
+# flip=0 where the side matters.
+_CHEST_XRAY = View(rotate=10.0, flip=0.5, perspective=0.2, perspective_prob=0.5)
+
+# Ours, for fine-tuning from few labels: crop and flip, both mild.
+_LIGHT = View(crop_scale=(0.6, 1.0), flip=0.5)
+
+PRESETS: dict[str, tuple[View, View]] = {
+    # The second view is the one that is solarized and hardly blurred (BYOL, table 6).
+    "natural": (replace(_BYOL, blur=1.0), replace(_BYOL, blur=0.1, solarize=0.2)),
+    "small": (_SMALL, _SMALL),
+    "grayscale": (_GRAYSCALE, _GRAYSCALE),
+    "chest_xray": (_CHEST_XRAY, _CHEST_XRAY),
+    "light": (_LIGHT, _LIGHT),
+    "none": (View(), View()),
+}

@@ -1,0 +1,237 @@
+"""Random views in two steps: `draw` the parameters of a view, then `render` it.
+
+Between the two a method may read parameters (crop boxes, factors) or let two views share some. What a `View` has
+switched off is neither drawn nor computed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.augment import ops
+from ssl_jax.augment.presets import PRESETS
+from ssl_jax.config import Augment, View
+from ssl_jax.errors import UserError, unknown
+
+Parameters = dict[str, jax.Array]
+
+COLOUR = ("brightness", "contrast", "saturation", "hue")
+TRIES = 10  # boxes that are drawn until one lies inside the image, as in torchvision
+# Each parameter has its own places in one row of uniform numbers: one draw per image and view is fast, and switching
+# one thing off leaves all others as they were.
+PLACES = {
+    "area": TRIES, "ratio": TRIES, "corner": 2, "flip": 1, "rotate": 1, "translate": 2, "perspective": 9,
+    "jitter": 1, "order": 4, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 1, "gray": 1, "blur": 2,
+    "solarize": 1,
+}  # fmt: skip
+
+
+def resolve(augment: Augment, count: int, size: int) -> tuple[View, ...]:
+    """The `count` views of a config, each with its size in px filled in (`size` where the config has none).
+
+    Views after the second are like the first. Raises UserError for an unknown preset or key and a value out of range.
+    """
+    if augment.preset not in PRESETS:
+        raise unknown("config.augment.preset", augment.preset, PRESETS)
+    fields = [f.name for f in dataclasses.fields(View)]
+    for path, changes in (("config.augment", augment.override), ("config.augment.second", augment.second)):
+        for key in changes:
+            if key not in fields:
+                raise unknown(path, key, fields)
+    made = []
+    for v in range(count):
+        second = augment.second if v == 1 else {}
+        view = dataclasses.replace(PRESETS[augment.preset][v == 1], **{**augment.override, **second})
+        view = dataclasses.replace(view, size=view.size or size)
+        _check(view, "config.augment.second" if second else "config.augment")
+        made.append(view)
+    return tuple(made)
+
+
+def _check(view: View, path: str) -> None:
+    def need(key: str, fine: bool, allowed: str) -> None:
+        if not fine:
+            raise UserError(f"{path}.{key}={getattr(view, key)!r}: allowed: {allowed}")
+
+    for key in ("flip", "perspective", "perspective_prob", "jitter_prob", "gray", "blur", "solarize", "translate"):
+        need(key, 0 <= getattr(view, key) <= 1, "0 to 1")
+    for key in ("brightness", "contrast", "saturation", "solarize_threshold"):
+        need(key, getattr(view, key) >= 0, "0 or more")
+    need("hue", 0 <= view.hue <= 0.5, "0 to 0.5")
+    need("rotate", 0 <= view.rotate <= 180, "0 to 180")
+    need("size", view.size >= 1, "1 or more")
+    for key in ("crop_scale", "crop_ratio", "blur_sigma"):
+        value = getattr(view, key)
+        most = 1 if key == "crop_scale" else math.inf
+        allowed = "two numbers, 0 < smallest <= largest" + (" <= 1" if most == 1 else "")
+        need(key, len(value) == 2 and 0 < value[0] <= value[1] <= most, allowed)
+
+
+def make_views(views: Sequence[View]) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]:
+    """A function (rng, images uint8 [B, H, W, C]) -> one float32 [B, s, s, C] in [0, 1] for each of `views`.
+
+    The view v of the image at position i is drawn from fold_in(fold_in(rng, i), v): it depends on nothing else,
+    neither on the batch around it nor on the number of devices. Raises UserError for a value out of range.
+    """
+    for view in views:
+        _check(view, "view")
+
+    def one(key, image):
+        height, width, _ = image.shape
+        keys = [jax.random.fold_in(key, v) for v in range(len(views))]
+        return tuple(render(image, draw(k, v, height, width), v) for k, v in zip(keys, views, strict=True))
+
+    def apply(rng, images):
+        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(len(images)))
+        return jax.vmap(one)(keys, images)
+
+    return apply
+
+
+def center_view(images: jax.Array, size: int) -> jax.Array:
+    """Images uint8 [B, H, W, C] as they are: float32 [B, size, size, C] in [0, 1], resized only if the size differs."""
+    return jax.vmap(lambda image: render(image, {}, View(size=size)))(images)
+
+
+def draw(key: jax.Array, view: View, height: int, width: int) -> Parameters:
+    """Random parameters of one view of an image of height x width px; only those that `view` has switched on.
+
+    top, left, height, width   the crop box in px of the source (whole numbers)
+    flip, gray, solarize       whether
+    angle                      degrees, counter-clockwise
+    shift [2]                  px right and down (whole numbers)
+    corners [4, 2]             where the corners (x, y) go: upper left, upper right, lower right, lower left
+    order [K]                  the colour operations in turn, as positions in those of COLOUR that are on
+    brightness, contrast, saturation     factors, 1 changes nothing; hue: shift in turns, 0 changes nothing
+    sigma                      of the blur in px, 0: none
+    """
+    numbers = jax.random.uniform(key, (sum(PLACES.values()),))
+    u = dict(zip(PLACES, jnp.split(numbers, list(accumulate(PLACES.values()))[:-1]), strict=True))
+    made: Parameters = {}
+    if tuple(view.crop_scale) != (1.0, 1.0):
+        made |= _draw_box(u, view, height, width)
+    for name in ("flip", "gray", "solarize"):
+        if getattr(view, name):
+            made[name] = u[name][0] < getattr(view, name)
+    if view.rotate:
+        made["angle"] = view.rotate * (2 * u["rotate"][0] - 1)
+    if view.translate:
+        made["shift"] = jnp.round(view.translate * jnp.array([width, height]) * (2 * u["translate"] - 1))
+    if view.perspective and view.perspective_prob:
+        made["corners"] = _draw_corners(u["perspective"], view, height, width)
+    made |= _draw_jitter(u, view)
+    if view.blur:
+        low, high = view.blur_sigma
+        made["sigma"] = jnp.where(u["blur"][0] < view.blur, low + (high - low) * u["blur"][1], 0)
+    return made
+
+
+def _draw_box(u: Parameters, view: View, height: int, width: int) -> Parameters:
+    """Area uniform, ratio log-uniform, the first of TRIES boxes that fits; else a central one (as torchvision)."""
+    low, high = view.crop_scale
+    area = height * width * (low + (high - low) * u["area"])
+    low, high = map(math.log, view.crop_ratio)
+    ratio = jnp.exp(low + (high - low) * u["ratio"])
+    heights, widths = jnp.round(jnp.sqrt(area / ratio)), jnp.round(jnp.sqrt(area * ratio))
+    fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
+    first = jnp.argmax(fits)
+    narrow = min(height, round(width / view.crop_ratio[0])), min(width, round(height * view.crop_ratio[1]))
+    box_height = jnp.where(fits[first], heights[first], max(1, narrow[0]))
+    box_width = jnp.where(fits[first], widths[first], max(1, narrow[1]))
+    position = jnp.where(fits.any(), u["corner"], 0.5)
+    top = jnp.floor(position[0] * (height - box_height + 1))
+    left = jnp.floor(position[1] * (width - box_width + 1))
+    return {"top": top, "left": left, "height": box_height, "width": box_width}
+
+
+def _draw_corners(u: jax.Array, view: View, height: int, width: int) -> jax.Array:
+    """Each corner moves inwards by up to perspective x half the side (torchvision's RandomPerspective)."""
+    reach = jnp.array([math.floor(view.perspective * (side // 2)) + 1 for side in (width, height)])
+    inwards = jnp.floor(u[1:].reshape(4, 2) * reach)
+    start = _corners(height, width)
+    moved = jnp.where(start > 0, start - inwards, inwards)
+    return jnp.where(u[0] < view.perspective_prob, moved, start)
+
+
+def _corners(height: int, width: int) -> jax.Array:
+    right, bottom = width - 1.0, height - 1.0
+    return jnp.array([[0, 0], [right, 0], [right, bottom], [0, bottom]])
+
+
+def _draw_jitter(u: Parameters, view: View) -> Parameters:
+    strengths = {name: getattr(view, name) for name in COLOUR if getattr(view, name) and view.jitter_prob}
+    made: Parameters = {}
+    for name, strength in strengths.items():
+        low, high, neutral = (-strength, strength, 0) if name == "hue" else (max(0, 1 - strength), 1 + strength, 1)
+        made[name] = jnp.where(u["jitter"][0] < view.jitter_prob, low + (high - low) * u[name][0], neutral)
+    if strengths:
+        made["order"] = jnp.argsort(u["order"][jnp.array([COLOUR.index(name) for name in strengths])])
+    return made
+
+
+def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
+    """One view float32 [s, s, C] in [0, 1] of an image [H, W, C], uint8 or float in [0, 1]; s = view.size.
+
+    Order: warp (rotation, perspective, shift: one sampling for all three), crop, flip, colour jitter, gray, blur,
+    solarize. What `parameters` lacks is left out. Colour needs C = 3.
+    """
+    height, width, channels = image.shape
+    image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+    image = _warp(image, parameters)
+    if "top" in parameters or (height, width) != (view.size, view.size):
+        box = {"top": 0, "left": 0, "height": height, "width": width}
+        image = ops.resized_crop(image, **{k: parameters.get(k, whole) for k, whole in box.items()}, size=view.size)
+    if "flip" in parameters:
+        image = jnp.where(parameters["flip"], ops.horizontal_flip(image), image)
+    image = _jitter(image, parameters)
+    if "gray" in parameters and channels == 3:
+        image = jnp.where(parameters["gray"], ops.to_grayscale(image), image)
+    if "sigma" in parameters:
+        image = ops.gaussian_blur(image, blur_kernel(view.size), parameters["sigma"])
+    if "solarize" in parameters:
+        image = jnp.where(parameters["solarize"], ops.solarize(image, view.solarize_threshold), image)
+    return image
+
+
+def blur_kernel(size: int) -> int:
+    """A tenth of the view's side, odd, at least 3 px (SimCLR, appendix A)."""
+    return max(3, 2 * (size // 20) + 1)
+
+
+def _warp(image: jax.Array, parameters: Parameters) -> jax.Array:
+    height, width, _ = image.shape
+    matrices = []
+    if "angle" in parameters:
+        matrices.append(ops.rotation_matrix(height, width, parameters["angle"]))
+    if "corners" in parameters:
+        matrices.append(ops.perspective_matrix(_corners(height, width), parameters["corners"]))
+    if "shift" in parameters:
+        matrices.append(ops.translation_matrix(*parameters["shift"]))
+    return ops.warp(image, ops.compose(*matrices)) if matrices else image
+
+
+def _jitter(image: jax.Array, parameters: Parameters) -> jax.Array:
+    """The colour operations in the drawn order, one after the other.
+
+    Under vmap a branch costs all its branches. Brightness, contrast and saturation are one blend with another image
+    each, so a step selects that image and the factor, blends once, and turns the hue once.
+    """
+    names = [name for name in COLOUR if name in parameters]
+    rgb = image.shape[-1] == 3
+    for step in range(len(names)):
+        chosen = {name: parameters["order"][step] == number for number, name in enumerate(names)}
+        others = [("brightness", jnp.zeros(())), ("contrast", ops.mean_luma(image))]
+        others += [("saturation", ops.luma(image))] if rgb else []
+        other, factor = jnp.zeros(()), jnp.ones(())
+        for name, candidate in others:
+            if name in chosen:
+                other = jnp.where(chosen[name], candidate, other)
+                factor = jnp.where(chosen[name], parameters[name], factor)
+        blended = ops.blend(image, other, factor)
+        turned = "hue" in chosen and rgb
+        image = jnp.where(chosen["hue"], ops.adjust_hue(image, parameters["hue"]), blended) if turned else blended
+    return image

@@ -1,0 +1,86 @@
+"""Heads: what stands on top of an encoder while it is trained. Inputs and outputs float32, [B, D] -> [B, D']."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax
+
+from ssl_jax.methods.base import Network
+from ssl_jax.models.layers import BatchNorm, network
+
+# PyTorch's default for a linear layer: weights and biases uniform in +-1 / sqrt(inputs).
+_uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Linear(nn.Module):
+    features: int
+    bias: bool = True
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def bias_init(rng, shape):
+            bound = x.shape[-1] ** -0.5
+            return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
+
+        zeros = nn.initializers.zeros
+        x = x @ self.param("kernel", zeros if self.zero else _uniform, (x.shape[-1], self.features))
+        if self.bias:
+            x = x + self.param("bias", zeros if self.zero else bias_init, (self.features,))
+        return x
+
+
+class MLP(nn.Module):
+    sizes: tuple[int, ...]
+    norm: bool
+    bias: bool
+    last_norm: Literal[None, "affine", "plain"]
+    last_bias: bool
+
+    @nn.compact
+    def __call__(self, x, *, train: bool, groups: int = 1):
+        for i, size in enumerate(self.sizes[:-1], 1):
+            x = Linear(size, self.bias, name=f"linear{i}")(x)
+            if self.norm:
+                x = BatchNorm(name=f"bn{i}")(x, train=train, groups=groups)
+            x = nn.relu(x)
+        n = len(self.sizes)
+        x = Linear(self.sizes[-1], self.last_bias, name=f"linear{n}")(x)
+        if self.last_norm:
+            x = BatchNorm(affine=self.last_norm == "affine", name=f"bn{n}")(x, train=train, groups=groups)
+        return x
+
+
+class Classifier(nn.Module):
+    size: int
+    bias: bool
+    zero: bool
+
+    @nn.compact
+    def __call__(self, x, *, train: bool, groups: int = 1):
+        del train, groups
+        return Linear(self.size, self.bias, self.zero, name="linear")(x)
+
+
+def mlp(
+    sizes: Sequence[int],
+    *,
+    norm: bool = True,
+    bias: bool = False,
+    last_norm: Literal[None, "affine", "plain"] = None,
+    last_bias: bool = True,
+) -> Network:
+    """A projector or predictor: Linear, BatchNorm, ReLU for each size but the last, for which it is a Linear.
+
+    norm: BatchNorm in between. bias: of the Linear layers but the last (without effect before a BatchNorm).
+    last_bias: of the last Linear.
+    last_norm: BatchNorm after the last, with ("affine") or without ("plain") a learned scale and bias.
+    Weights and biases start uniform in +-1 / sqrt(inputs), as PyTorch's do.
+    """
+    return network(MLP(tuple(sizes), norm, bias, last_norm, last_bias))
+
+
+def linear(size: int, bias: bool = True, zero: bool = False) -> Network:
+    """One linear layer to `size` outputs; zero: it starts at 0 (a classifier), else uniform in +-1 / sqrt(inputs)."""
+    return network(Classifier(size, bias, zero))

@@ -1,0 +1,104 @@
+"""The layers that networks here are made of, and the way from a flax module to a `Network`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import Network
+from ssl_jax.models.conv import conv
+
+# Weights as in torchvision's ResNet: normal with variance 2 / (k * k * output channels) (kaiming, fan out).
+kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class Conv(nn.Module):
+    """Convolution without bias, [B, H, W, C] -> [B, H', W', features], padded by (size - 1) // 2."""
+
+    features: int
+    size: int
+    stride: int = 1
+    how: str = "native"
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", kaiming_normal, (self.size, self.size, x.shape[-1], self.features))
+        return conv(x, kernel.astype(x.dtype), self.stride, (self.size - 1) // 2, self.how)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last (https://arxiv.org/abs/1502.03167), with PyTorch's conventions.
+
+    eps 1e-5; running statistics move by 0.1 a step, their variance is the unbiased one. groups > 1: that many equal
+    parts of the batch have statistics of their own, and the running ones follow their mean. Statistics are computed and
+    kept in float32 whatever the dtype of x; the output has the dtype of x.
+
+    Raises UserError if the batch does not divide into the groups.
+    """
+
+    affine: bool = True
+    scale_init: Callable = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x, *, train: bool, groups: int = 1):
+        features = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        var = self.variable("batch_stats", "var", jnp.ones, features)
+        parts = x.astype(jnp.float32)
+        if train and not self.is_initializing():
+            parts = _split(parts, groups)
+            m, v = _statistics(parts, mean.value)
+            count = parts.size // v.size
+            for kept, now in ((mean, m), (var, v * (count / max(count - 1, 1)))):
+                now = lax.stop_gradient(now.reshape(groups, -1).mean(0))
+                kept.value = 0.9 * kept.value + 0.1 * now
+        else:
+            m, v = mean.value, var.value
+        factor = lax.rsqrt(v + 1e-5)
+        if self.affine:
+            factor = factor * self.param("scale", self.scale_init, features)
+        shift = -m * factor
+        if self.affine:
+            shift = shift + self.param("bias", nn.initializers.zeros, features)
+        return (parts * factor + shift).reshape(x.shape).astype(x.dtype)
+
+
+def _split(x, groups):
+    """[B, ..., C] -> [groups, B / groups, ..., C]."""
+    if groups < 1 or len(x) % groups:
+        allowed = ", ".join(str(n) for n in range(1, len(x) + 1) if len(x) % n == 0)
+        raise UserError(f"config.method.bn_groups={groups}: does not divide a batch of {len(x)}; allowed: {allowed}")
+    return x.reshape(groups, -1, *x.shape[1:])
+
+
+def _statistics(parts, near):
+    """Mean and biased variance of parts [groups, n, ..., C], each [groups, 1, ..., C].
+
+    One pass over memory: mean and mean square. Both are of the distance to `near` [C], so that their difference does
+    not cancel where a channel's mean is far larger than its deviation.
+    """
+    axes = tuple(range(1, parts.ndim - 1))
+    parts = parts - near
+    m = parts.mean(axes, keepdims=True)
+    v = jnp.square(parts).mean(axes, keepdims=True) - jnp.square(m)
+    return m + near, jnp.maximum(v, 0.0)
+
+
+def network(module: nn.Module) -> Network:
+    """A flax module whose __call__ takes (x, train, groups) as a `Network`."""
+
+    def init(rng, x):
+        variables = jax.jit(module.init, static_argnames=("train",))(rng, x[:1], train=False)
+        return variables["params"], variables.get("batch_stats", {})
+
+    def apply(params, stats, x, *, train: bool, groups: int = 1) -> tuple[jax.Array, Any]:
+        variables = {"params": params, "batch_stats": stats}
+        changing = ["batch_stats"] if train else []
+        y, after = module.apply(variables, x, train=train, groups=groups, mutable=changing)
+        return y, after.get("batch_stats", {}) if train else stats
+
+    return Network(init, apply)

@@ -1,0 +1,146 @@
+"""ResNets with torchvision's structure, and a thin one for small images on CPUs.
+
+Source: https://arxiv.org/abs/1512.03385; bottlenecks have their stride in the 3x3 convolution, as torchvision's (v1.5).
+Modules carry torchvision's names with _ for a dot (conv1, bn1, layer1_0, downsample_0), from which `torch_weights`
+makes the names of weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ssl_jax.config import Model
+from ssl_jax.errors import UserError, unknown
+from ssl_jax.methods.base import Network
+from ssl_jax.models.conv import resolve_conv
+from ssl_jax.models.layers import BatchNorm, Conv, network
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL_UP_TO = 64  # px: the largest images for which stem=auto is the small stem
+
+
+class Block(nn.Module):
+    """Convolutions with BatchNorm, added to what goes around them.
+
+    convs: (features, size, stride) of each; the last one has no ReLU of its own.
+    """
+
+    convs: tuple[tuple[int, int, int], ...]
+    how: str
+    zero_init: bool
+
+    @nn.compact
+    def __call__(self, x, *, train: bool, groups: int = 1):
+        y, stride = x, 1
+        for i, (features, size, step) in enumerate(self.convs, 1):
+            last = i == len(self.convs)
+            scale = nn.initializers.zeros if last and self.zero_init else nn.initializers.ones
+            y = Conv(features, size, step, self.how, name=f"conv{i}")(y)
+            y = BatchNorm(scale_init=scale, name=f"bn{i}")(y, train=train, groups=groups)
+            y = y if last else nn.relu(y)
+            stride *= step
+        if stride > 1 or x.shape[-1] != y.shape[-1]:
+            x = Conv(y.shape[-1], 1, stride, self.how, name="downsample_0")(x)
+            x = BatchNorm(name="downsample_1")(x, train=train, groups=groups)
+        return nn.relu(x + y)
+
+
+def basic(width: int, stride: int) -> tuple[tuple[int, int, int], ...]:
+    return (width, 3, stride), (width, 3, 1)
+
+
+def bottleneck(width: int, stride: int) -> tuple[tuple[int, int, int], ...]:
+    return (width, 1, 1), (width, 3, stride), (4 * width, 1, 1)
+
+
+class ResNet(nn.Module):
+    """Images [B, H, W, C] in [0, 1] -> embeddings float32 [B, D], D the channels of the last stage."""
+
+    widths: tuple[int, ...]  # of the stages
+    depths: tuple[int, ...]  # blocks in each
+    block: Callable[[int, int], tuple[tuple[int, int, int], ...]]
+    stem: tuple[int, int]  # size and stride of the first convolution
+    pool: bool  # max-pool 3x3, stride 2, after it
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    dtype: Any
+    how: str
+    zero_init: bool
+
+    @nn.compact
+    def __call__(self, x, *, train: bool, groups: int = 1):
+        size, stride = self.stem
+        # Normalised by subtraction, not folded into the first convolution, whose padding is zero after it.
+        x = ((x - jnp.array(self.mean)) / jnp.array(self.std)).astype(self.dtype)
+        x = Conv(self.widths[0], size, stride, self.how, name="conv1")(x)
+        x = nn.relu(BatchNorm(name="bn1")(x, train=train, groups=groups))
+        if self.pool:
+            x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+        for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True), 1):
+            for i in range(depth):
+                convs = self.block(width, 2 if stage > 1 and i == 0 else 1)
+                x = Block(convs, self.how, self.zero_init, name=f"layer{stage}_{i}")(x, train=train, groups=groups)
+        return x.astype(jnp.float32).mean((1, 2))
+
+
+# name: (widths, depths, block)
+ARCHITECTURES: dict[str, tuple] = {
+    "resnet18": ((64, 128, 256, 512), (2, 2, 2, 2), basic),
+    "resnet34": ((64, 128, 256, 512), (3, 4, 6, 3), basic),
+    "resnet50": ((64, 128, 256, 512), (3, 4, 6, 3), bottleneck),
+    "resnet_thin": ((24, 48, 96), (2, 2, 2), basic),  # 25 million multiplications at 28 px: for CPUs
+}
+
+
+def build_encoder(model: Model, channels: int, size: int = 224, *, zero_init: bool = False) -> Network:
+    """The encoder that `config.model` describes, for images with `channels` channels and `size` px sides.
+
+    Embeddings are [B, D] with D = 512 (resnet18, resnet34), 2048 (resnet50) or 96 (resnet_thin), times model.width.
+    `size` only decides the stem under stem="auto"; the network then takes images of any size. resnet_thin has one stem,
+    5x5 with stride 2. zero_init: blocks start as the identity (https://arxiv.org/abs/1706.02677, section 5.1).
+
+    Raises UserError for an unknown name, stem or dtype, and for mean or std of another length than `channels`.
+    """
+    if model.name not in ARCHITECTURES:
+        raise unknown("config.model.name", model.name, ARCHITECTURES)
+    if model.dtype not in ("float32", "bfloat16"):
+        raise unknown("config.model.dtype", model.dtype, ("float32", "bfloat16"))
+    if model.width <= 0:
+        raise UserError(f"config.model.width={model.width}: allowed: more than 0")
+    stem, pool = _stem(model, size)
+    widths, depths, block = ARCHITECTURES[model.name]
+    rgb = channels == 3
+    return network(
+        ResNet(
+            widths=tuple(max(1, round(width * model.width)) for width in widths),
+            depths=depths,
+            block=block,
+            stem=stem,
+            pool=pool,
+            mean=_per_channel("mean", model.mean, IMAGENET_MEAN if rgb else (0.5,) * channels, channels),
+            std=_per_channel("std", model.std, IMAGENET_STD if rgb else (0.25,) * channels, channels),
+            dtype=jnp.dtype(model.dtype),
+            how=resolve_conv(model.conv),
+            zero_init=zero_init,
+        )
+    )
+
+
+def _stem(model: Model, size: int) -> tuple[tuple[int, int], bool]:
+    """((size, stride) of the first convolution, whether to pool after it)."""
+    name = model.stem
+    if name == "auto":
+        name = "small" if size <= SMALL_UP_TO else "imagenet"
+    if name not in ("imagenet", "small"):
+        raise unknown("config.model.stem", name, ("auto", "imagenet", "small"))
+    if model.name == "resnet_thin":
+        return (5, 2), False
+    return ((7, 2), True) if name == "imagenet" else ((3, 1), False)
+
+
+def _per_channel(key: str, given: tuple[float, ...], default: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    if given and len(given) != channels:
+        raise UserError(f"config.model.{key}={given}: {len(given)} values; allowed: {channels}, one per channel, or ()")
+    return tuple(given) or default

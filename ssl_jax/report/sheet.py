@@ -1,0 +1,99 @@
+"""A picture of what the chosen views do to images, to be looked at before training."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ssl_jax.augment import make_views
+from ssl_jax.augment.views import blur_kernel
+from ssl_jax.config import View
+from ssl_jax.errors import UserError
+
+GAP = 0.06  # between cells; a cell is 1 wide
+
+
+def view_sheet(
+    images: np.ndarray,
+    views: Sequence[View],
+    out: str | Path,
+    seed: int = 0,
+    draws: int = 4,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Write a PNG: a row for each image, first as it is, then `draws` random draws of each view.
+
+    images: uint8 [N, H, W, C], C = 1 or 3; of any other number, the first one or three channels are shown
+    views:  with their sizes, as `ssl_jax.augment.resolve` returns them
+    names:  N labels for the rows
+
+    Raises UserError if `out` is a folder or not a .png.
+    """
+    from matplotlib.figure import Figure
+
+    out = Path(out)
+    if out.is_dir() or out.suffix.lower() != ".png":
+        raise UserError(
+            f"{out}: {'is a folder' if out.is_dir() else 'not a picture'}; allowed: the path of a .png file"
+        )
+    drawn = [jax.jit(make_views(views))(key, images) for key in jax.random.split(jax.random.key(seed), draws)]
+    blocks = [("original", [images])]
+    blocks += [(f"view {v + 1}: {describe(view)}", [d[v] for d in drawn]) for v, view in enumerate(views)]
+
+    figure = Figure(layout="constrained")
+    axes = figure.add_subplot(aspect="equal")
+    x = 0.0
+    for title, columns in blocks:
+        wrapped = textwrap.fill(title, max(8, 21 * len(columns)))
+        axes.text(x, -0.1, wrapped, fontsize=9, va="bottom")
+        for column in columns:
+            for row, image in enumerate(np.asarray(column)):
+                _cell(axes, image, x, row * (1 + GAP))
+            x += 1 + GAP
+        x += 4 * GAP
+    for row, name in enumerate(names or ()):
+        label = name if len(name) <= 24 else f"...{name[-22:]}"  # of a long path, the end says more
+        axes.text(-2 * GAP, row * (1 + GAP) + 0.5, label, fontsize=8, ha="right", va="center")
+    height = len(images) * (1 + GAP)
+    axes.set(xlim=(0, x), ylim=(height, 0))
+    axes.axis("off")
+    figure.set_size_inches(1.3 * x + (1.6 if names else 0.2), 1.3 * height + 1)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110, bbox_inches="tight", facecolor="white")
+
+
+def _cell(axes, image: np.ndarray, x: float, y: float) -> None:
+    """An image [H, W, C] in the unit square at (x, y), in its own proportions."""
+    height, width, channels = image.shape
+    scale = 1 / max(height, width)
+    shown = image[..., :3] if channels >= 3 else image[..., 0]
+    limits = {"vmin": 0, "vmax": 255 if image.dtype == np.uint8 else 1}
+    box = (x, x + width * scale, y + height * scale, y)
+    axes.imshow(shown, cmap="gray", extent=box, interpolation="nearest", **limits)
+
+
+def describe(view: View) -> str:
+    """What a view has switched on, with its numbers, in one line.
+
+    >>> describe(View(size=28, crop_scale=(0.25, 1.0), flip=0.5))
+    '28 px, crop 0.25-1, flip 0.5'
+    """
+    parts = [f"{view.size} px"]
+    if tuple(view.crop_scale) != (1, 1):
+        parts.append(f"crop {view.crop_scale[0]:g}-{view.crop_scale[1]:g}")
+    parts += [f"flip {view.flip:g}"] if view.flip else []
+    parts += [f"rotate ±{view.rotate:g}°"] if view.rotate else []
+    parts += [f"translate ±{view.translate:g}"] if view.translate else []
+    if view.perspective and view.perspective_prob:
+        parts.append(f"perspective {view.perspective_prob:g} (scale {view.perspective:g})")
+    colour = [(k, getattr(view, k)) for k in ("brightness", "contrast", "saturation", "hue") if getattr(view, k)]
+    if view.jitter_prob and colour:
+        parts.append(f"jitter {view.jitter_prob:g} ({', '.join(f'{name} {value:g}' for name, value in colour)})")
+    parts += [f"gray {view.gray:g}"] if view.gray else []
+    if view.blur:
+        low, high = view.blur_sigma
+        parts.append(f"blur {view.blur:g} (sigma {low:g}-{high:g} px, kernel {blur_kernel(view.size)} px)")
+    parts += [f"solarize {view.solarize:g} (from {view.solarize_threshold:g})"] if view.solarize else []
+    return ", ".join(parts) if len(parts) > 1 else f"{parts[0]}, unchanged"
