@@ -28,7 +28,9 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
         ocp.save(path, state, custom_metadata={"arrays": _describe(state)}, overwrite=True)
     except Exception as error:  # tensorstore, orbax and the operating system each raise their own kind
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: checkpoint not written ({reason}); earlier checkpoints stay, free space and rerun") from error
+        raise UserError(
+            f"{path}: checkpoint not written ({reason}); earlier checkpoints stay, free space and rerun"
+        ) from error
     for old in steps(folder)[:-keep]:
         doomed = folder / f"{old:09d}"
         # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a step's name.

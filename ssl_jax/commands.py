@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ssl_jax import run
 from ssl_jax.config import Config, Data, default, from_json, merge, method_module, method_names, resolve, to_steps
 from ssl_jax.data import open_source
-from ssl_jax.encoder import Encoder, load_encoder, load_weights, random_encoder
+from ssl_jax.encoder import Encoder, load_encoder, random_encoder, rebuild
 from ssl_jax.errors import UserError, unknown
 
 
@@ -39,7 +39,13 @@ def pretrain(config: ConfigDict, workdir: str) -> Encoder:
 
 
 def evaluate(
-    workdir: str, protocol: str, labels: int = 0, seeds: int = 1, data: str = "", test: str = "", overrides: list[str] = []
+    workdir: str,
+    protocol: str,
+    labels: int = 0,
+    seeds: int = 1,
+    data: str = "",
+    test: str = "",
+    overrides: list[str] = [],
 ) -> dict[str, Any]:
     """Writes evaluation/<protocol>-<labels>.json and .npz (scores of every test image); prints and returns the means."""
     from ssl_jax.evaluate.finetune import finetune, predict
@@ -66,7 +72,9 @@ def evaluate(
             bank = (features[chosen], y[chosen], test_features)
             scores.append(np.asarray(knn_predict(*bank, classes=len(classes), k=k, temperature=temperature)))
         elif protocol == "linear":
-            scores.append(linear_probe(features[chosen], y[chosen], classes=len(classes), seed=seed).scores(test_features))
+            scores.append(
+                linear_probe(features[chosen], y[chosen], classes=len(classes), seed=seed).scores(test_features)
+            )
         else:
             settings = {"classes": len(classes), "settings": config.finetune, "seed": seed}
             scores.append(predict(finetune(encoder, images[chosen], y[chosen], **settings), test_images))
@@ -105,6 +113,7 @@ def study(config: ConfigDict, workdir: str) -> None:
     if not resolved.study.arms:
         raise UserError("config.study.arms: empty; allowed: a mapping of arms, as in configs/study_fashion_mnist.py")
     with run.lock(folder):
+        run.record_environment(folder)
         train = open_source(resolved.data)
         size, channels = min(train.shape[:2]), train.shape[2]
 
@@ -275,7 +284,9 @@ def _same_classes(labels: np.ndarray, have: list[str], want: list[str], name: st
     return np.where(labels >= 0, table[labels], -1)
 
 
-def _train_and_test(encoder: Encoder, config: Config, data: str, test: str) -> tuple[Any, Any, list[str], list[str], str]:
+def _train_and_test(
+    encoder: Encoder, config: Config, data: str, test: str
+) -> tuple[Any, Any, list[str], list[str], str]:
     """((images, labels), (images, labels), test names, classes, what the test data is), resized for the encoder."""
     from ssl_jax.evaluate.subsets import holdout
 
@@ -316,7 +327,7 @@ def _readable(source: Any) -> tuple[np.ndarray, list[str]]:
     """Images and names without the files that could not be read, which are named on the way."""
     images = source.arrays()
     good = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in is another file's image
-    for name in [*source.skipped, *(source.names[i] for i in source.replaced if source.names[i] not in source.skipped)]:
+    for name in source.skipped:
         print(f"skipped, not readable: {name}")
     return images[good], [source.names[i] for i in good]
 
@@ -338,17 +349,14 @@ def _save_classifier(folder: Path, classifier: Any, about: dict[str, Any]) -> No
 def _load_classifier(folder: Path) -> tuple[Any, Encoder, list[str]]:
     import safetensors.numpy
 
-    from ssl_jax.config import Model
     from ssl_jax.evaluate.finetune import Classifier
 
     path = folder / "classifier.json"
     if not path.is_file():
         raise UserError(f"--workdir={folder}: no classifier.json; allowed: a folder made by `ssl-jax finetune`")
     about = json.loads(path.read_text())
-    model = Model(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()})
-    blank = random_encoder(dataclasses.replace(model, init=""), about["size"], about["channels"], seed=0)
-    params, stats = load_weights(folder / "classifier.safetensors", blank.params, blank.stats)
+    encoder = rebuild(about, folder / "classifier.safetensors")
     weights = safetensors.numpy.load_file(folder / "classifier.safetensors")
     head = {"w": weights["fc.weight"].T, "b": weights["fc.bias"]}
-    encoder = blank._replace(params=params, stats=stats, about=about)
-    return Classifier(encoder, {"encoder": params, "head": head}, stats, about["chosen"]), encoder, about["classes"]
+    params = {"encoder": encoder.params, "head": head}
+    return Classifier(encoder, params, encoder.stats, about["chosen"]), encoder, about["classes"]

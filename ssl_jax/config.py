@@ -181,7 +181,15 @@ CHOICES = {
     "finetune.batch_norm": ("train", "frozen"),
     "study.protocol": ("finetune", "linear"),
 }
-AT_LEAST_1 = ("train.batch", "train.keep", "finetune.steps", "finetune.batch", "study.seeds", "eval.knn_k", "data.workers")
+AT_LEAST_1 = (
+    "train.batch",
+    "train.keep",
+    "finetune.steps",
+    "finetune.batch",
+    "study.seeds",
+    "eval.knn_k",
+    "data.workers",
+)
 NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "data.size", "data.limit", "data.max_bad_share", "train.devices")
 
 

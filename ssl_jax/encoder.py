@@ -91,10 +91,14 @@ def load_encoder(path: str | Path) -> Encoder:
         hint = "the run has not ended; run its pretrain command again" if unfinished else "allowed: a run folder"
         raise UserError(f"{path}: no encoder.json; {hint}")
     about = json.loads((folder / "encoder.json").read_text())
-    known = {f.name for f in dataclasses.fields(Model)}
-    model = Model(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items() if k in known})
-    blank = random_encoder(dataclasses.replace(model, init=""), about["size"], about["channels"], seed=0)
-    params, stats = load_weights(folder / "encoder.safetensors", blank.params, blank.stats)
+    return rebuild(about, folder / "encoder.safetensors")
+
+
+def rebuild(about: dict[str, Any], weights: Path) -> Encoder:
+    """The encoder that `about` describes, with the weights of a .safetensors file."""
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
+    blank = random_encoder(dataclasses.replace(Model(**given), init=""), about["size"], about["channels"], seed=0)
+    params, stats = load_weights(weights, blank.params, blank.stats)
     return blank._replace(params=params, stats=stats, about=about)
 
 
@@ -114,7 +118,9 @@ def started_from(network: Network, init: str) -> Network:
     """`network` whose initial weights are those of an exported encoder (config.model.init)."""
     path = Path(init)
     if path.is_dir():
-        path = next((p for p in (path / "encoder" / "encoder.safetensors", path / "encoder.safetensors") if p.exists()), path)
+        path = next(
+            (p for p in (path / "encoder" / "encoder.safetensors", path / "encoder.safetensors") if p.exists()), path
+        )
     if not path.is_file():
         raise UserError(f"config.model.init={init!r}: not found; allowed: a run folder or a .safetensors file")
 

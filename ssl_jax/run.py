@@ -1,9 +1,9 @@
 """The run folder: what a training run leaves on disk, and what may be continued.
 
-    config.json        every option, resolved          environment.json   versions, devices, machine, commands
-    metrics.jsonl      one line a logged step          timing.jsonl       images/s and waiting, which no rerun repeats
-    checkpoints/       full state, for resuming        encoder/           safetensors + json, for using
-    views.png          what the transforms do          report.html        everything on one page
+config.json        every option, resolved          environment.json   versions, devices, machine, commands
+metrics.jsonl      one line a logged step          timing.jsonl       images/s and waiting, which no rerun repeats
+checkpoints/       full state, for resuming        encoder/           safetensors + json, for using
+views.png          what the transforms do          report.html        everything on one page
 """
 
 import contextlib

@@ -189,7 +189,9 @@ def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
         # How convolutions are written changes the last bits: a continued run keeps what it began with.
         conv = run.read_environment(workdir).get("conv") or resolve_conv(config.model.conv)
         run.record_environment(workdir, conv=conv)
-        return _Loop(dataclasses.replace(config, model=dataclasses.replace(config.model, conv=conv)), workdir, source).run()
+        return _Loop(
+            dataclasses.replace(config, model=dataclasses.replace(config.model, conv=conv)), workdir, source
+        ).run()
 
 
 class _Loop:
@@ -300,7 +302,7 @@ class _Loop:
         return jax.device_put(arrays, replicated(self.mesh))
 
     def _check(self) -> dict[str, float]:
-        """Looks at every step since the last look; returns the newest step's metrics."""
+        """Looks at every step since the last look; returns the newest step's metrics, {} where there was none."""
         values: dict[str, float] = {}
         for step, metrics in self.pending:
             values = {k: np.asarray(v).item() for k, v in metrics.items()}
@@ -311,7 +313,7 @@ class _Loop:
             elif not np.isfinite(values["loss"]):
                 self._not_finite(step, values)
         self.pending.clear()
-        if values["embedding_std"] < 0.01 and not self.warned and int(self.state.step) >= 50:
+        if values and values["embedding_std"] < 0.01 and not self.warned and int(self.state.step) >= 50:
             self.warned = True
             self.progress.say(
                 f"warning: embedding std {values['embedding_std']:.2g}: all images get almost the same embedding, the "
@@ -325,7 +327,11 @@ class _Loop:
             if step > 1
             else "broken input (mean, std) or initial weights"
         )
-        good = f"last good checkpoint: step {self.saved} in {self.workdir}/checkpoints" if self.saved else "no checkpoint yet"
+        good = (
+            f"last good checkpoint: step {self.saved} in {self.workdir}/checkpoints"
+            if self.saved
+            else "no checkpoint yet"
+        )
         raise UserError(
             f"step {step}: loss is {values['loss']}, lr {values['lr']:.3g}; likely cause: {cause} "
             f"(config.optim.lr={self.config.optim.lr}; config.optim.clip_norm and skip_nonfinite may help); {good}"

@@ -61,7 +61,9 @@ def test_torn_metadata_is_damage_too(tmp_path):
 
 def test_other_architecture_is_named(tmp_path):
     checkpoint.save(tmp_path, 1, state(), keep=1)
-    with pytest.raises(UserError, match=r"another architecture: \['w'\] is float32\[300\], this run needs float32\[400\]"):
+    with pytest.raises(
+        UserError, match=r"another architecture: \['w'\] is float32\[300\], this run needs float32\[400\]"
+    ):
         checkpoint.restore_latest(tmp_path, state(width=400), pytest.fail)
     with pytest.raises(UserError, match=r"\['new'\] is absent"):
         checkpoint.restore_latest(tmp_path, {**state(), "new": jnp.zeros(2)}, pytest.fail)

@@ -27,7 +27,10 @@ def test_view_overrides_survive_json_and_resolve():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("method", "name", "byoll"), r"config.method.name='byoll': unknown; did you mean 'byol'\? available: byol, moco"),
+        (
+            ("method", "name", "byoll"),
+            r"config.method.name='byoll': unknown; did you mean 'byol'\? available: byol, moco",
+        ),
         (("optim", "name", "adam"), r"config.optim.name='adam': unknown; did you mean 'adamw'"),
         (("train", "batch", 0), r"config.train.batch=0: allowed: 1 or more"),
         (("train", "duration", "3 weeks"), r'config.train.duration=.3 weeks.: allowed: "10 epochs"'),

@@ -86,9 +86,10 @@ def test_hyper_parameters_are_chosen_on_held_out_labels():
     assert all((x == y).all() for x, y in zip(_leaves(made), _leaves(again), strict=True))
 
 
-def test_everything_compiles_once():
+@pytest.mark.parametrize("head", ["probe", "zero"])
+def test_everything_compiles_once(head):
     images, labels = toy_images()
-    settings = dataclasses.replace(SETTINGS, steps=3, batch=16)  # a batch that no other test has
+    settings = dataclasses.replace(SETTINGS, steps=3, batch=16, head=head)  # a batch that no other test has
     finetune(toy_encoder(), images, labels, classes=3, settings=settings, seed=0)
     TRACES.clear()
     varied = dataclasses.replace(settings, lr=(0.1, 0.2), backbone_ratio=(0.1, 1.0), weight_decay=0.3, steps=5)

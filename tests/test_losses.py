@@ -60,7 +60,9 @@ def test_value_and_gradient_equal_loops(name, seed):
     generator = np.random.default_rng(seed)
     inputs = [generator.normal(size=shape) for shape in shapes]
     with jax.enable_x64(True):
-        value, gradients = jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=positions)(*map(jnp.asarray, inputs))
+        value, gradients = jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=positions)(
+            *map(jnp.asarray, inputs)
+        )
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, by_hand(*inputs, **hyper), rtol=1e-12)
         for position, gradient in zip(positions, gradients):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import Images, tiny_config, tiny_encoder
 
@@ -50,6 +51,10 @@ def train(config, source, steps, devices=1, state=None, first=0):
     return state, losses
 
 
+def as_float(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
 def equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -72,8 +77,12 @@ def test_jit_equals_no_jit(name):
     with jax.disable_jit():
         plain, plain_metrics = trainer.make_step(trainer.set_up(config, source), config, mesh)(state, batch)
     np.testing.assert_allclose(metrics["loss"], plain_metrics["loss"], rtol=1e-5)
-    for a, b in zip(jax.tree.leaves(jitted), jax.tree.leaves(plain), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    # Of the whole step: a single number may lose digits where large gradients cancel (a bias before a normalisation).
+    for part in ("params", "extra"):
+        new, other, old = (getattr(s, part) for s in (jitted, plain, state))
+        moved = float(optax.tree.norm(optax.tree.sub(*map(as_float, (new, old)))))
+        apart = float(optax.tree.norm(optax.tree.sub(*map(as_float, (new, other)))))
+        assert apart <= 1e-5 * moved, (part, apart / moved)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -95,7 +104,9 @@ def test_runs_are_bit_equal_and_resume_is_exact(name, tmp_path):
     stop = int(np.random.default_rng().integers(1, 12))
     half, _ = train(config, source, stop)
     checkpoint.save(tmp_path, stop, half, keep=1)
-    fresh, _, _ = start(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=config.train.seed)), source)
+    fresh, _, _ = start(
+        dataclasses.replace(config, train=dataclasses.replace(config.train, seed=config.train.seed)), source
+    )
     restored = checkpoint.restore_latest(tmp_path, fresh, pytest.fail)
     resumed, rest = train(config, source, 12, state=restored, first=stop)
     assert rest == losses[stop:], f"stopped at {stop}"

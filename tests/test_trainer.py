@@ -192,7 +192,9 @@ def small_networks(monkeypatch):
 def test_loss_not_finite_stops_with_step_cause_and_checkpoint(tmp_path, small_networks):
     source = Images()
     config = tiny_config("supervised", train__duration="40 steps", train__save_every="2 steps", optim__lr=1e38)
-    with pytest.raises(UserError, match=r"step \d+: loss is (nan|inf).*likely cause: a learning rate too high.*checkpoint"):
+    with pytest.raises(
+        UserError, match=r"step \d+: loss is (nan|inf).*likely cause: a learning rate too high.*checkpoint"
+    ):
         trainer.fit(config, tmp_path / "run", source)
     assert all(line["loss"] is not None for line in run.read_lines(tmp_path / "run" / "metrics.jsonl"))
 
@@ -228,4 +230,7 @@ def test_workdir_that_is_something_else(tmp_path, small_networks):
         with pytest.raises(UserError, match=message):
             trainer.fit(tiny_config("simclr"), tmp_path / name, Images())
     assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
-    assert os.listdir(tmp_path / "full") == ["thesis.tex"] or sorted(os.listdir(tmp_path / "full")) == [".lock", "thesis.tex"]
+    assert os.listdir(tmp_path / "full") == ["thesis.tex"] or sorted(os.listdir(tmp_path / "full")) == [
+        ".lock",
+        "thesis.tex",
+    ]

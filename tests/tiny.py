@@ -55,6 +55,9 @@ def tiny_config(method, **changes):
     config.augment.preset = "none"
     config.augment.crop_scale = (0.5, 1.0)
     config.augment.flip = 0.5
+    # No two views are ever equal: at distance 0 the triplet loss has no direction, and rounding would choose one.
+    config.augment.brightness = 0.4
+    config.augment.jitter_prob = 1.0
     config.optim.update({"name": "sgd", "lr": 0.05, "lr_batch": 0, "warmup": "0 steps"})
     config.train.update({"batch": 16, "duration": "20 steps", "log_every": "1 steps", "devices": 1})
     config.data.name = "synthetic"

@@ -1,13 +1,10 @@
 """An encoder of one layer, its embedding included: for tests of what is done with encoders."""
 
-import functools
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax.augment import center_view
+from ssl_jax.encoder import Encoder
 from ssl_jax.methods.base import Network
 
 WIDTH = 12
@@ -31,31 +28,9 @@ TRACES: list[bool] = []  # one entry whenever the network is traced: train or no
 NETWORK = Network(_init, _apply)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed(network, size, params, stats, images):
-    return network.apply(params, stats, center_view(images, size), train=False)[0]
-
-
-class ToyEncoder(NamedTuple):
-    network: Network
-    params: Any
-    stats: Any
-    size: int
-    channels: int
-    about: dict
-
-    def embed(self, images, batch=64):
-        parts = []
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch]
-            filled = np.pad(part, [(0, batch - len(part)), (0, 0), (0, 0), (0, 0)])
-            parts.append(np.asarray(_embed(self.network, self.size, self.params, self.stats, filled))[: len(part)])
-        return np.concatenate(parts)
-
-
 def toy_encoder(seed=0, size=8, channels=1):
     params, stats = NETWORK.init(jax.random.key(seed), jnp.zeros((1, size, size, channels)))
-    return ToyEncoder(NETWORK, params, stats, size, channels, {})
+    return Encoder(NETWORK, params, stats, size, channels, {})
 
 
 def toy_images(n=90, size=8, seed=0, classes=3, weights=None):

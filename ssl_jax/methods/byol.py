@@ -21,12 +21,19 @@ class Config:
     out: int = 256
 
 
-RECIPE = {"optim.name": "lars", "optim.lr": 0.45, "optim.weight_decay": 1e-6, "optim.warmup": "0.1 epochs"}  # 100 epochs
+RECIPE = {
+    "optim.name": "lars",
+    "optim.lr": 0.45,
+    "optim.weight_decay": 1e-6,
+    "optim.warmup": "0.1 epochs",
+}  # 100 epochs
 
 
 def make(config, encoder, steps):
     target = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
-    online = stack(encoder=encoder, projector=mlp((config.hidden, config.out)), predictor=mlp((config.hidden, config.out)))
+    online = stack(
+        encoder=encoder, projector=mlp((config.hidden, config.out)), predictor=mlp((config.hidden, config.out))
+    )
 
     def targeted(tree):
         return {"encoder": tree["encoder"], "projector": tree["projector"]}

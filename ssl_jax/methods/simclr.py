@@ -20,7 +20,12 @@ class Config:
     out: int = 128  # section 2.1
 
 
-RECIPE = {"optim.name": "lars", "optim.lr": 0.3, "optim.weight_decay": 1e-6, "optim.warmup": "0.1 epochs"}  # section 2.2
+RECIPE = {
+    "optim.name": "lars",
+    "optim.lr": 0.3,
+    "optim.weight_decay": 1e-6,
+    "optim.warmup": "0.1 epochs",
+}  # section 2.2
 
 
 def make(config, encoder, steps):

@@ -71,9 +71,24 @@ def _patches(x, k, stride, padding):
     """Patches [B, H', W', k * k * C] of x [B, H, W, C]."""
     height, width = (_out(n, k, stride, padding) for n in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows = [slice(i, i + (height - 1) * stride + 1, stride) for i in range(k)]
-    columns = [slice(i, i + (width - 1) * stride + 1, stride) for i in range(k)]
-    return jnp.concatenate([x[:, row, column] for row in rows for column in columns], -1)
+    # One gather: XLA's CPU code for it is 2 to 10 times as fast as for a concatenation of k * k slices.
+    image = jnp.arange(len(x))[:, None, None, None, None]
+    row = stride * jnp.arange(height)[:, None, None, None] + jnp.arange(k)[:, None]
+    column = stride * jnp.arange(width)[:, None, None] + jnp.arange(k)
+    return x.at[image, row, column].get(mode="promise_in_bounds").reshape(len(x), height, width, -1)
+
+
+def _overlap_add(patches, k, stride, padding, shape):
+    """The transpose of `_patches`: patches [B, H', W', k * k * C] added up where they lay in an x of that shape."""
+    _, height, width, _ = patches.shape
+    patches = patches.reshape(*patches.shape[:3], k, k, -1)
+    total = 0.0
+    for i in range(k):
+        for j in range(k):
+            rows = (i - padding, shape[1] + padding - i - (height - 1) * stride - 1, stride - 1)
+            columns = (j - padding, shape[2] + padding - j - (width - 1) * stride - 1, stride - 1)
+            total += lax.pad(patches[..., i, j, :], jnp.zeros((), patches.dtype), ((0, 0, 0), rows, columns, (0, 0, 0)))
+    return total
 
 
 def _product(x, kernel, stride, padding):
@@ -133,7 +148,11 @@ def _backward(stride, padding, saved, dy):
 
 
 def _pull(x, kernel, dy, stride, padding):
-    return jax.vjp(lambda x, kernel: _product(x, kernel, stride, padding), x, kernel)[1](dy)
+    """Gradients with respect to x and the kernel."""
+    k, _, c, d = kernel.shape
+    dpatches = dy @ kernel.reshape(k * k * c, d).T
+    dkernel = jnp.einsum("bhwp,bhwd->pd", _patches(x, k, stride, padding), dy)
+    return _overlap_add(dpatches, k, stride, padding, x.shape), dkernel.reshape(kernel.shape)
 
 
 def _pull_stride_1(x, kernel, dy, stride, padding):

@@ -1,0 +1,23 @@
+"""How good an encoder is: kNN, a linear probe, fine-tuning on few labels, and signs of collapse."""
+
+from ssl_jax.evaluate.collapse import embedding_std, rank_me
+from ssl_jax.evaluate.finetune import Classifier, finetune, predict
+from ssl_jax.evaluate.knn import knn_predict
+from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.metrics import interval, metrics, paired
+from ssl_jax.evaluate.subsets import holdout, nested_subset
+
+__all__ = [
+    "Classifier",
+    "embedding_std",
+    "finetune",
+    "holdout",
+    "interval",
+    "knn_predict",
+    "linear_probe",
+    "metrics",
+    "nested_subset",
+    "paired",
+    "predict",
+    "rank_me",
+]

@@ -1,0 +1,27 @@
+"""Signs that an encoder gives every image the same embedding, or uses few of its dimensions."""
+
+import jax
+import jax.numpy as jnp
+
+
+def embedding_std(features: jax.Array) -> jax.Array:
+    """Spread of the L2-normalised embeddings [N, D], a scalar: about 1 is healthy, 0 is collapse.
+
+    Mean over dimensions of the standard deviation over examples, times sqrt(D): an isotropic embedding has 1/sqrt(D)
+    in each dimension. Source: SimSiam, arXiv 2011.10566, section 4.1.
+    """
+    normed = features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return jnp.sqrt(features.shape[1]) * normed.std(axis=0).mean()
+
+
+def rank_me(features: jax.Array) -> jax.Array:
+    """Effective rank of the embeddings [N, D], a scalar between 1 and min(N, D).
+
+    exp of the entropy of the normalised singular values. Source: RankMe, arXiv 2210.02885, equation 1.
+
+    >>> float(rank_me(jnp.eye(4))), round(float(rank_me(jnp.ones((4, 4)))), 2)
+    (4.0, 1.0)
+    """
+    values = jnp.linalg.svd(features, compute_uv=False)
+    share = values / jnp.maximum(values.sum(), 1e-12)
+    return jnp.exp(jax.scipy.special.entr(share).sum())

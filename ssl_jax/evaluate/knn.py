@@ -1,0 +1,48 @@
+"""k-nearest-neighbour classification: how good an embedding is as it stands, without training anything."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.errors import UserError
+
+
+def knn_predict(
+    bank: jax.Array,
+    bank_labels: jax.Array,
+    queries: jax.Array,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.1,
+    chunk: int = 1024,
+) -> jax.Array:
+    """Scores float32 [M, classes], rows sum to 1: share of the votes of the k nearest of the bank.
+
+    bank [N, D] with bank_labels int [N] in 0 .. classes - 1; queries [M, D]. Nearness is cosine similarity s, a vote
+    weighs exp(s / temperature). `chunk` queries are compared at a time: memory is chunk x N.
+    Source: instance discrimination, arXiv 1805.01978, section 3.4.
+
+    Raises UserError if k is larger than the bank.
+    """
+    if not 1 <= k <= len(bank):
+        raise UserError(f"k={k}: the bank holds {len(bank)} embeddings; allowed: 1 to {len(bank)}")
+    return _votes(bank, bank_labels, queries, temperature, classes=classes, k=k, chunk=min(chunk, len(queries)))
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "k", "chunk"))
+def _votes(bank, labels, queries, temperature, *, classes, k, chunk):
+    bank, queries = _normalize(bank), _normalize(queries)
+
+    def of_one(query):
+        near, index = jax.lax.top_k(jnp.matmul(bank, query, precision="highest"), k)
+        weights = jax.nn.softmax(near / temperature)
+        return jnp.zeros(classes).at[labels[index]].add(weights)
+
+    return jax.lax.map(of_one, queries, batch_size=chunk)
+
+
+def _normalize(features):
+    features = jnp.asarray(features, jnp.float32)
+    return features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,151 @@
+"""The figures of a study: score against label count, and who gains."""
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_jax.run import write_bytes
+
+METRIC_NAMES = {
+    "top1": "Top-1 accuracy",
+    "top5": "Top-5 accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "macro_auc": "Macro ROC AUC",
+    "recall": "recall",
+    "auc": "ROC AUC",
+}
+BASELINE = "#6b7280"
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the baseline is gray.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "axes.axisbelow": True,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "savefig.dpi": 150,
+}
+
+
+def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metric: str, title: str = "") -> None:
+    """Score against label count (left) and paired difference to the baseline (right), with 95 % bands.
+
+    rows: of `study.summarise`. Without an arm to compare, the left part alone.
+    """
+    rows = [row for row in rows if row["metric"] == metric]
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    color, others = _colors(arms, baseline), [a for a in arms if a != baseline]
+    counts = sorted({row["labels"] for row in rows})
+    with _figure(2 if others else 1, width=4.6, height=3.7) as (figure, axes):
+        left = axes[0]
+        for arm in arms:
+            _band(left, [r for r in rows if r["arm"] == arm], "mean", "half", arm, color[arm])
+        left.set_ylabel(f"{METRIC_NAMES[metric]}, %")
+        left.set_title(title or "Test score")
+        left.legend(frameon=False, loc="lower right")
+        if others:
+            right = axes[1]
+            right.axhline(0, color=BASELINE, linewidth=1.2)
+            for arm in others:
+                mine = [r for r in rows if r["arm"] == arm and r["difference"] is not None]
+                _band(right, mine, "difference", "difference_half", arm, color[arm])
+            right.set_ylabel(f"difference to {baseline}, points")
+            right.set_title("Paired difference, same labels")
+            low, high = right.get_ylim()
+            right.set_ylim(min(low, -0.05 * (high - low)), max(high, 0.05 * (high - low)))
+        for ax in axes:
+            ax.set_xscale("log")
+            ax.set_xticks(counts, [f"{n:,}" for n in counts])
+            ax.minorticks_off()
+            ax.set_xlabel("labelled images")
+        _save(figure, path)
+
+
+def gain_by_class(
+    gains: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metric: str, frequency: Mapping[str, int]
+) -> None:
+    """Each class's gain over the baseline, one panel a label count, with 95 % intervals.
+
+    gains: of `study.class_gains`. frequency: examples of each class in the training data. Up to 30 classes have a line
+    each: the most frequent on top, or, where all are about equally frequent, the one that gains most with the fewest
+    labels. More classes are dots over their frequency. Nothing to show: no file.
+    """
+    if not gains:
+        return
+    arms, counts = list(dict.fromkeys(g["arm"] for g in gains)), sorted({g["labels"] for g in gains})
+    color, classes = _colors([baseline, *arms], baseline), list(dict.fromkeys(g["class"] for g in gains))
+    lines, uneven = len(classes) <= 30, _uneven([frequency[c] for c in classes])
+    first = {c: np.mean([g["gain"] for g in gains if (g["labels"], g["class"]) == (counts[0], c)]) for c in classes}
+    order = sorted(classes, key=lambda c: frequency[c] if uneven else first[c])
+    height = 1.3 + 0.3 * len(classes) if lines else 3.8
+    with _figure(len(counts), width=2.4 if lines else 3.0, height=height, share=True) as (figure, axes):
+        for ax, count in zip(axes, counts, strict=True):
+            (ax.axvline if lines else ax.axhline)(0, color=BASELINE, linewidth=1.2)
+            for i, arm in enumerate(arms):
+                mine = {g["class"]: g for g in gains if (g["arm"], g["labels"]) == (arm, count)}
+                names = [c for c in order if c in mine]
+                value = np.array([100 * mine[c]["gain"] for c in names])
+                half = np.array([0 if math.isnan(h) else 100 * h for h in (mine[c]["half"] for c in names)])
+                shift = (i - (len(arms) - 1) / 2) * 0.6 / len(arms)  # beside each other, so that none hides another
+                style: dict[str, Any] = {"fmt": "o", "color": color[arm], "markersize": 4.5, "elinewidth": 1.4}
+                if lines:
+                    ax.errorbar(value, [order.index(c) - shift for c in names], xerr=half, label=arm, **style)
+                else:
+                    ax.errorbar([frequency[c] * 1.1**shift for c in names], value, yerr=half, label=arm, **style)
+            ax.set_title(f"{count:,} labels")
+            if not lines:
+                ax.set_xscale("log")
+        if lines:
+            axes[0].set_yticks(range(len(order)), [f"{c} ({frequency[c]:,})" if uneven else c for c in order])
+        what = f"gain in {METRIC_NAMES[metric]} over {baseline}, points"
+        figure.supxlabel(what if lines else "training images of the class", fontsize=10)
+        figure.supylabel("" if lines else what, fontsize=10)
+        if len(arms) > 1:
+            figure.legend(
+                *axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(arms), frameon=False
+            )
+        else:
+            figure.suptitle(f"{arms[0]} against {baseline}", x=0.01, ha="left", fontsize=11)
+        _save(figure, path)
+
+
+def _uneven(counts: Sequence[int]) -> bool:
+    return max(counts) > 1.5 * min(counts)
+
+
+def _band(ax, rows, mean, half, label, color):
+    x = [row["labels"] for row in rows]
+    y = np.array([100 * row[mean] for row in rows])
+    spread = np.array([100 * (row[half] or 0) for row in rows])
+    ax.plot(x, y, "o-", color=color, label=label, linewidth=1.8, markersize=4.5)
+    ax.fill_between(x, y - spread, y + spread, color=color, alpha=0.16, linewidth=0)
+
+
+def _colors(arms: Sequence[str], baseline: str) -> dict[str, str]:
+    others = [a for a in arms if a != baseline]
+    return {baseline: BASELINE} | {a: COLORS[i % len(COLORS)] for i, a in enumerate(others)}
+
+
+@contextlib.contextmanager
+def _figure(columns: int, *, width: float, height: float, share: bool = False) -> Iterator[tuple[Any, Any]]:
+    """(figure, array of its axes side by side) in our style: without a window, and without any state left behind."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width * columns, height), layout="constrained")
+        yield figure, figure.subplots(1, columns, squeeze=False, sharex=share, sharey=share)[0]
+
+
+def _save(figure, path: Path) -> None:
+    packed = io.BytesIO()
+    figure.savefig(packed, format="png")
+    write_bytes(path, packed.getvalue())
