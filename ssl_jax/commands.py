@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax import run
-from ssl_jax.config import Config, Data, default, from_json, merge, method_module, method_names, resolve, to_steps
+from ssl_jax.config import Config, Data, default, from_json, merge, method_module, method_names, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, rebuild
 from ssl_jax.errors import UserError, unknown
@@ -45,9 +46,9 @@ def evaluate(
     seeds: int = 1,
     data: str = "",
     test: str = "",
-    overrides: list[str] = [],
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Writes evaluation/<protocol>-<labels>.json and .npz (scores of every test image); prints and returns the means."""
+    """Writes evaluation/<protocol>-<labels>.json and .npz (scores of all test images); prints and returns the means."""
     from ssl_jax.evaluate.finetune import finetune, predict
     from ssl_jax.evaluate.knn import knn_predict
     from ssl_jax.evaluate.linear import linear_probe
@@ -76,11 +77,12 @@ def evaluate(
                 linear_probe(features[chosen], y[chosen], classes=len(classes), seed=seed).scores(test_features)
             )
         else:
-            settings = {"classes": len(classes), "settings": config.finetune, "seed": seed}
-            scores.append(predict(finetune(encoder, images[chosen], y[chosen], **settings), test_images))
+            drawn = images[chosen], y[chosen]
+            made_of = finetune(encoder, *drawn, classes=len(classes), settings=config.finetune, seed=seed)
+            scores.append(predict(made_of, test_images))
     each = [metrics(s, test_y, classes) for s in scores]
     numbers = [k for k, v in each[0].items() if isinstance(v, float)]
-    made = {
+    made: dict[str, Any] = {
         "protocol": protocol,
         "labels": labels or "all",
         "seeds": seeds,
@@ -131,9 +133,9 @@ def study(config: ConfigDict, workdir: str) -> None:
 
 
 def finetune(
-    workdir: str, data: str, out: str, test: str = "", seed: int = 0, overrides: list[str] = []
+    workdir: str, data: str, out: str, test: str = "", seed: int = 0, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Writes out/classifier.safetensors and out/classifier.json; prints the validation score, and the test's if given."""
+    """Writes out/classifier.safetensors and out/classifier.json; prints the validation and the test score."""
     from ssl_jax.evaluate.finetune import finetune as fit_classifier
     from ssl_jax.evaluate.finetune import predict
     from ssl_jax.evaluate.metrics import metrics
@@ -143,9 +145,15 @@ def finetune(
     source = open_source(encoder.data(_data(data, "--data")))
     labels = _labels(source, data)
     known = np.flatnonzero(labels >= 0)
-    settings = {"classes": len(source.classes), "settings": config.finetune, "seed": seed}
     print(f"fine-tuning on {len(known)} labelled images, classes: {', '.join(source.classes)}", flush=True)
-    classifier = fit_classifier(encoder, source.arrays()[known], labels[known], **settings)
+    classifier = fit_classifier(
+        encoder,
+        source.arrays()[known],
+        labels[known],
+        classes=len(source.classes),
+        settings=config.finetune,
+        seed=seed,
+    )
     about = {**encoder.about, "classes": source.classes, "finetune": dataclasses.asdict(config.finetune), "seed": seed}
     about["chosen"] = classifier.chosen
     if test:
@@ -238,14 +246,14 @@ def methods() -> None:
 def name_needs_labels(name: str) -> bool:
     from ssl_jax.methods.base import Network
 
-    nothing = Network(lambda *_: ({}, {}), lambda *_, **__: (None, None))
+    nothing: Any = Network(init=lambda *_: None, apply=lambda *_: None)  # type: ignore[arg-type,return-value]
     return "label" in method_module(name).make(method_module(name).Config(), nothing, 1).needs
 
 
 # What several commands share.
 
 
-def _settings(folder: Path, overrides: list[str]) -> Config:
+def _settings(folder: Path, overrides: Sequence[str]) -> Config:
     """The run's config with overrides; the defaults for an exported encoder that has no run folder."""
     from ssl_jax.cli import override
 

@@ -291,7 +291,7 @@ def resolve(config: ConfigDict) -> Config:
 
 
 def merge(config: Config, changes: Mapping[str, Any]) -> Config:
-    """`config` with nested changes, as an arm of a study is written: {"method": {"name": "moco"}, "optim": {"lr": 0.1}}.
+    """`config` with nested changes, as an arm of a study: {"method": {"name": "moco"}, "optim": {"lr": 0.1}}.
 
     A change of method starts from that method's recipe for "method" and "optim".
     """

@@ -296,14 +296,15 @@ class _Loop:
         """The whole data set on the devices, if it is to be gathered there."""
         if not self.gather:
             return {}
-        arrays = {"image": self.source.arrays()}
+        arrays: dict[str, Any] = {"image": self.source.arrays()}
         if self.source.labels is not None:
             arrays["label"] = np.asarray(self.source.labels, np.int32)
-        return jax.device_put(arrays, replicated(self.mesh))
+        stored: dict[str, Any] = jax.device_put(arrays, replicated(self.mesh))
+        return stored
 
-    def _check(self) -> dict[str, float]:
+    def _check(self) -> dict[str, Any]:
         """Looks at every step since the last look; returns the newest step's metrics, {} where there was none."""
-        values: dict[str, float] = {}
+        values: dict[str, Any] = {}
         for step, metrics in self.pending:
             values = {k: np.asarray(v).item() for k, v in metrics.items()}
             skipped = bool(values.pop("skipped", 0))
@@ -317,7 +318,7 @@ class _Loop:
             self.warned = True
             self.progress.say(
                 f"warning: embedding std {values['embedding_std']:.2g}: all images get almost the same embedding, the "
-                "method has collapsed; likely a learning rate too high, a batch too small, or no stop-gradient or predictor"
+                "method has collapsed; likely a learning rate too high, a batch too small, or too weak transforms"
             )
         return {k: v if np.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
 

@@ -12,7 +12,7 @@ from ssl_jax.errors import UserError
 
 
 class TrackTargetState(NamedTuple):
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls
     target_params: Any
 
 

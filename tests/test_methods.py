@@ -10,7 +10,7 @@ import pytest
 from tiny import Images, tiny_config, tiny_encoder
 
 from ssl_jax import checkpoint, trainer
-from ssl_jax.config import method_module, method_names, resolve, default
+from ssl_jax.config import default, method_module, method_names, resolve
 from ssl_jax.data import order
 from ssl_jax.errors import UserError
 from ssl_jax.parallel import make_mesh, replicated, split
@@ -136,7 +136,7 @@ def test_no_gradient_into_the_target(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_target_follows_the_explicit_formula(name):
-    """target <- tau target + (1 - tau) params, with the parameters after the step, at every step."""
+    """Target <- tau target + (1 - tau) params, with the parameters after the step, at every step."""
     config, source = tiny_config(name), Images()
     state, step_fn, mesh = start(config, source)
     expected = target_of(state.opt_state)
@@ -205,7 +205,7 @@ def test_batch_larger_than_data_and_devices():
 
 
 def test_queue_is_a_ring_in_order_of_age():
-    """Keys of 7 a step into a queue of 24: after each push the newest keys lie behind each other, oldest overwritten."""
+    """Keys of 7 a step into a queue of 24: after each push the newest lie behind each other, the oldest are gone."""
     config = tiny_config("moco", train__batch=7, method__bn_groups=1)
     method = trainer.set_up(config, Images()).method
     extra = {"queue": np.full((24, 8), -1.0), "oldest": np.int32(0)}

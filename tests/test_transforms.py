@@ -27,7 +27,7 @@ def test_target_is_the_explicit_average_of_parameters_after_each_step(tau):
         updates, state = tx.update(gradients(step), state, params)
         params = optax.apply_updates(params, updates)
         t = tau(step) if callable(tau) else tau
-        target = jax.tree.map(lambda old, new: t * old + (1 - t) * new, target, params)
+        target = jax.tree.map(lambda old, new, t=t: t * old + (1 - t) * new, target, params)
     for got, want in zip(jax.tree.leaves(target_of(state)), jax.tree.leaves(target)):
         np.testing.assert_array_equal(got, want)
 

@@ -4,14 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ssl_jax.errors import UserError
 
 
 def knn_predict(
-    bank: jax.Array,
-    bank_labels: jax.Array,
-    queries: jax.Array,
+    bank: jax.Array | np.ndarray,
+    bank_labels: jax.Array | np.ndarray,
+    queries: jax.Array | np.ndarray,
     *,
     classes: int,
     k: int = 20,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-    """x / max(|x|, epsilon) over the last axis; the gradient at x = 0 is finite.
+    """Unit vectors x / max(|x|, epsilon) over the last axis; the gradient at x = 0 is finite.
 
     >>> normalize(jnp.array([3.0, 4.0])).round(2).tolist()
     [0.6000000238418579, 0.800000011920929]

@@ -10,7 +10,7 @@ from ssl_jax.losses.common import normalize
 def nt_xent(z_a: jax.Array, z_b: jax.Array, *, temperature: float) -> jax.Array:
     """Normalised temperature-scaled cross-entropy of SimCLR over all 2B views.
 
-    Each view must find its partner among the 2B - 1 others: mean_i of -log softmax_{j != i}(z_i . z_j / T)_{partner(i)}.
+    Each view finds its partner among the 2B - 1 others: mean_i of -log softmax_{j != i}(z_i . z_j / T)_{partner(i)}.
 
     Args:
       z_a, z_b: [B, D] projections of the two views, normalised here.

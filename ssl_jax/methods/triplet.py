@@ -1,7 +1,7 @@
 """Triplet: a view lies nearer to the other view of its image than to another image, by a margin.
 
-Source: FaceNet, https://arxiv.org/abs/1503.03832; self-supervised: the positive is the second view, the negative another
-image of the batch.
+Source: FaceNet, https://arxiv.org/abs/1503.03832. Self-supervised: the positive is the second view, the negative
+another image of the batch.
 """
 
 from dataclasses import dataclass
