@@ -165,6 +165,15 @@ def override(config: Any, overrides: Sequence[str]) -> Any:
     return values["config"].value
 
 
+def _tell_warnings() -> None:
+    """The library's warnings (a file that is skipped, say) as plain lines on stderr."""
+    import logging
+
+    log, handler = logging.getLogger("ssl_jax"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("ssl-jax: %(message)s"))
+    log.handlers, log.propagate = [handler], False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A user's mistake is one line on stderr and code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -185,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values, overrides = parse(argv[0], argv[1:])
         from ssl_jax import commands
 
+        _tell_warnings()
         commands.start_jax()
         if "config" in values:
             values["config"] = load_config(values["config"], overrides)

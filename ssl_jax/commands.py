@@ -233,7 +233,9 @@ def methods() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "what it does", "source", "needs", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "what it does", "source", "needs"):
+        table.add_column(column, overflow="fold")
     for name in method_names():
         module = method_module(name)
         head, _, rest = (module.__doc__ or "").partition("\n\n")
@@ -332,11 +334,9 @@ def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
 
 
 def _readable(source: Any) -> tuple[np.ndarray, list[str]]:
-    """Images and names without the files that could not be read, which are named on the way."""
+    """Images and names without the files that could not be read (the source has named them)."""
     images = source.arrays()
     good = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in is another file's image
-    for name in source.skipped:
-        print(f"skipped, not readable: {name}")
     return images[good], [source.names[i] for i in good]
 
 

@@ -265,17 +265,20 @@ class _Loop:
                     self.metrics.append({"step": step, "epoch": round(epoch, 4), **values})
                     if step > since:
                         self.timing.append({"step": step, **{k: round(v, 4) for k, v in speed.items()}})
-                shown = {k: values[k] for k in ("loss", "probe_accuracy") if k in values}
+                shown: dict[str, Any] = {k: values[k] for k in ("loss", "probe_accuracy") if k in values}
                 images = f"{speed['images_per_s']:.0f}/s" if step > since else "-"
                 self.progress.update(step, {**shown, "images": images, "waiting": f"{speed['waiting']:.0%}"})
                 waited, since, marked = 0.0, step, now
             if knn and (step % eval_every == 0 or last):
+                began = time.monotonic()
                 self.metrics.append({"step": step, "knn_accuracy": knn()})
-                marked = time.monotonic()
+                marked += time.monotonic() - began  # neither evaluating nor saving counts as training
             if step % save_every == 0 or last or self.stopped_by:
                 self._check()
+                began = time.monotonic()
                 checkpoint.save(self.workdir / "checkpoints", step, self.state, config.train.keep)
-                self.saved, marked = step, time.monotonic()
+                self.saved = step
+                marked += time.monotonic() - began
             if self.stopped_by and not last:
                 name = signal.Signals(self.stopped_by).name
                 self.progress.say(f"{name}: saved step {step} in {self.workdir}; the same command continues it")
@@ -299,8 +302,7 @@ class _Loop:
         arrays: dict[str, Any] = {"image": self.source.arrays()}
         if self.source.labels is not None:
             arrays["label"] = np.asarray(self.source.labels, np.int32)
-        stored: dict[str, Any] = jax.device_put(arrays, replicated(self.mesh))
-        return stored
+        return jax.device_put(arrays, replicated(self.mesh))
 
     def _check(self) -> dict[str, Any]:
         """Looks at every step since the last look; returns the newest step's metrics, {} where there was none."""

@@ -1,0 +1,85 @@
+"""All formulations of the convolution are the same function, with the same gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from ssl_jax.errors import UserError
+from ssl_jax.models import conv as module
+from ssl_jax.models import resolve_conv
+from ssl_jax.models.conv import conv
+
+
+def case(size, channels, k, batch=6):
+    rng = np.random.default_rng(size + channels + k)
+    x = rng.standard_normal((batch, size, size + 1, channels), np.float32)
+    return x, rng.standard_normal((k, k, channels, 5), np.float32)
+
+
+def values_and_gradients(function, x, kernel):
+    def total(x, kernel):
+        y = function(x, kernel)
+        return (jnp.sin(y) * jnp.arange(y.size).reshape(y.shape)).sum() / y.size, y
+
+    (_, y), grads = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(x, kernel)
+    return y, *grads
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "k", "stride"),
+    [(9, 1, 7, 2), (8, 3, 5, 2), (7, 16, 3, 1), (8, 16, 3, 2), (7, 4, 3, 2), (6, 4, 1, 2), (5, 4, 1, 1), (2, 4, 3, 1)],
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 20_000, 10**9])
+def test_formulations_agree(size, channels, k, stride, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes // jax.device_count())
+    x, kernel = case(size, channels, k)
+    pad = (k - 1) // 2
+
+    def lax_conv(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=numbers)
+
+    wanted = values_and_gradients(lax_conv, x, kernel)
+    for how in ("native", "patches"):
+        found = values_and_gradients(lambda x, kernel, how=how: conv(x, kernel, stride, pad, how), x, kernel)
+        for a, b in zip(found, wanted, strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_divide_the_batch(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 9 * 16 * 64 * 4 // jax.device_count())  # 4 images
+    for batch, chunks in ((12, 3), (10, 5), (7, 7), (3, 1)):
+        assert module._chunks(jnp.zeros((batch, 8, 8, 16)), jnp.zeros((3, 3, 16, 5)), 1, 1) == chunks
+
+
+def test_split_over_devices_gathers_nothing():
+    from ssl_jax import parallel
+
+    mesh = parallel.make_mesh(4, 64)
+    x, kernel = np.zeros((64, 14, 14, 24), np.float32), np.zeros((3, 3, 24, 24), np.float32)
+    step = jax.grad(lambda kernel, x: jnp.square(conv(conv(x, kernel, 1, 1, "patches"), kernel, 1, 1, "patches")).sum())
+    given = (parallel.replicated(mesh), parallel.split(mesh))
+    text = jax.jit(step, in_shardings=given).lower(kernel, x).compile().as_text()
+    assert "all-reduce(" in text
+    assert "all-gather(" not in text
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "how"),
+    [("x86_64", "fma avx2 avx512f", "native"), ("x86_64", "fma avx2", "patches"), ("arm64", "", "native")],
+)
+def test_auto_asks_the_processor(machine, flags, how, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(module, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(module.platform, "machine", lambda: machine)
+    assert resolve_conv("auto") == how
+    assert resolve_conv("native") == "native"
+    assert resolve_conv("patches") == "patches"
+
+
+def test_unknown_formulation():
+    with pytest.raises(UserError, match="config.model.conv='winograd': unknown.*native"):
+        resolve_conv("winograd")
