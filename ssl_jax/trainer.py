@@ -377,8 +377,8 @@ class _Loop:
 
         out = self.workdir / "views.png"
         if not out.exists():
-            count = min(6, len(self.source))
-            view_sheet(np.stack([self.source.load(i) for i in range(count)]), self.setup.views, out)
+            chosen = np.random.default_rng(self.config.train.seed).permutation(len(self.source))[:6]
+            view_sheet(np.stack([self.source.load(int(i)) for i in chosen]), self.setup.views, out)
 
 
 def _in_memory(config: Config, source: Any) -> bool:

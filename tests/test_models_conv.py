@@ -31,7 +31,7 @@ def values_and_gradients(function, x, kernel):
     ("size", "channels", "k", "stride"),
     [(9, 1, 7, 2), (8, 3, 5, 2), (7, 16, 3, 1), (8, 16, 3, 2), (7, 4, 3, 2), (6, 4, 1, 2), (5, 4, 1, 1), (2, 4, 3, 1)],
 )
-@pytest.mark.parametrize("chunk_bytes", [1, 20_000, 10**9])
+@pytest.mark.parametrize("chunk_bytes", [1, 20_000])
 def test_formulations_agree(size, channels, k, stride, chunk_bytes, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes // jax.device_count())
     x, kernel = case(size, channels, k)

@@ -20,8 +20,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        bound = x.shape[-1] ** -0.5
+
         def bias_init(rng, shape):
-            bound = x.shape[-1] ** -0.5
             return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
 
         zeros = nn.initializers.zeros
