@@ -14,7 +14,7 @@ from ssl_jax.augment import center_view
 from ssl_jax.config import Config, Data, Model
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Network
-from ssl_jax.models import build_encoder, from_torch, to_torch
+from ssl_jax.models import build_encoder, from_torch, normalization, to_torch
 from ssl_jax.run import write_bytes, write_json
 
 
@@ -62,7 +62,9 @@ def random_encoder(model: Model, size: int, channels: int, seed: int) -> Encoder
 
 
 def _about(model: Model, size: int, channels: int, **more: Any) -> dict[str, Any]:
-    return {"model": dataclasses.asdict(model), "size": size, "channels": channels, **more}
+    mean, std = normalization(model, channels)
+    about = {"model": dataclasses.asdict(model), "size": size, "channels": channels, "mean": mean, "std": std}
+    return {**about, **more}
 
 
 def export(folder: Path, encoder: Encoder) -> None:

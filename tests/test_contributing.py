@@ -26,7 +26,9 @@ def test_the_method_of_contributing_trains(tmp_path, monkeypatch):
     assert np.all(np.isfinite(losses)) and np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/data.md", "docs/evaluation.md", "docs/concepts.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/evaluation.md", "docs/concepts.md"]
+)
 def test_commands_in_the_docs_parse(page):
     """Each `ssl-jax ...` line of a shell block names a command, flags and config keys that exist."""
     from ssl_jax import cli

@@ -2,7 +2,7 @@
 
 from ssl_jax.models.conv import resolve_conv
 from ssl_jax.models.heads import linear, mlp
-from ssl_jax.models.resnet import build_encoder
+from ssl_jax.models.resnet import build_encoder, normalization
 from ssl_jax.models.torch_weights import from_torch, to_torch
 
-__all__ = ["build_encoder", "from_torch", "linear", "mlp", "resolve_conv", "to_torch"]
+__all__ = ["build_encoder", "from_torch", "linear", "mlp", "normalization", "resolve_conv", "to_torch"]

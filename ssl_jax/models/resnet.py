@@ -111,7 +111,7 @@ def build_encoder(model: Model, channels: int, size: int = 224, *, zero_init: bo
         raise UserError(f"config.model.width={model.width}: allowed: more than 0")
     stem, pool = _stem(model, size)
     widths, depths, block = ARCHITECTURES[model.name]
-    rgb = channels == 3
+    mean, std = normalization(model, channels)
     return network(
         ResNet(
             widths=tuple(max(1, round(width * model.width)) for width in widths),
@@ -119,13 +119,20 @@ def build_encoder(model: Model, channels: int, size: int = 224, *, zero_init: bo
             block=block,
             stem=stem,
             pool=pool,
-            mean=_per_channel("mean", model.mean, IMAGENET_MEAN if rgb else (0.5,) * channels, channels),
-            std=_per_channel("std", model.std, IMAGENET_STD if rgb else (0.25,) * channels, channels),
+            mean=mean,
+            std=std,
             dtype=jnp.dtype(model.dtype),
             how=resolve_conv(model.conv),
             zero_init=zero_init,
         )
     )
+
+
+def normalization(model: Model, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel, of images in [0, 1], by which the encoder normalises its input."""
+    rgb = channels == 3
+    mean = _per_channel("mean", model.mean, IMAGENET_MEAN if rgb else (0.5,) * channels, channels)
+    return mean, _per_channel("std", model.std, IMAGENET_STD if rgb else (0.25,) * channels, channels)
 
 
 def _stem(model: Model, size: int) -> tuple[tuple[int, int], bool]:
