@@ -50,7 +50,8 @@ def test_computes_what_torchvision_computes(name):
             return jnp.square(y).mean(), (y, after)
 
         plain = network.apply(params, stats, x, train=False)[0]
-        if name == "resnet50":  # its gradient is too ill-conditioned at this size to compare in float32
+        # At this size torch's own float32 gradient is 4e-3 away from its float64 one (resnet18: 1e-5): not compared.
+        if name == "resnet50":
             return plain, loss(params)[1], params
         grads, found = jax.grad(loss, has_aux=True)(params)
         return plain, found, grads

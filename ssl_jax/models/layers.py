@@ -1,5 +1,6 @@
 """The layers that networks here are made of, and the way from a flax module to a `Network`."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +92,10 @@ def _statistics(parts, near):
 def network(module: nn.Module) -> Network:
     """A flax module whose __call__ takes (x, train, groups) as a `Network`."""
 
+    draw = jax.jit(functools.partial(module.init, train=False))
+
     def init(rng, x):
-        variables = jax.jit(module.init, static_argnames=("train",))(rng, x[:1], train=False)
+        variables = draw(rng, x[:1])
         return variables["params"], variables.get("batch_stats", {})
 
     def apply(params, stats, x, *, train: bool, groups: int = 1) -> tuple[jax.Array, Any]:
