@@ -98,7 +98,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     try:
         left = values([f"ssl-jax {command}", *rest])[1:]
     except flags.UnrecognizedFlagError as error:
-        raise unknown(f"--{error.flagname}", error.flagvalue or "", (f"--{n}" for n in table)) from None
+        raise unknown("flag", f"--{error.flagname}", (f"--{n}" for n in table)) from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     if left:
@@ -169,6 +169,9 @@ def _tell_warnings() -> None:
     """The library's warnings (a file that is skipped, say) as plain lines on stderr."""
     import logging
 
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs a traceback for what we tell in one line
     log, handler = logging.getLogger("ssl_jax"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("ssl-jax: %(message)s"))
     log.handlers, log.propagate = [handler], False

@@ -173,7 +173,7 @@ def predict(workdir: str, data: str, out: str) -> None:
     from ssl_jax.evaluate.finetune import predict as scores_of
 
     classifier, encoder, classes = _load_classifier(Path(workdir))
-    images, names = _readable(open_source(encoder.data(_data(data, "--data")), "all"))
+    images, names = _readable(encoder, data)
     scores = np.asarray(scores_of(classifier, images), np.float64)
     odds = np.exp(scores - scores.max(axis=1, keepdims=True))
     odds /= odds.sum(axis=1, keepdims=True)
@@ -188,7 +188,7 @@ def embed(workdir: str, data: str, out: str) -> None:
     if path.suffix not in (".npz", ".csv", ".parquet"):
         raise UserError(f"--out={out}: unknown ending {path.suffix!r}; allowed: .npz, .csv, .parquet")
     encoder = load_encoder(workdir)
-    images, names = _readable(open_source(encoder.data(_data(data, "--data")), "all"))
+    images, names = _readable(encoder, data)
     features = encoder.embed(images)
     columns = ["file", *(f"e{i}" for i in range(features.shape[1]))]
     packed = io.BytesIO()
@@ -333,8 +333,9 @@ def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
     run.write_bytes(path, text.getvalue().encode())
 
 
-def _readable(source: Any) -> tuple[np.ndarray, list[str]]:
-    """Images and names without the files that could not be read (the source has named them)."""
+def _readable(encoder: Encoder, data: str) -> tuple[np.ndarray, list[str]]:
+    """Images and names of all files that can be read, however few; the source names the others."""
+    source = open_source(dataclasses.replace(encoder.data(_data(data, "--data")), max_bad_share=1.0), "all")
     images = source.arrays()
     good = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in is another file's image
     return images[good], [source.names[i] for i in good]

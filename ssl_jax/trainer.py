@@ -199,8 +199,8 @@ class _Loop:
 
     def __init__(self, config: Config, workdir: Path, source: Any):
         self.config, self.workdir, self.source = config, workdir, source
-        self.mesh = make_mesh(config.train.devices, config.train.batch)
         self.setup = set_up(config, source)
+        self.mesh = make_mesh(config.train.devices, config.train.batch)
         self.state = jax.device_put(init_state(self.setup, config.train.seed), replicated(self.mesh))
         self.gather = _in_memory(config, source)
         self.stopped_by: int | None = None
