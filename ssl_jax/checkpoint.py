@@ -4,8 +4,11 @@ Orbax writes a checkpoint under a temporary name and renames it, so a killed sav
 not notice changed bytes inside an array file; the digests, kept in the checkpoint's metadata, do.
 """
 
+import errno
 import hashlib
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
 
     path = folder.absolute() / f"{step:09d}"
     try:
+        _make_room(folder, state)
         ocp.save(path, state, custom_metadata={"arrays": _describe(state)}, overwrite=True)
     except Exception as error:  # tensorstore, orbax and the operating system each raise their own kind
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -35,6 +39,17 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
         doomed = folder / f"{old:09d}"
         # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a step's name.
         shutil.rmtree(doomed.rename(folder / f"removed-{old}"), ignore_errors=True)
+
+
+def _make_room(folder: Path, state: Any) -> None:
+    """Raises OSError if the disk has no room: told here it is one line, told by the threads of orbax it is many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    if hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, max(needed, 1))
+    elif shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def steps(folder: Path) -> list[int]:
