@@ -21,9 +21,9 @@ def get_config(size="full"):
     # two candidates by the same rule, on a validation split of the labels it is given.
     config.finetune.update({"batch": 32, "steps": 400, "lr": (1e-3,), "backbone_ratio": (0.1, 1.0)})
     scratch = {"steps": 600, "lr": (1e-3, 5e-3), "backbone_ratio": (1.0,)}
-    if demo:  # no choice, fewer steps, one draw of labels
-        config.finetune.update({"steps": 150, "backbone_ratio": (0.3,)})
-        scratch.update({"steps": 300, "lr": (1e-3,)})
+    if demo:  # no choice, fewer steps after pretraining, one draw of labels
+        config.finetune.update({"steps": 300, "backbone_ratio": (0.3,)})
+        scratch.update({"lr": (1e-3,)})
     config.study.arms = {"scratch": {"finetune": scratch}, "simclr": {"method": {"name": "simclr"}}}
     config.study.labels = (50, 100, 250, 1000)
     config.study.seeds = 1 if demo else 5
