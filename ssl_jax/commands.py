@@ -93,9 +93,7 @@ def evaluate(
         "interval": {k: interval([m[k] for m in each])[1] if seeds > 1 else None for k in numbers},
     }
     out = folder / "evaluation" / f"{protocol}-{labels or 'all'}"
-    packed = io.BytesIO()
-    np.savez_compressed(packed, scores=np.stack(scores), labels=test_y, names=np.array(names))
-    run.write_bytes(out.with_suffix(".npz"), packed.getvalue())
+    run.write_npz(out.with_suffix(".npz"), scores=np.stack(scores), labels=test_y, names=np.array(names))
     run.write_json(out.with_suffix(".json"), made)
     print(f"{protocol}, {labels or 'all'} labels, {seeds} draw{'s' * (seeds > 1)}, {what}:")
     for name in numbers:
@@ -191,10 +189,8 @@ def embed(workdir: str, data: str, out: str) -> None:
     images, names = _readable(encoder, data)
     features = encoder.embed(images)
     columns = ["file", *(f"e{i}" for i in range(features.shape[1]))]
-    packed = io.BytesIO()
     if path.suffix == ".npz":
-        np.savez_compressed(packed, embeddings=features, names=np.array(names))
-        run.write_bytes(path, packed.getvalue())
+        run.write_npz(path, embeddings=features, names=np.array(names))
     elif path.suffix == ".csv":
         rows = [[name, *(f"{v:.7g}" for v in f)] for name, f in zip(names, features, strict=True)]
         _write_csv(path, columns, rows)
@@ -204,6 +200,7 @@ def embed(workdir: str, data: str, out: str) -> None:
             import pyarrow.parquet
         except ImportError:
             raise UserError(f"--out={out}: needs pyarrow: pip install pyarrow (or write .npz or .csv)") from None
+        packed = io.BytesIO()
         table = pyarrow.table([names, *features.T.copy()], names=columns)
         pyarrow.parquet.write_table(table, packed)
         run.write_bytes(path, packed.getvalue())

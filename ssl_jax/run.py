@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import fcntl
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ssl_jax.config import Config, differences, to_json
 from ssl_jax.errors import UserError
@@ -38,6 +41,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: not written ({error.strerror})") from error
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    """Compressed and atomic."""
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **arrays)
+    write_bytes(path, packed.getvalue())
 
 
 def read_config(workdir: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ssl_jax.evaluate.finetune import finetune, predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.metrics import interval, metrics, paired
 from ssl_jax.evaluate.subsets import nested_subset
-from ssl_jax.run import write_bytes, write_json
+from ssl_jax.run import write_bytes, write_json, write_npz
 
 if TYPE_CHECKING:
     from ssl_jax.data.source import Source
@@ -219,20 +219,14 @@ def _finished(path: Path, key: str) -> Cell | None:
 def _save(path: Path, cell: Cell, scores: np.ndarray, indices: np.ndarray) -> None:
     """The .json is written last: where it is, the cell is complete."""
     path.unlink(missing_ok=True)
-    write_bytes(path.with_suffix(".npz"), _packed(scores=scores.astype(np.float32), indices=indices))
+    write_npz(path.with_suffix(".npz"), scores=scores.astype(np.float32), indices=indices)
     write_json(path, cell)
-
-
-def _packed(**arrays: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    return file.getvalue()
 
 
 def _write_about(config: Config, workdir: Path, train: "Source", test_labels: np.ndarray) -> None:
     known = np.asarray(train.labels)
     count = len(train.classes)
-    write_bytes(workdir / "test.npz", _packed(labels=test_labels, classes=np.array(train.classes)))
+    write_npz(workdir / "test.npz", labels=test_labels, classes=np.array(train.classes))
     about = {"classes": train.classes}
     about |= {"train_counts": np.bincount(known[known >= 0], minlength=count).tolist()}
     about |= {"test_counts": np.bincount(test_labels, minlength=count).tolist()}
