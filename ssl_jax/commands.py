@@ -18,7 +18,7 @@ from ssl_jax import run
 from ssl_jax.config import Config, Data, default, from_json, merge, method_module, method_names, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, rebuild
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import NoPartError, UserError, unknown
 
 
 def start_jax() -> None:
@@ -141,7 +141,7 @@ def finetune(
     encoder, config = load_encoder(workdir), _settings(Path(workdir), overrides)
     _new(Path(out), "--out")
     source = open_source(encoder.data(_data(data, "--data")))
-    labels = _labels(source, data)
+    labels = source.labels_as(source.classes, data)
     known = np.flatnonzero(labels >= 0)
     print(f"fine-tuning on {len(known)} labelled images, classes: {', '.join(source.classes)}", flush=True)
     classifier = fit_classifier(
@@ -156,7 +156,7 @@ def finetune(
     about["chosen"] = classifier.chosen
     if test:
         held = open_source(encoder.data(_data(test, "--test")), "all")
-        wanted = _same_classes(_labels(held, test), held.classes, source.classes, test)
+        wanted = held.labels_as(source.classes, test)
         about["test"] = metrics(predict(classifier, held.arrays())[wanted >= 0], wanted[wanted >= 0], source.classes)
     _save_classifier(Path(out), classifier, about)
     for name, value in {**about["chosen"], **about.get("test", {})}.items():
@@ -276,21 +276,6 @@ def _data(text: str, flag: str) -> Data:
     raise UserError(f"{flag}={text}: {found}; allowed: a folder, a .csv, .tsv or .npz file, fashion_mnist, tfds:NAME")
 
 
-def _labels(source: Any, name: str) -> np.ndarray:
-    if source.labels is None:
-        raise UserError(f"{name}: has no labels; allowed: data with class folders, a label column or a labels array")
-    return np.asarray(source.labels)
-
-
-def _same_classes(labels: np.ndarray, have: list[str], want: list[str], name: str) -> np.ndarray:
-    """Labels renumbered from one list of class names to another."""
-    strange = sorted(set(have) - set(want))
-    if strange:
-        raise UserError(f"{name}: class {strange[0]!r} is not among the training classes; allowed: {', '.join(want)}")
-    table = np.array([want.index(c) for c in have])
-    return np.where(labels >= 0, table[labels], -1)
-
-
 def _train_and_test(
     encoder: Encoder, config: Config, data: str, test: str
 ) -> tuple[Any, Any, list[str], list[str], str]:
@@ -299,12 +284,12 @@ def _train_and_test(
 
     wanted = encoder.data(_data(data, "--data") if data else dataclasses.replace(config.data, limit=0))
     train = open_source(wanted)
-    y, held = _labels(train, data or config.data.path or config.data.name), None
+    y, held = train.labels_as(train.classes, data or config.data.path or config.data.name), None
     what = "test split"
     if test:
         held, what = open_source(encoder.data(_data(test, "--test")), "all"), test
     else:
-        with contextlib.suppress(UserError):  # data without a test split
+        with contextlib.suppress(NoPartError):
             held = open_source(wanted, "test")
     if held is None:
         kept, out = holdout(y, 0.2, seed=0)
@@ -312,7 +297,7 @@ def _train_and_test(
         images = train.arrays()
         names = [train.names[i] for i in out]
         return (images[kept], y[kept]), (images[out], y[out]), names, train.classes, what
-    test_y = _same_classes(_labels(held, what), held.classes, train.classes, what)
+    test_y = held.labels_as(train.classes, what)
     known = np.flatnonzero(test_y >= 0)
     names = [held.names[i] for i in known]
     return (train.arrays(), y), (held.arrays()[known], test_y[known]), names, train.classes, what

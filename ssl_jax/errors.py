@@ -8,6 +8,10 @@ class UserError(Exception):
     """A mistake of the user's or a limit of their machine: printed as one line, never as a traceback."""
 
 
+class NoPartError(UserError):
+    """Data without the part that was asked for: no test split, for example."""
+
+
 def unknown(key: str, value: object, allowed: Iterable[str]) -> UserError:
     """`key=value: unknown; did you mean ...? available: ...`, to be raised by the caller."""
     names = sorted(allowed)

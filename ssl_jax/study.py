@@ -69,6 +69,7 @@ def run_study(
     arms = {arm: merge(config, changes) for arm, changes in study.arms.items()}
     if study.baseline not in arms:
         raise unknown("config.study.baseline", study.baseline, arms)
+    train.labels_as(train.classes, "config.data")
     test, test_labels = _labelled(train, test)
     draws = _draw(train, study.labels, study.seeds)
     used = np.unique(np.concatenate(list(draws.values())))
@@ -175,16 +176,9 @@ def _draw(train: "Source", counts: Sequence[int], seeds: int) -> dict[tuple[int,
 
 def _labelled(train: "Source", test: "Source") -> tuple["Source", np.ndarray]:
     """The test images that have a label, and these labels as numbers of train's classes."""
-    for source, key in ((train, "data"), (test, "study.test")):
-        if source.labels is None:
-            raise UserError(f"config.{key}: has no labels; allowed: for a study, data with labels")
-    strange = [name for name in test.classes if name not in train.classes]
-    if strange:
-        raise unknown("config.study.test: class", strange[0], train.classes)
-    labels = np.asarray(test.labels)
+    labels = test.labels_as(train.classes, "config.study.test")
     known = np.flatnonzero(labels >= 0)
-    renumbered = np.array([train.classes.index(name) for name in test.classes], np.int32)
-    return test.take(known), renumbered[labels[known]]
+    return test.take(known), labels[known]
 
 
 def _digest(*arrays: np.ndarray) -> str:

@@ -318,7 +318,7 @@ def test_tfds_stream():
 def test_tfds_errors(monkeypatch, tmp_path):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     fails(Data(name="tfds"), "config.data.path=''")
-    build = "pip install tensorflow-cpu && tfds build cifar10 --file_format=array_record"
+    build = "pip install tensorflow && tfds build cifar10 --file_format=array_record"
     fails(Data(name="tfds", path="cifar10"), "config.data.path='cifar10': not prepared", str(tmp_path), build)
     fails(Data(name="tfds", path="no_such"), "config.data.path='no_such'", "knows no data set")
     fails(Data(name="tfds", path="/no/such"), "config.data.path='/no/such'")

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import NoPartError, UserError, unknown
 
 log = logging.getLogger("ssl_jax")
 T = TypeVar("T")
@@ -70,6 +70,19 @@ class Source:
         if callable(self._labels):
             self._labels = self._labels()
         return self._labels
+
+    def labels_as(self, classes: Sequence[str], where: str) -> np.ndarray:
+        """The labels as numbers of `classes`, int32 [N], -1 where not known. UserError without labels, or if a class
+        is not among them."""
+        if self.labels is None:
+            raise UserError(
+                f"{where}: has no labels; allowed: data with class folders, a label column or a labels array"
+            )
+        strange = [name for name in self.classes if name not in classes]
+        if strange:
+            raise unknown(f"{where}: class", strange[0], classes)
+        numbers = np.array([list(classes).index(name) for name in self.classes], np.int32)
+        return np.where(self.labels >= 0, numbers[self.labels], -1)
 
     @property
     def skipped(self) -> list[str]:
@@ -159,7 +172,7 @@ def pick_parts(parts: Mapping[str, T], split: str, where: str) -> list[T]:
     if split == "test" and "val" in parts:
         return [parts["val"]]
     if split in ("test", "val"):
-        raise UserError(f"{where}: no {split} part; available: {', '.join([*parts, 'all'])}")
+        raise NoPartError(f"{where}: no {split} part; available: {', '.join([*parts, 'all'])}")
     raise unknown("config.data.split", split, [*parts, "all"])
 
 

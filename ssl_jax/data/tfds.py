@@ -12,12 +12,12 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.data.files import SIZE
 from ssl_jax.data.source import Source
-from ssl_jax.errors import UserError
+from ssl_jax.errors import NoPartError, UserError
 
 
 def command(name: str) -> str:
     """What the user types to prepare a data set."""
-    return f"pip install tensorflow-cpu && tfds build {name} --file_format=array_record"
+    return f"pip install tensorflow && tfds build {name} --file_format=array_record"
 
 
 def read(data: Data) -> Source:
@@ -79,7 +79,7 @@ def _open(data: Data) -> tuple[Any, Any]:
     split = "+".join(info.splits) if data.split == "all" else data.split
     available = f"available: {', '.join([*info.splits, 'all'])}, or as TFDS writes them"
     if split == "test" and split not in info.splits:
-        raise UserError(f"{where}: no test part; {available}")
+        raise NoPartError(f"{where}: no test part; {available}")
     image_name, _ = _features(info, data.path)
     try:
         records = builder.as_data_source(split, decoders={image_name: tfds.decode.SkipDecoding()})
