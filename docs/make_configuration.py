@@ -57,7 +57,8 @@ ssl-jax pretrain --config=pretrain:byol --config.data.name=folder --config.data.
 AUGMENT = """\
 `config.augment.preset` names a pair of views: {presets}.
 Every key of a view can be set on top of it, `--config.augment.blur=0.5` for both views,
-`--config.augment.second.blur=0.1` for the second one alone; what is not set stays as the preset has it.
+`--config.augment.second.blur=0.1` for the second one alone, `--config.augment.local.size=96` for the local views that
+methods with multi-crop take; what is not set stays as the preset has it.
 `ssl-jax views --config=... --out=views.png` shows what comes out, before anything is trained. The defaults in this
 table are those of a bare view, as in the preset `none`.
 """
@@ -109,8 +110,8 @@ def page() -> str:
         parts.append(f"## {name}\n")
         if name == "augment":
             known = ", ".join(f"`{p}`" for p in presets())
-            preset = options(source, "Augment")[0]
-            parts += [AUGMENT.format(presets=known), table([preset, *options(source, "View")], name)]
+            own = [o for o in options(source, "Augment") if o.name in ("preset", "local_views")]
+            parts += [AUGMENT.format(presets=known), table([*own, *options(source, "View")], name)]
         else:
             parts += [docstring(source, kind), table(options(source, kind), name)]
     parts += ["## method\n", METHODS]

@@ -243,10 +243,10 @@ def methods() -> None:
 
 
 def name_needs_labels(name: str) -> bool:
-    from ssl_jax.methods.base import Network
+    from ssl_jax.methods.base import Network, Run
 
-    nothing: Any = Network(init=lambda *_: None, apply=lambda *_: None)  # type: ignore[arg-type,return-value]
-    return "label" in method_module(name).make(method_module(name).Config(), nothing, 1).needs
+    nothing: Any = Network(lambda *_: ({}, {}), lambda *_, **__: (jax.numpy.zeros(0), {}), patch=1)
+    return "label" in method_module(name).make(method_module(name).Config(), nothing, Run(1, 1, 1, 1)).needs
 
 
 # What several commands share.

@@ -56,16 +56,20 @@ class View:
     blur_sigma: tuple[float, ...] = (0.1, 2.0)  # px, uniform
     solarize: float = 0.0  # probability of solarize
     solarize_threshold: float = 0.5
+    shear: float = 0.0  # largest shear along the rows either way, degrees
+    zoom: tuple[float, ...] = (1.0, 1.0)  # factor by which the image is enlarged about its centre, uniform
 
 
 @dataclass(frozen=True)
 class Augment:
     """A preset and what differs from it. In a config file: config.augment.blur=0.5 (all views),
-    config.augment.second.blur=0.1 (the second view alone)."""
+    config.augment.second.blur=0.1 (the second view alone), config.augment.local.size=96 (the local views alone)."""
 
     preset: str = "natural"  # a name in ssl_jax.augment.PRESETS
     override: Mapping[str, Any] = field(default_factory=dict)
     second: Mapping[str, Any] = field(default_factory=dict)
+    local: Mapping[str, Any] = field(default_factory=dict)
+    local_views: int = 0  # further, smaller views of each image, for methods with multi-crop
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Optim:
     nesterov: bool = False
     b2: float = 0.999  # adamw
     weight_decay: float = 1e-4
+    weight_decay_end: float = -1.0  # reached along a cosine at the end of the run; negative: constant
+    vector_lr: float = 1.0  # learning rate of biases and norm scales, as a share of lr
     decay_all: bool = False  # False: biases and norm scales get neither weight decay nor LARS adaptation
     clip_norm: float = 0.0  # largest norm of the gradient; 0: no clipping
     skip_nonfinite: bool = False  # leave out a step whose gradients are not finite (10 in a row end the run)
@@ -221,6 +227,8 @@ def _to_dict(value: Any) -> Any:
             "preset": value.preset,
             **_placeholders(value.override),
             "second": _placeholders(value.second),
+            "local": _placeholders(value.local),
+            "local_views": value.local_views,
         }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -314,9 +322,10 @@ def merge(config: Config, changes: Mapping[str, Any]) -> Config:
 def _build(kind: Any, given: Mapping[str, Any], path: str) -> Any:
     if kind is Augment:
         preset = given.get("preset", Augment.preset)
-        second = _set_fields(View, given.get("second", {}), f"{path}.second")
-        first = {k: v for k, v in given.items() if k not in ("preset", "second")}
-        return Augment(preset, _set_fields(View, first, path), second)
+        second, local = (_set_fields(View, given.get(name, {}), f"{path}.{name}") for name in ("second", "local"))
+        count = _set_fields(Augment, {"local_views": given.get("local_views")}, path)
+        first = {k: v for k, v in given.items() if k not in ("preset", "second", "local", "local_views")}
+        return Augment(preset, _set_fields(View, first, path), second, local, **count)
     return kind(**_set_fields(kind, given, path))
 
 

@@ -27,7 +27,7 @@ from ssl_jax.encoder import Encoder, build, describe, export, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.collapse import embedding_std
 from ssl_jax.evaluate.knn import knn_predict
-from ssl_jax.methods.base import Method, Network
+from ssl_jax.methods.base import Method, Network, Run
 from ssl_jax.models import resolve_conv
 from ssl_jax.parallel import make_mesh, replicated, split
 from ssl_jax.progress import Progress
@@ -65,9 +65,6 @@ def set_up(config: Config, source: Any) -> Setup:
         raise UserError(f"config.train.batch={batch}: larger than the data set; allowed: 1 to {examples}")
     module = method_module(config.method_name)
     classes = len(source.classes) if source.labels is not None else 0
-    settings = config.method
-    if getattr(settings, "classes", None) == 0:
-        settings = dataclasses.replace(settings, classes=classes)
     steps = to_steps(config.train.duration, examples, batch)
     if steps < 1:
         raise UserError(f"config.train.duration={config.train.duration!r}: no step at all; allowed: at least one")
@@ -75,15 +72,15 @@ def set_up(config: Config, source: Any) -> Setup:
     encoder = build(config.model, shape[2], size)
     if config.model.init:
         encoder = started_from(encoder, config.model.init)
-    method = module.make(settings, encoder, steps)
+    method = module.make(config.method, encoder, Run(steps, examples // batch, examples, classes))
     if "label" in method.needs and not classes:
         raise UserError(
             f"config.method.name={config.method_name!r}: needs labels, which the data set "
             f"{config.data.path or config.data.name!r} has not; allowed: data with class folders or a label column"
         )
     schedule = learning_rate(config.optim, batch, steps, to_steps(config.optim.warmup, examples, batch))
-    tx = optimizer(config.optim, schedule, method.transform)
-    views = resolve_views(config.augment, method.views, size)
+    tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr)
+    views = resolve_views(config.augment, method.views, size, method.local_views)
     return Setup(method, encoder, tx, schedule, views, steps, shape, classes if config.eval.online_probe else 0)
 
 
@@ -109,14 +106,18 @@ def init_state(setup: Setup, seed: int) -> TrainState:
 
 
 def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The train step: (state, {"image" uint8 [B, H, W, C], "label" [B]}) -> state, metrics. To be jitted."""
-    method, augment = setup.method, make_views(setup.views)
+    """The train step, to be jitted: (state, {"image" uint8 [B, H, W, C], "index" [B], ...}) -> state, metrics.
+
+    The batch holds "label" [B] if the data have labels, and "pair" [B, H, W, C] if config.data.pairs says so.
+    """
+    method, augment = setup.method, make_views(setup.views, setup.method.shares)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         key_views, key_forward = jax.random.split(key)
-        views = jax.lax.with_sharding_constraint(augment(key_views, batch["image"]), split(mesh))
-        inputs = {"views": views, **{name: batch[name] for name in method.needs}}
+        views, drawn = augment(key_views, batch["image"], batch.get("pair"))
+        views = jax.lax.with_sharding_constraint(views, split(mesh))
+        inputs = {"views": views, "drawn": drawn, **{name: batch[name] for name in method.needs}}
         target = target_of(state.opt_state)
 
         def objective(params):
@@ -166,7 +167,6 @@ def _probe_step(probe, embedding, label):
 
 def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gather: bool) -> Iterator[dict]:
     """Batches of steps start to stop - 1 on the devices: indices into the store in memory, or images from disk."""
-    with_labels = source.labels is not None
     if gather:
         for step in range(start, stop):
             index = order(config.train.seed, len(source), config.train.batch, step)
@@ -174,8 +174,7 @@ def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gathe
     else:
         options = {"batch": config.train.batch, "seed": config.train.seed, "workers": config.data.workers}
         for batch in stream(source, start=start, stop=stop, **options):
-            kept = {"image": batch["image"], **({"label": batch["label"]} if with_labels else {})}
-            yield jax.device_put(kept, split(mesh))
+            yield jax.device_put({**batch, "index": batch["index"].astype(np.int32)}, split(mesh))
 
 
 def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
@@ -289,7 +288,7 @@ class _Loop:
 
         def gathered(state, store, batch):
             if self.gather:
-                batch = {name: values[batch["index"]] for name, values in store.items()}
+                batch = {**batch, **{name: values[batch["index"]] for name, values in store.items()}}
             return step(state, batch)
 
         whole = replicated(self.mesh)
@@ -345,7 +344,7 @@ class _Loop:
         self.stopped_by = number
 
     def _encoder(self, step: int) -> Encoder:
-        params, stats = self.setup.method.encoder(self.state.params, self.state.extra)
+        params, stats = self.setup.method.encoder(self.state.params, target_of(self.state.opt_state), self.state.extra)
         size, channels = min(self.setup.shape[:2]), self.setup.shape[2]
         about = describe(self.config, size, channels, step)
         return Encoder(self.setup.encoder, params, stats, size, channels, about)

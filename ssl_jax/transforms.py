@@ -1,6 +1,6 @@
 """Optimizers as optax transformations: the chain of a run, LARS, and the target network's moving average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +66,7 @@ def cosine_momentum(base: float, steps: int) -> Callable[[jax.Array], jax.Array]
 def lars(
     lr: optax.ScalarOrSchedule,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     momentum: float = 0.9,
     trust: float = 1e-3,
     mask: Callable[[Any], Any] | None = None,
@@ -110,18 +110,40 @@ def learning_rate(optim: Optim, batch: int, steps: int, warmup: int) -> Callable
 
 
 def optimizer(
-    optim: Optim, schedule: Callable[[Any], Any], last: optax.GradientTransformation
+    optim: Optim,
+    schedule: Callable[[Any], Any],
+    last: optax.GradientTransformation,
+    steps: int = 1,
+    constant_lr: Collection[str] = (),
 ) -> optax.GradientTransformation:
-    """The whole chain of a run; `last` is the method's own transformation (`track_target` or identity)."""
+    """The whole chain of a run of `steps`; `last` is the method's own transformation (`track_target` or identity).
+
+    constant_lr: top-level names of the parameters whose learning rate stays at the schedule's peak.
+    """
     mask = (lambda params: jax.tree.map(lambda _: True, params)) if optim.decay_all else matrices
-    if optim.name == "sgd":
-        core = optax.chain(
-            optax.add_decayed_weights(optim.weight_decay, mask=mask),
-            optax.sgd(schedule, momentum=optim.momentum, nesterov=optim.nesterov),
-        )
-    elif optim.name == "adamw":
-        core = optax.adamw(schedule, b1=optim.momentum, b2=optim.b2, weight_decay=optim.weight_decay, mask=mask)
-    else:
-        core = lars(schedule, weight_decay=optim.weight_decay, momentum=optim.momentum, mask=mask)
+    decay: Any = optim.weight_decay
+    if optim.weight_decay_end >= 0:
+        start, end = optim.weight_decay, optim.weight_decay_end
+        decay = lambda count: end + (start - end) * (1 + jnp.cos(jnp.pi * jnp.minimum(count, steps) / steps)) / 2  # noqa: E731
+
+    def core(lr: Any) -> optax.GradientTransformation:
+        if optim.name == "sgd":
+            nesterov = optax.sgd(lr, momentum=optim.momentum, nesterov=optim.nesterov)
+            return optax.chain(optax.add_decayed_weights(decay, mask=mask), nesterov)
+        if optim.name == "adamw":
+            return optax.adamw(lr, b1=optim.momentum, b2=optim.b2, weight_decay=decay, mask=mask)
+        return lars(lr, weight_decay=decay, momentum=optim.momentum, mask=mask)
+
+    whole = core(schedule)
+    if constant_lr:
+        peak = max(float(schedule(count)) for count in range(0, steps, max(1, steps // 1000)))
+
+        def labels(params):
+            return {k: jax.tree.map(lambda _, k=k: k in constant_lr, v) for k, v in params.items()}
+
+        whole = optax.partition({False: core(schedule), True: core(peak)}, labels)
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
-    return optax.chain(clip, core, last)
+    vectors = optax.identity()
+    if optim.vector_lr != 1:
+        vectors = optax.masked(optax.scale(optim.vector_lr), lambda p: jax.tree.map(lambda x: x.ndim <= 1, p))
+    return optax.chain(clip, whole, vectors, last)

@@ -25,7 +25,7 @@ def test_every_key_is_there_with_a_meaning():
     for method in configs.method_names():
         made = configs.default(method).to_dict()
         wanted = {f"{section}.{key}" for section, values in made.items() for key in values}
-        assert wanted - found == {"method.name", "augment.second"}
+        assert wanted - found == {"method.name", "augment.second", "augment.local"}
 
 
 @pytest.mark.parametrize("example", re.findall(r"`(--config\.\S+?=(?:\"[^\"]*\"|[^\s`]+))`", PAGE))

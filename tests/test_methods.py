@@ -10,6 +10,7 @@ import pytest
 from tiny import Images, tiny_config, tiny_encoder
 
 from ssl_jax import checkpoint, trainer
+from ssl_jax.augment import make_views
 from ssl_jax.config import default, method_module, method_names, resolve
 from ssl_jax.data import order
 from ssl_jax.errors import UserError
@@ -36,7 +37,7 @@ def start(config, source, devices=1):
 
 def batch_of(config, source, step, mesh):
     index = order(config.train.seed, len(source), config.train.batch, step)
-    batch = {"image": source.images[index]}
+    batch = {"image": source.images[index], "index": index.astype(np.int32)}
     if source.labels is not None:
         batch["label"] = source.labels[index]
     return jax.device_put(batch, split(mesh))
@@ -122,10 +123,10 @@ def test_no_gradient_into_the_target(name):
     assert (target is not None) == (name in TARGETS)
     if target is None:
         return
-    views = tuple(jax.random.uniform(jax.random.key(i), (16, 8, 8, 1)) for i in range(2))
+    views, drawn = make_views(setup.views, setup.method.shares)(jax.random.key(1), source.images[:16])
+    batch = {"views": views, "drawn": drawn, "label": source.labels[:16], "index": np.arange(16)}
 
     def loss(params, target):
-        batch = {"views": views}
         outputs, _ = setup.method.forward(params, target, state.extra, batch, jax.random.key(3))
         return setup.method.loss(outputs, state.extra, batch)[0]
 

@@ -168,6 +168,22 @@ def rotation_matrix(height: int, width: int, degrees: ArrayLike) -> jax.Array:
     return _matrix([cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y], [0, 0, 1])
 
 
+def shear_matrix(height: int, width: int, degrees: ArrayLike) -> jax.Array:
+    """For `warp`: rows shift along themselves by tan(degrees) x their distance from the centre, the upper ones right.
+
+    torchvision's `affine(shear=(degrees, 0))`.
+    """
+    del width
+    tan = jnp.tan(jnp.deg2rad(jnp.asarray(degrees, jnp.float32)))
+    return _matrix([1, tan, -tan * height / 2], [0, 1, 0], [0, 0, 1])
+
+
+def zoom_matrix(height: int, width: int, factor: ArrayLike) -> jax.Array:
+    """For `warp`: enlarge about the centre by `factor`, less than 1 shrinks. torchvision's `affine(scale=factor)`."""
+    scale = 1 / jnp.asarray(factor, jnp.float32)
+    return _matrix([scale, 0, (1 - scale) * width / 2], [0, scale, (1 - scale) * height / 2], [0, 0, 1])
+
+
 def translation_matrix(dx: ArrayLike, dy: ArrayLike) -> jax.Array:
     """The matrix of `translate`, for `warp`."""
     return _matrix([1, 0, -jnp.asarray(dx)], [0, 1, -jnp.asarray(dy)], [0, 0, 1])

@@ -26,28 +26,43 @@ TRIES = 10  # boxes that are drawn until one lies inside the image, as in torchv
 PLACES = {
     "area": TRIES, "ratio": TRIES, "corner": 2, "flip": 1, "rotate": 1, "translate": 2, "perspective": 9,
     "jitter": 1, "order": 4, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 1, "gray": 1, "blur": 2,
-    "solarize": 1,
+    "solarize": 1, "shear": 1, "zoom": 1,
 }  # fmt: skip
+# What a view can have in common with another one (a method's `shares`), and the places that this takes.
+FACTORS = {
+    "crop": ("area", "ratio", "corner"), "flip": ("flip",), "rotate": ("rotate",), "shear": ("shear",),
+    "zoom": ("zoom",), "translate": ("translate",), "perspective": ("perspective",),
+    "colour": ("jitter", "order", *COLOUR, "gray"), "blur": ("blur",), "solarize": ("solarize",),
+}  # fmt: skip
+LOCAL = {"crop_scale": (0.05, 0.4)}  # DINO, arXiv 2104.14294, section 3.2; the size is 96 / 224 of the others'
 
 
-def resolve(augment: Augment, count: int, size: int) -> tuple[View, ...]:
+def resolve(augment: Augment, count: int, size: int, local: bool = False) -> tuple[View, ...]:
     """The `count` views of a config, each with its size in px filled in (`size` where the config has none).
 
-    Views after the second are like the first. Raises UserError for an unknown preset or key and a value out of range.
+    Views after the second are like the first. local: the method takes smaller views too, and the config's follow.
+    Raises UserError for an unknown preset or key and a value out of range.
     """
     if augment.preset not in PRESETS:
         raise unknown("config.augment.preset", augment.preset, PRESETS)
     fields = [f.name for f in dataclasses.fields(View)]
-    for path, changes in (("config.augment", augment.override), ("config.augment.second", augment.second)):
+    for path, changes in (("", augment.override), (".second", augment.second), (".local", augment.local)):
         for key in changes:
             if key not in fields:
-                raise unknown(path, key, fields)
+                raise unknown(f"config.augment{path}", key, fields)
+    if augment.local_views < 0 or augment.local_views and not local:
+        raise UserError(f"config.augment.local_views={augment.local_views}: allowed: 0" + " or more" * local)
     made = []
-    for v in range(count):
-        second = augment.second if v == 1 else {}
-        view = dataclasses.replace(PRESETS[augment.preset][v == 1], **{**augment.override, **second})
+    for v in range(count + augment.local_views):
+        path, more = "", {}
+        if v == 1 and augment.second:
+            path, more = ".second", dict(augment.second)
+        if v >= count:
+            path, more = ".local", {"size": round((augment.override.get("size") or size) * 96 / 224)}
+            more |= {**LOCAL, **augment.local}
+        view = dataclasses.replace(PRESETS[augment.preset][v == 1], **{**augment.override, **more})
         view = dataclasses.replace(view, size=view.size or size)
-        _check(view, "config.augment.second" if second else "config.augment")
+        _check(view, f"config.augment{path}")
         made.append(view)
     return tuple(made)
 
@@ -63,33 +78,54 @@ def _check(view: View, path: str) -> None:
         need(key, getattr(view, key) >= 0, "0 or more")
     need("hue", 0 <= view.hue <= 0.5, "0 to 0.5")
     need("rotate", 0 <= view.rotate <= 180, "0 to 180")
+    need("shear", 0 <= view.shear < 90, "0 to less than 90")
     need("size", view.size >= 1, "1 or more")
-    for key in ("crop_scale", "crop_ratio", "blur_sigma"):
+    for key in ("crop_scale", "crop_ratio", "blur_sigma", "zoom"):
         value = getattr(view, key)
         most = 1 if key == "crop_scale" else math.inf
         allowed = "two numbers, 0 < smallest <= largest" + (" <= 1" if most == 1 else "")
         need(key, len(value) == 2 and 0 < value[0] <= value[1] <= most, allowed)
 
 
-def make_views(views: Sequence[View]) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    """A function (rng, images uint8 [B, H, W, C]) -> one float32 [B, s, s, C] in [0, 1] for each of `views`.
+def make_views(
+    views: Sequence[View], shares: Sequence[Sequence[str]] = ()
+) -> Callable[..., tuple[tuple[jax.Array, ...], tuple[Parameters, ...]]]:
+    """A function (rng, images uint8 [B, H, W, C], pairs=None) -> views, drawn.
+
+    views: one float32 [B, s, s, C] in [0, 1] for each of `views`
+    drawn: the parameters of each, as `draw` names them; the box and the flip even where they are off, and
+    "source": height and width of the image, px
+    pairs: other images of the same objects; every second view is one of these.
+    shares: for each view the names in FACTORS whose random numbers are those of the first view.
 
     The view v of the image at position i is drawn from fold_in(fold_in(rng, i), v): it depends on nothing else,
     neither on the batch around it nor on the number of devices. Raises UserError for a value out of range.
     """
     for view in views:
         _check(view, "view")
+    common = [[place for name in names for place in FACTORS[name]] for names in shares] or [[]] * len(views)
 
-    def one(key, image):
-        height, width, _ = image.shape
-        keys = [jax.random.fold_in(key, v) for v in range(len(views))]
-        return tuple(render(image, draw(k, v, height, width), v) for k, v in zip(keys, views, strict=True))
+    def one(key, *images):
+        rows = [_numbers(jax.random.fold_in(key, v)) for v in range(len(views))]
+        made, drawn = [], []
+        for v, (view, row) in enumerate(zip(views, rows, strict=True)):
+            image = images[v % len(images)]
+            row = {**row, **{place: rows[0][place] for place in common[v]}}
+            parameters = _parameters(row, view, *image.shape[:2])
+            made.append(render(image, parameters, view))
+            drawn.append({**_whole(*image.shape[:2]), **parameters})
+        return tuple(made), tuple(drawn)
 
-    def apply(rng, images):
+    def apply(rng, images, pairs=None):
         keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(len(images)))
-        return jax.vmap(one)(keys, images)
+        return jax.vmap(one)(keys, images, *(() if pairs is None else (pairs,)))
 
     return apply
+
+
+def _whole(height: int, width: int) -> Parameters:
+    numbers = {"top": 0.0, "left": 0.0, "height": float(height), "width": float(width), "flip": False}
+    return {"source": jnp.array([height, width]), **jax.tree.map(jnp.asarray, numbers)}
 
 
 def center_view(images: jax.Array, size: int) -> jax.Array:
@@ -103,14 +139,23 @@ def draw(key: jax.Array, view: View, height: int, width: int) -> Parameters:
     top, left, height, width   the crop box in px of the source (whole numbers)
     flip, gray, solarize       whether
     angle                      degrees, counter-clockwise
+    shear                      degrees, along the rows;  zoom: factor, more than 1 enlarges
     shift [2]                  px right and down (whole numbers)
     corners [4, 2]             where the corners (x, y) go: upper left, upper right, lower right, lower left
     order [K]                  the colour operations in turn, as positions in those of COLOUR that are on
     brightness, contrast, saturation     factors, 1 changes nothing; hue: shift in turns, 0 changes nothing
     sigma                      of the blur in px, 0: none
     """
+    return _parameters(_numbers(key), view, height, width)
+
+
+def _numbers(key: jax.Array) -> Parameters:
+    """The row of uniform numbers of one view, by PLACES."""
     numbers = jax.random.uniform(key, (sum(PLACES.values()),))
-    u = dict(zip(PLACES, jnp.split(numbers, list(accumulate(PLACES.values()))[:-1]), strict=True))
+    return dict(zip(PLACES, jnp.split(numbers, list(accumulate(PLACES.values()))[:-1]), strict=True))
+
+
+def _parameters(u: Parameters, view: View, height: int, width: int) -> Parameters:
     made: Parameters = {}
     if tuple(view.crop_scale) != (1.0, 1.0):
         made |= _draw_box(u, view, height, width)
@@ -119,6 +164,11 @@ def draw(key: jax.Array, view: View, height: int, width: int) -> Parameters:
             made[name] = u[name][0] < getattr(view, name)
     if view.rotate:
         made["angle"] = view.rotate * (2 * u["rotate"][0] - 1)
+    if view.shear:
+        made["shear"] = view.shear * (2 * u["shear"][0] - 1)
+    if tuple(view.zoom) != (1.0, 1.0):
+        low, high = view.zoom
+        made["zoom"] = low + (high - low) * u["zoom"][0]
     if view.translate:
         made["shift"] = jnp.round(view.translate * jnp.array([width, height]) * (2 * u["translate"] - 1))
     if view.perspective and view.perspective_prob:
@@ -176,8 +226,8 @@ def _draw_jitter(u: Parameters, view: View) -> Parameters:
 def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
     """One view float32 [s, s, C] in [0, 1] of an image [H, W, C], uint8 or float in [0, 1]; s = view.size.
 
-    Order: warp (rotation, perspective, shift: one sampling for all three), crop, flip, colour jitter, gray, blur,
-    solarize. What `parameters` lacks is left out. Colour needs C = 3.
+    Order: warp (rotation, shear, zoom, perspective, shift: one sampling for all), crop, flip, colour jitter, gray,
+    blur, solarize. What `parameters` lacks is left out. Colour needs C = 3.
     """
     height, width, channels = image.shape
     image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
@@ -207,6 +257,10 @@ def _warp(image: jax.Array, parameters: Parameters) -> jax.Array:
     matrices = []
     if "angle" in parameters:
         matrices.append(ops.rotation_matrix(height, width, parameters["angle"]))
+    if "shear" in parameters:
+        matrices.append(ops.shear_matrix(height, width, parameters["shear"]))
+    if "zoom" in parameters:
+        matrices.append(ops.zoom_matrix(height, width, parameters["zoom"]))
     if "corners" in parameters:
         matrices.append(ops.perspective_matrix(_corners(height, width), parameters["corners"]))
     if "shift" in parameters:

@@ -145,7 +145,7 @@ def _step(state, data, key, step, lr, ratio, decay, network: Network, views: tup
 
     params, stats, adam = state
     images, labels = data
-    (x,) = make_views(views)(jax.random.fold_in(key, step), images)
+    (x,), _ = make_views(views)(jax.random.fold_in(key, step), images)
 
     def loss_of(params):
         features, after = network.apply(params["encoder"], stats, x, train=not frozen)

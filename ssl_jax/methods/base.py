@@ -3,14 +3,18 @@
 Such a file holds a docstring whose first line says what the method is and names its source, a frozen dataclass
 `Config`, a dict `RECIPE` ("optim.lr": 0.3, ...: where its defaults differ from those of `ssl_jax.config`) and
 
-    make(config: Config, encoder: Network, steps: int) -> Method      steps: length of the run, for schedules
+    make(config: Config, encoder: Network, run: Run) -> Method
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from ssl_jax.errors import UserError
 
 Params = Any
 Extra = Any
@@ -25,38 +29,25 @@ class Network(NamedTuple):
     apply: (params, stats, x, *, train, groups=1) -> y, stats
            train=False uses the stored statistics and returns them unchanged. groups > 1 cuts the batch into that many
            equal parts, each normalised by its own statistics (MoCo's cure against cheating through BatchNorm).
+    patch: side of a ViT's patches, px; 0 for any other network
 
-    An encoder takes images [B, H, W, C] in [0, 1] and returns embeddings [B, D]; a head takes [B, D].
+    An encoder takes images [B, H, W, C] in [0, 1] and returns embeddings [B, D]; with dense=True it returns its last
+    feature map [B, h, w, D] (of a ResNet, what the embedding is the mean of; of a ViT, the patches). A head takes
+    [B, D].
     """
 
     init: Callable[..., tuple[Params, Any]]
     apply: Callable[..., tuple[jax.Array, Any]]
+    patch: int = 0
 
 
-class Method(NamedTuple):
-    """A self-supervised (or supervised) method. Shapes: B batch, V views, D features.
+class Run(NamedTuple):
+    """What a method may know of the run it is made for, for schedules and sizes."""
 
-    views:       number of views the method draws from each image
-    needs:       what the data must give beyond images: a subset of {"label"}
-    init:        (rng, views) -> params, extra        views: V arrays [B, H, W, C]; extra: statistics, queue, centre ...
-                 batch statistics that follow the parameters live in extra["stats"], the target's in extra["target"]
-    forward:     (params, target, extra, batch, rng) -> outputs, extra   per example (but for BatchNorm): may be cut
-                 into micro-batches. batch["views"]: V arrays [B, H, W, C] in [0, 1]; batch["label"] [B] if needed.
-                 outputs: a dict; outputs["embedding"] [B, D] is the encoder's output for the first view.
-    loss:        (outputs, extra, batch) -> scalar, metrics               sees the whole global batch
-    transform:   last of the optimizer's chain: optax.identity() or transforms.track_target(...)
-    post_update: (params, extra, outputs, step) -> params, extra          after the optimizer: queue, prototypes
-    encoder:     (params, extra) -> params, stats of the encoder itself: what is exported, evaluated and fine-tuned
-    """
-
-    views: int
-    needs: frozenset[str]
-    init: Callable[..., tuple[Params, Extra]]
-    forward: Callable[..., tuple[dict[str, Any], Extra]]
-    loss: Callable[..., tuple[jax.Array, Metrics]]
-    transform: optax.GradientTransformation
-    post_update: Callable[..., tuple[Params, Extra]]
-    encoder: Callable[..., tuple[Params, Any]]
+    steps: int  # of the whole run
+    epoch: int  # steps in one
+    examples: int  # images in the data set
+    classes: int  # of the labels, 0 without
 
 
 def keep(params, extra, outputs, step):
@@ -65,9 +56,45 @@ def keep(params, extra, outputs, step):
     return params, extra
 
 
-def encoder_of(params, extra):
+def own_encoder(params, target, extra):
     """The `encoder` of a method that keeps it under params["encoder"] and extra["stats"]["encoder"]."""
+    del target
     return params["encoder"], extra["stats"]["encoder"]
+
+
+class Method(NamedTuple):
+    """A self-supervised (or supervised) method. Shapes: B batch, V views, D features.
+
+    init:        (rng, views) -> params, extra        views: V arrays [B, H, W, C]; extra: statistics, queue, centre ...
+                 batch statistics that follow the parameters live in extra["stats"], the target's in extra["target"]
+    forward:     (params, target, extra, batch, rng) -> outputs, extra   per example (but for BatchNorm): may be cut
+                 into micro-batches. batch["views"]: V arrays [B, H, W, C] in [0, 1]; batch["drawn"]: V dicts of the
+                 parameters they were drawn with (see augment.draw); what `needs` names: batch["label"] [B], ...
+                 outputs: a dict; outputs["embedding"] [B, D] is the encoder's output for the first view.
+    loss:        (outputs, extra, batch) -> scalar, metrics               sees the whole global batch
+    views:       number of views the method draws from each image
+    local_views: whether it takes further, smaller views after these (config.augment.local_views)
+    shares:      for each view the factors (augment.FACTORS) that it has in common with the first view
+    needs:       what the data must give beyond images: a subset of {"label", "index"}
+    transform:   last of the optimizer's chain: optax.identity() or transforms.track_target(...)
+    constant_lr: top-level names of params whose learning rate stays at its peak
+    post_update: (params, extra, outputs, step) -> params, extra          after the optimizer: queue, prototypes
+    encoder:     (params, target, extra) -> params, stats of the encoder: what is exported, evaluated and fine-tuned
+    collapsed:   (metrics as floats) -> the sign of a collapse that this method alone knows, in words, or ""
+    """
+
+    init: Callable[..., tuple[Params, Extra]]
+    forward: Callable[..., tuple[dict[str, Any], Extra]]
+    loss: Callable[..., tuple[jax.Array, Metrics]]
+    views: int = 2
+    local_views: bool = False
+    shares: Sequence[Sequence[str]] = ()
+    needs: frozenset[str] = frozenset()
+    transform: optax.GradientTransformation = optax.identity()
+    constant_lr: frozenset[str] = frozenset()
+    post_update: Callable[..., tuple[Params, Extra]] = keep
+    encoder: Callable[..., tuple[Params, Any]] = own_encoder
+    collapsed: Callable[[Mapping[str, float]], str] = lambda metrics: ""
 
 
 def stack(**networks: Network) -> Network:
@@ -81,7 +108,7 @@ def stack(**networks: Network) -> Network:
         for key, (name, network) in zip(jax.random.split(rng, len(networks)), networks.items(), strict=True):
             params[name], stats[name] = network.init(key, x)
             x = jax.eval_shape(lambda p, s, x, f=network.apply: f(p, s, x, train=True)[0], params[name], stats[name], x)
-            x = jax.numpy.zeros(x.shape, x.dtype)
+            x = jnp.zeros(x.shape, x.dtype)
         return params, stats
 
     def apply(params, stats, x, *, train, groups=1):
@@ -92,3 +119,60 @@ def stack(**networks: Network) -> Network:
         return outputs, after
 
     return Network(init, apply)
+
+
+def init_of(network: Network) -> Callable[..., tuple[Params, Extra]]:
+    """The `init` of a method that is one network, without target or queue."""
+
+    def init(rng, views):
+        params, stats = network.init(rng, views[0])
+        return params, {"stats": stats}
+
+    return init
+
+
+def init_with_target(network: Network, *names: str) -> Callable[..., tuple[Params, Extra]]:
+    """The `init` of a method whose target network has the parts `names` of the online one (all, if none is named)."""
+
+    def init(rng, views):
+        params, stats = network.init(rng, views[0])
+        # Copies: a donated state must not hold one buffer twice.
+        target = {name: jax.tree.map(jnp.copy, stats[name]) for name in names or stats}
+        return params, {"stats": stats, "target": target}
+
+    return init
+
+
+def parts(*names: str) -> Callable[[Params], Params]:
+    """Of a dict, these entries: what `track_target` selects when the predictor has no target."""
+    return lambda tree: {name: tree[name] for name in names}
+
+
+def together(network: Network, params, stats, views, **kwargs) -> tuple[list[Any], Any]:
+    """The outputs for each view, and the statistics. Neighbouring views of one size go through in one pass.
+
+    BatchNorm then sees them together: with statistics of its own, each view could be told by them.
+    """
+    outputs = []
+    for _, same in groupby(views, key=lambda view: view.shape):
+        group = list(same)
+        y, stats = network.apply(params, stats, jnp.concatenate(group), train=True, **kwargs)
+        n = len(group[0])
+        outputs += [jax.tree.map(lambda x, at=i * n, n=n: x[at : at + n], y) for i in range(len(group))]
+    return outputs, stats
+
+
+def one_by_one(network: Network, params, stats, views, **kwargs) -> tuple[list[Any], Any]:
+    """The outputs for each view, and the statistics: every view is normalised by its own."""
+    outputs = []
+    for view in views:
+        y, stats = network.apply(params, stats, view, train=True, **kwargs)
+        outputs.append(y)
+    return outputs, stats
+
+
+def need_vit(encoder: Network, method: str) -> int:
+    """The encoder's patch size. UserError if it is not a ViT."""
+    if not encoder.patch:
+        raise UserError(f"config.model.name: {method} masks patches; allowed: vit_tiny, vit_small, vit_base")
+    return encoder.patch

@@ -5,11 +5,8 @@ Source: https://arxiv.org/abs/2006.07733; google-deepmind/deepmind-research, byo
 
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
-
 from ssl_jax.losses import negative_cosine
-from ssl_jax.methods.base import Method, encoder_of, keep, stack
+from ssl_jax.methods.base import Method, init_with_target, one_by_one, parts, stack
 from ssl_jax.models import mlp
 from ssl_jax.transforms import cosine_momentum, track_target
 
@@ -29,27 +26,16 @@ RECIPE = {
 }  # 100 epochs
 
 
-def make(config, encoder, steps):
+def make(config, encoder, run):
     target = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
     online = stack(
         encoder=encoder, projector=mlp((config.hidden, config.out)), predictor=mlp((config.hidden, config.out))
     )
 
-    def targeted(tree):
-        return {"encoder": tree["encoder"], "projector": tree["projector"]}
-
-    def init(rng, views):
-        params, stats = online.init(rng, views[0])
-        return params, {"stats": stats, "target": jax.tree.map(jnp.copy, targeted(stats))}
-
     def forward(params, target_params, extra, batch, rng):
         del rng
-        stats, target_stats = extra["stats"], extra["target"]
-        view_a, view_b = batch["views"]
-        a, stats = online.apply(params, stats, view_a, train=True)
-        b, stats = online.apply(params, stats, view_b, train=True)
-        target_a, target_stats = target.apply(target_params, target_stats, view_a, train=True)
-        target_b, target_stats = target.apply(target_params, target_stats, view_b, train=True)
+        (a, b), stats = one_by_one(online, params, extra["stats"], batch["views"])
+        (target_a, target_b), target_stats = one_by_one(target, target_params, extra["target"], batch["views"])
         outputs = {
             "embedding": a["encoder"],
             "pairs": ((a["predictor"], target_b["projector"]), (b["predictor"], target_a["projector"])),
@@ -61,5 +47,5 @@ def make(config, encoder, steps):
         # 2 - 2 cos for each direction, added (equation 2 and its symmetric twin).
         return sum(2 + 2 * negative_cosine(prediction, z) for prediction, z in outputs["pairs"]), {}
 
-    transform = track_target(cosine_momentum(config.momentum, steps), targeted)
-    return Method(2, frozenset(), init, forward, loss, transform, keep, encoder_of)
+    transform = track_target(cosine_momentum(config.momentum, run.steps), parts("encoder", "projector"))
+    return Method(init_with_target(online, "encoder", "projector"), forward, loss, transform=transform)

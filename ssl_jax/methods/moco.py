@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ssl_jax.errors import unknown
 from ssl_jax.losses import info_nce
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, encoder_of, stack
+from ssl_jax.methods.base import Method, init_with_target, stack
 from ssl_jax.models import linear, mlp
 from ssl_jax.transforms import track_target
 
@@ -31,8 +31,8 @@ class Config:
 RECIPE = {"optim.lr": 0.03, "optim.decay_all": True}  # SGD, momentum 0.9, weight decay 1e-4 on everything
 
 
-def make(config, encoder, steps):
-    del steps
+def make(config, encoder, run):
+    del run
     if config.head not in ("mlp", "linear"):
         raise unknown("config.method.head", config.head, ("mlp", "linear"))
     head = linear(config.out) if config.head == "linear" else mlp((config.hidden, config.out), norm=False, bias=True)
@@ -40,10 +40,9 @@ def make(config, encoder, steps):
 
     def init(rng, views):
         rng_net, rng_queue = jax.random.split(rng)
-        params, stats = network.init(rng_net, views[0])
+        params, extra = init_with_target(network)(rng_net, views)
         queue = normalize(jax.random.normal(rng_queue, (config.queue, config.out)))
-        target = jax.tree.map(jnp.copy, stats)
-        return params, {"stats": stats, "target": target, "queue": queue, "oldest": jnp.zeros([], jnp.int32)}
+        return params, {**extra, "queue": queue, "oldest": jnp.zeros([], jnp.int32)}
 
     def forward(params, target, extra, batch, rng):
         view_query, view_key = batch["views"]
@@ -68,4 +67,4 @@ def make(config, encoder, steps):
         oldest = (extra["oldest"] + len(keys)) % config.queue
         return params, {**extra, "queue": extra["queue"].at[places].set(keys), "oldest": oldest}
 
-    return Method(2, frozenset(), init, forward, loss, track_target(config.momentum), push, encoder_of)
+    return Method(init, forward, loss, transform=track_target(config.momentum), post_update=push)

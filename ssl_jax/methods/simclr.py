@@ -5,11 +5,8 @@ Source: https://arxiv.org/abs/2002.05709; google-research/simclr. Wants large ba
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-import optax
-
 from ssl_jax.losses import nt_xent
-from ssl_jax.methods.base import Method, encoder_of, keep, stack
+from ssl_jax.methods.base import Method, init_of, stack, together
 from ssl_jax.models import mlp
 
 
@@ -28,25 +25,17 @@ RECIPE = {
 }  # section 2.2
 
 
-def make(config, encoder, steps):
-    del steps
+def make(config, encoder, run):
+    del run
     network = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
-
-    def init(rng, views):
-        params, stats = network.init(rng, views[0])
-        return params, {"stats": stats}
 
     def forward(params, target, extra, batch, rng):
         del target, rng
-        # One pass over both views: with statistics of its own, each view could be told by them.
-        images = jnp.concatenate(batch["views"])
-        y, stats = network.apply(params, extra["stats"], images, train=True)
-        z_a, z_b = jnp.split(y["projector"], 2)
-        outputs = {"embedding": jnp.split(y["encoder"], 2)[0], "z_a": z_a, "z_b": z_b}
-        return outputs, {"stats": stats}
+        (a, b), stats = together(network, params, extra["stats"], batch["views"])
+        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
 
     def loss(outputs, extra, batch):
         del extra, batch
-        return nt_xent(outputs["z_a"], outputs["z_b"], temperature=config.temperature), {}
+        return nt_xent(*outputs["z"], temperature=config.temperature), {}
 
-    return Method(2, frozenset(), init, forward, loss, optax.identity(), keep, encoder_of)
+    return Method(init_of(network), forward, loss)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import optax
 
-from ssl_jax.methods.base import Method, encoder_of, keep, stack
+from ssl_jax.methods.base import Method, init_of, stack
 from ssl_jax.models import linear
 
 
@@ -20,13 +20,8 @@ class Config:
 RECIPE = {"optim.lr": 0.1, "optim.nesterov": True, "optim.weight_decay": 5e-4}
 
 
-def make(config, encoder, steps):
-    del steps
-    network = stack(encoder=encoder, classifier=linear(config.classes))
-
-    def init(rng, views):
-        params, stats = network.init(rng, views[0])
-        return params, {"stats": stats}
+def make(config, encoder, run):
+    network = stack(encoder=encoder, classifier=linear(config.classes or run.classes))
 
     def forward(params, target, extra, batch, rng):
         del target, rng
@@ -42,4 +37,4 @@ def make(config, encoder, steps):
         correct = (logits.argmax(axis=-1) == label) & known
         return jnp.where(known, each, 0).sum() / count, {"accuracy": correct.sum() / count}
 
-    return Method(1, frozenset({"label"}), init, forward, loss, optax.identity(), keep, encoder_of)
+    return Method(init_of(network), forward, loss, views=1, needs=frozenset({"label"}))

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ssl_jax.errors import UserError
 from ssl_jax.losses import triplet
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, encoder_of, keep, stack
+from ssl_jax.methods.base import Method, init_of, stack, together
 from ssl_jax.models import mlp
 
 
@@ -28,24 +27,21 @@ class Config:
 RECIPE = {"optim.lr": 0.06}
 
 
-def make(config, encoder, steps):
-    del steps
+def make(config, encoder, run):
+    del run
     network = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
-
-    def init(rng, views):
-        params, stats = network.init(rng, views[0])
-        return params, {"stats": stats}
 
     def forward(params, target, extra, batch, rng):
         del target
-        y, stats = network.apply(params, extra["stats"], jnp.concatenate(batch["views"]), train=True)
-        z = normalize(y["projector"]) if config.normalize else y["projector"]
-        anchor, positive = jnp.split(z, 2)
+        (a, b), stats = together(network, params, extra["stats"], batch["views"])
+        anchor, positive = a["projector"], b["projector"]
+        if config.normalize:
+            anchor, positive = normalize(anchor), normalize(positive)
         n = len(anchor)
         if n < 2:
             raise UserError("config.train.batch=1: triplet takes its negative from the batch; allowed: 2 or more")
         outputs = {
-            "embedding": jnp.split(y["encoder"], 2)[0],
+            "embedding": a["encoder"],
             "anchor": anchor,
             "positive": positive,
             "shift": jax.random.randint(rng, (), 1, n),  # to another image, never to itself
@@ -57,4 +53,4 @@ def make(config, encoder, steps):
         negative = jnp.roll(outputs["positive"], outputs["shift"], axis=0)
         return triplet(outputs["anchor"], outputs["positive"], negative, margin=config.margin), {}
 
-    return Method(2, frozenset(), init, forward, loss, optax.identity(), keep, encoder_of)
+    return Method(init_of(network), forward, loss)

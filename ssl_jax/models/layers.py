@@ -90,7 +90,7 @@ def _statistics(parts, near):
 
 
 def network(module: nn.Module) -> Network:
-    """A flax module whose __call__ takes (x, train, groups) as a `Network`."""
+    """A flax module whose __call__ takes (x, train, groups), and more if it wants, as a `Network`."""
 
     draw = jax.jit(functools.partial(module.init, train=False))
 
@@ -98,10 +98,10 @@ def network(module: nn.Module) -> Network:
         variables = draw(rng, x[:1])
         return variables["params"], variables.get("batch_stats", {})
 
-    def apply(params, stats, x, *, train: bool, groups: int = 1) -> tuple[jax.Array, Any]:
+    def apply(params, stats, x, *, train: bool, groups: int = 1, **kwargs) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": stats}
         changing = ["batch_stats"] if train else []
-        y, after = module.apply(variables, x, train=train, groups=groups, mutable=changing)
+        y, after = module.apply(variables, x, train=train, groups=groups, mutable=changing, **kwargs)
         return y, after.get("batch_stats", {}) if train else stats
 
     return Network(init, apply)

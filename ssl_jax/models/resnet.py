@@ -56,7 +56,10 @@ def bottleneck(width: int, stride: int) -> tuple[tuple[int, int, int], ...]:
 
 
 class ResNet(nn.Module):
-    """Images [B, H, W, C] in [0, 1] -> embeddings float32 [B, D], D the channels of the last stage."""
+    """Images [B, H, W, C] in [0, 1] -> embeddings float32 [B, D], D the channels of the last stage.
+
+    dense: the feature map [B, h, w, D] of the last stage instead, before the mean over its places.
+    """
 
     widths: tuple[int, ...]  # of the stages
     depths: tuple[int, ...]  # blocks in each
@@ -70,7 +73,7 @@ class ResNet(nn.Module):
     zero_init: bool
 
     @nn.compact
-    def __call__(self, x, *, train: bool, groups: int = 1):
+    def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False):
         size, stride = self.stem
         # Normalised by subtraction, not folded into the first convolution, whose padding is zero after it.
         x = ((x - jnp.array(self.mean)) / jnp.array(self.std)).astype(self.dtype)
@@ -82,7 +85,8 @@ class ResNet(nn.Module):
             for i in range(depth):
                 convs = self.block(width, 2 if stage > 1 and i == 0 else 1)
                 x = Block(convs, self.how, self.zero_init, name=f"layer{stage}_{i}")(x, train=train, groups=groups)
-        return x.astype(jnp.float32).mean((1, 2))
+        x = x.astype(jnp.float32)
+        return x if dense else x.mean((1, 2))
 
 
 # name: (widths, depths, block)

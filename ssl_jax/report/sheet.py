@@ -38,7 +38,7 @@ def view_sheet(
         raise UserError(
             f"{out}: {'is a folder' if out.is_dir() else 'not a picture'}; allowed: the path of a .png file"
         )
-    drawn = [jax.jit(make_views(views))(key, images) for key in jax.random.split(jax.random.key(seed), draws)]
+    drawn = [jax.jit(make_views(views))(key, images)[0] for key in jax.random.split(jax.random.key(seed), draws)]
     blocks = [("original", [images])]
     blocks += [(f"view {v + 1}: {describe(view)}", [d[v] for d in drawn]) for v, view in enumerate(views)]
 
