@@ -28,6 +28,7 @@ class Data:
     size: int = 0  # images are resized to size x size px when read; 0: as they are (arrays), 224 (image files)
     channels: int = 0  # 1 or 3; 0: as in the data (arrays), 3 (image files)
     limit: int = 0  # use only the first N images; 0: all
+    pairs: str = ""  # what tells which images show the same object: "folder" (folder), a column (csv), a key (npz)
     max_bad_share: float = 0.01  # share of unreadable files that is skipped; above it, an error
     engine: str = "auto"  # memory: decode once, gather on the device; disk: grain, each step; auto: by memory_gb
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto

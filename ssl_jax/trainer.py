@@ -22,7 +22,7 @@ from ssl_jax import checkpoint, run
 from ssl_jax.augment import make_views
 from ssl_jax.augment import resolve as resolve_views
 from ssl_jax.config import Config, View, method_module, to_steps
-from ssl_jax.data import open_source, order, stream
+from ssl_jax.data import Partners, open_source, order, stream
 from ssl_jax.encoder import Encoder, build, describe, export, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.collapse import embedding_std
@@ -168,9 +168,13 @@ def _probe_step(probe, embedding, label):
 def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gather: bool) -> Iterator[dict]:
     """Batches of steps start to stop - 1 on the devices: indices into the store in memory, or images from disk."""
     if gather:
+        partners = None if source.objects is None else Partners(source.objects)
         for step in range(start, stop):
             index = order(config.train.seed, len(source), config.train.batch, step)
-            yield {"index": jax.device_put(index.astype(np.int32), split(mesh))}
+            batch = {"index": index.astype(np.int32)}
+            if partners:
+                batch["partner"] = partners(config.train.seed, index, step).astype(np.int32)
+            yield jax.device_put(batch, split(mesh))
     else:
         options = {"batch": config.train.batch, "seed": config.train.seed, "workers": config.data.workers}
         for batch in stream(source, start=start, stop=stop, **options):
@@ -289,6 +293,8 @@ class _Loop:
         def gathered(state, store, batch):
             if self.gather:
                 batch = {**batch, **{name: values[batch["index"]] for name, values in store.items()}}
+                if "partner" in batch:
+                    batch["pair"] = store["image"][batch["partner"]]
             return step(state, batch)
 
         whole = replicated(self.mesh)

@@ -34,7 +34,7 @@ class Images:
         self.images, self.shape = images.astype(np.uint8), (size, size, channels)
         self.labels = y.astype(np.int32) if labels else None
         self.classes = ["a", "b", "c"] if labels else []
-        self.names, self.skipped = [str(i) for i in range(n)], []
+        self.names, self.skipped, self.objects = [str(i) for i in range(n)], [], None
 
     def __len__(self):
         return len(self.names)

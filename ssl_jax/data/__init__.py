@@ -8,10 +8,10 @@ import importlib
 
 from ssl_jax.config import Data
 from ssl_jax.data.source import Source
-from ssl_jax.data.stream import order, stream
-from ssl_jax.errors import unknown
+from ssl_jax.data.stream import Partners, order, stream
+from ssl_jax.errors import UserError, unknown
 
-__all__ = ["SOURCES", "Source", "open_source", "order", "stream"]
+__all__ = ["SOURCES", "Partners", "Source", "open_source", "order", "stream"]
 
 SOURCES = ("csv", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
 
@@ -25,5 +25,9 @@ def open_source(data: Data, split: str | None = None) -> Source:
     """
     if data.name not in SOURCES:
         raise unknown("config.data.name", data.name, SOURCES)
+    if data.pairs and data.name not in ("csv", "folder", "npz"):
+        raise UserError(
+            f"config.data.pairs={data.pairs!r}: {data.name} knows no objects; allowed: folder, csv or npz data"
+        )
     module = importlib.import_module(f"ssl_jax.data.{data.name}")
     return module.read(dataclasses.replace(data, split=split or data.split))

@@ -9,7 +9,7 @@ from typing import Any
 from ssl_jax.config import Data
 from ssl_jax.data.files import PARTS, File, from_files, printable
 from ssl_jax.data.source import Source, pick_parts
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, unknown
 
 PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "target"), ("split",)
 
@@ -33,7 +33,7 @@ def read(data: Data) -> Source:
     header = text.partition("\n")[0]
     rows = csv.reader(io.StringIO(text), delimiter=max(",\t;", key=header.count))
     try:
-        parts = _parts(rows, table.parent, where)
+        parts = _parts(rows, table.parent, where, data.pairs)
     except csv.Error as error:
         raise UserError(f"{where} (line {rows.line_num}): {error}") from error
     labels = {file.label for files in parts.values() for file in files}
@@ -44,7 +44,7 @@ def read(data: Data) -> Source:
     return from_files(chosen, classes, data, where)
 
 
-def _parts(rows: Any, folder: Path, where: str) -> dict[str, list[File]]:
+def _parts(rows: Any, folder: Path, where: str, pairs: str) -> dict[str, list[File]]:
     """The lines of the table as files, by part."""
     columns = [name.strip().lower() for name in next(rows, [])]
 
@@ -54,6 +54,8 @@ def _parts(rows: Any, folder: Path, where: str) -> dict[str, list[File]]:
     path_column, label_column, split_column = column(PATH), column(LABEL), column(SPLIT)
     if path_column is None:
         raise UserError(f"{where}: the columns are {', '.join(columns)}; one of these is needed: {', '.join(PATH)}")
+    if pairs and pairs.lower() not in columns:
+        raise unknown("config.data.pairs", pairs, columns)
     parts: dict[str, list[File]] = {"train": []}
     for row in rows:
         at = f" (line {rows.line_num})"
@@ -69,5 +71,8 @@ def _parts(rows: Any, folder: Path, where: str) -> dict[str, list[File]]:
         if part.lower() not in PARTS:
             raise UserError(f"{where}{at}: split={part!r}; allowed: {', '.join(PARTS)}")
         part = PARTS[part.lower()]
-        parts.setdefault(part, []).append(File(folder / path, printable(path), label or None, part, at))
+        # An image without an object is one of its own.
+        shown = row[columns.index(pairs.lower())].strip() if pairs else ""
+        file = File(folder / path, printable(path), label or None, part, at, shown or f"{path}{at}")
+        parts.setdefault(part, []).append(file)
     return parts

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.source import Source, UnreadableError, check_bad_share
+from ssl_jax.data.source import Source, UnreadableError, check_bad_share, same_object
 from ssl_jax.errors import UserError
 
 log = logging.getLogger("ssl_jax")
@@ -24,6 +24,7 @@ class File(NamedTuple):
     label: str | None  # None: not known
     part: str  # train, val or test
     at: str = ""  # where it is listed, for messages
+    object: str = ""  # what it shows (config.data.pairs)
 
 
 def printable(path: Path | str) -> str:
@@ -69,6 +70,7 @@ def from_files(files: Sequence[File], classes: Sequence[str], data: Data, where:
         load,
         labels=np.array([number.get(file.label or "", -1) for file in good], np.int32) if classes else None,
         classes=classes,
+        objects=same_object([file.object for file in good], where, data.pairs) if data.pairs else None,
         skipped=skipped,
         max_bad_share=data.max_bad_share,
         workers=data.workers,

@@ -18,6 +18,8 @@ def read(data: Data) -> Source:
     """
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: a folder of images")
+    if data.pairs not in ("", "folder"):
+        raise UserError(f"config.data.pairs={data.pairs!r}: allowed for a folder: folder (each holds one object)")
     root = Path(data.path).expanduser()
     if not root.is_dir():
         raise UserError(f"config.data.path={data.path!r}: {'not a folder' if root.exists() else 'no such folder'}")
@@ -33,7 +35,7 @@ def read(data: Data) -> Source:
     for path in paths:
         part = PARTS[path[0].lower()] if split_up else "train"
         label = printable(path[depth]) if labelled else None
-        file = File(root.joinpath(*path), printable("/".join(path)), label, part)
+        file = File(root.joinpath(*path), printable("/".join(path)), label, part, object="/".join(path[:-1]))
         parts.setdefault(part, []).append(file)
     chosen = [file for files in pick_parts(parts, data.split, f"folder {data.path!r}") for file in files]
     classes = sorted(printable(name) for name in names if name) if labelled else []

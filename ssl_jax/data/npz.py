@@ -3,12 +3,13 @@
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ssl_jax.config import Data
 from ssl_jax.data.source import Source, from_array, log, pick_parts
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, unknown
 
 PARTS = ("train", "val", "test")
 ALLOWED = "images [labels], train_images [train_labels, val_..., test_...] or x_train [y_train, x_val ..., x_test ...]"
@@ -27,6 +28,7 @@ def read(data: Data) -> Source:
             chosen = pick_parts(keys, data.split, where)
             images = [file[image] for image, _ in chosen]
             labels = [_labels(file[label], f"{where}: {label}") if label else None for _, label in chosen]
+            objects = _objects(file, data.pairs)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npz file of plain arrays"
         raise UserError(f"{where}: {reason}") from error
@@ -40,10 +42,12 @@ def read(data: Data) -> Source:
             raise UserError(f"{kind}; allowed: {list(images[0].shape[1:])} as in {chosen[0][0]}")
         if numbers is not None and len(numbers) != len(array):
             raise UserError(f"{where}: {len(numbers)} {label} for {len(array)} {name}; allowed: one each")
+    if objects is not None and objects.shape != (sum(map(len, images)),):
+        raise UserError(f"config.data.pairs={data.pairs!r}: shape {objects.shape}; allowed: one for each image")
     known = [numbers for numbers in labels if numbers is not None]
     joined = np.concatenate(known) if len(known) == len(labels) else None
     classes = [] if joined is None else [str(i) for i in range(1 + int(joined.max(initial=-1)))]
-    return from_array(np.concatenate(images), joined, classes, data, where)
+    return from_array(np.concatenate(images), joined, classes, data, where, objects)
 
 
 def _keys(found: list[str], where: str) -> dict[str, tuple[str, str | None]]:
@@ -60,6 +64,12 @@ def _keys(found: list[str], where: str) -> dict[str, tuple[str, str | None]]:
         if parts:
             return parts
     raise UserError(f"{where}: keys are {', '.join(sorted(found)) or 'none'}; allowed: {ALLOWED}")
+
+
+def _objects(file: Any, key: str) -> np.ndarray | None:
+    if key and key not in file.files:
+        raise unknown("config.data.pairs", key, file.files)
+    return file[key] if key else None
 
 
 def _labels(labels: np.ndarray, where: str) -> np.ndarray | None:

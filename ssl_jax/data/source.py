@@ -25,6 +25,7 @@ class Source:
     names:    file names relative to the root (or the index, as text), printable
     labels:   int32 [N], -1 where it is not known; None without any
     classes:  name of each label, [] without labels
+    objects:  int [N], equal for images of the same object (config.data.pairs); None where nothing says so
     shape:    (H, W, C) of every image
     skipped:  names of the files that could not be read, with the reason: those left out when the source was opened,
               and those found since
@@ -43,6 +44,7 @@ class Source:
         *,
         labels: np.ndarray | Callable[[], np.ndarray | None] | None = None,
         classes: Sequence[str] = (),
+        objects: np.ndarray | None = None,
         array: np.ndarray | None = None,
         skipped: Sequence[str] = (),
         max_bad_share: float = 0.0,
@@ -50,7 +52,7 @@ class Source:
     ):
         """load: index -> uint8 [H,W,C], or raises UnreadableError. labels: a function is called when they are first
         needed. array: the images themselves, where they are in memory already."""
-        self.names, self.shape, self.classes = list(names), shape, list(classes)
+        self.names, self.shape, self.classes, self.objects = list(names), shape, list(classes), objects
         self.replaced: dict[int, int] = {}
         self._load, self._labels, self._array = load, labels, array
         self._skipped, self._bad = list(skipped), dict[int, str]()
@@ -148,10 +150,19 @@ class Source:
             lambda i: self._load(chosen[i]),
             labels=labels,
             classes=self.classes,
+            objects=None if self.objects is None else self.objects[chosen],
             array=None if self._array is None else self._array[chosen],
             max_bad_share=self._max_bad_share,
             workers=self._workers,
         )
+
+
+def same_object(values: Sequence[object] | np.ndarray, where: str, pairs: str) -> np.ndarray:
+    """Source.objects from whatever names each image's object. UserError if no object has two images."""
+    objects = np.unique(np.asarray(values), return_inverse=True)[1].reshape(-1)
+    if np.bincount(objects).max() < 2:
+        raise UserError(f"config.data.pairs={pairs!r}: {where} has no two images of one object")
+    return objects
 
 
 def check_bad_share(bad: Sequence[str], total: int, allowed: float) -> None:
@@ -176,7 +187,14 @@ def pick_parts(parts: Mapping[str, T], split: str, where: str) -> list[T]:
     raise unknown("config.data.split", split, [*parts, "all"])
 
 
-def from_array(images: np.ndarray, labels: np.ndarray | None, classes: Sequence[str], data: Data, where: str) -> Source:
+def from_array(
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    classes: Sequence[str],
+    data: Data,
+    where: str,
+    objects: np.ndarray | None = None,
+) -> Source:
     """A source of images uint8 [N,H,W] or [N,H,W,C] in memory, with data.limit, data.size and data.channels applied."""
     images = images[..., None] if images.ndim == 3 else images
     if labels is not None and len(labels) != len(images):
@@ -204,6 +222,7 @@ def from_array(images: np.ndarray, labels: np.ndarray | None, classes: Sequence[
         load,
         labels=None if labels is None else labels.astype(np.int32),
         classes=classes,
+        objects=None if objects is None else same_object(objects[: data.limit or None], where, data.pairs),
         array=images if unchanged else None,
         workers=data.workers,
     )

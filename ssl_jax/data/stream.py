@@ -35,22 +35,54 @@ def _permutation(seed: int, examples: int, epoch: int) -> np.ndarray:
     return indices
 
 
+class Partners:
+    """For each image of a step another one of the same object, uniform; the image itself if it is alone.
+
+    A function of (seed, step) like `order`. objects: int [N], numbers from 0 (`Source.objects`).
+
+    >>> Partners(np.array([0, 1, 0]))(0, np.array([0, 1, 2]), 0).tolist()
+    [2, 1, 0]
+    """
+
+    def __init__(self, objects: np.ndarray):
+        self.objects, self.count = objects, np.bincount(objects)
+        self.first = np.cumsum(self.count) - self.count  # of each object's images in by_object
+        self.by_object = np.argsort(objects, kind="stable")
+        self.place = np.argsort(self.by_object)  # of each image in by_object
+
+    def __call__(self, seed: int, index: np.ndarray, step: int) -> np.ndarray:
+        """Indices int64 [B] of the partners of the images `index` [B]."""
+        mine = self.objects[index]
+        rng = np.random.Generator(np.random.PCG64([seed % 2**64, step, 1]))
+        further = 1 + rng.integers(0, np.maximum(self.count[mine] - 1, 1))
+        first = self.first[mine]
+        return self.by_object[first + (self.place[index] - first + further) % self.count[mine]]
+
+
 def stream(
     source: Source, *, batch: int, seed: int, start: int, stop: int, workers: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps start to stop - 1, decoded ahead of use by `workers` threads of grain.
 
     Each is {"image": uint8 [B,H,W,C], "index": int64 [B]} and, if the source has labels, "label": int32 [B]; the same
-    images in the same order as `source.arrays()[order(...)]`. About two batches are held ahead.
+    images in the same order as `source.arrays()[order(...)]`; with source.objects also "pair" uint8 [B,H,W,C], the
+    images of `Partners`. About two batches are held ahead.
     """
     import grain
 
     examples, labels = len(source), source.labels
     order(seed, examples, batch, start)  # an impossible batch is an error here, not in a thread
 
-    def load(position: int) -> np.ndarray:
+    partners = Partners(np.zeros(0, int) if source.objects is None else source.objects)
+
+    @functools.lru_cache(maxsize=4)  # all images of a step ask for it
+    def pairs(step: int) -> np.ndarray:
+        return partners(seed, order(seed, examples, batch, step), step)
+
+    def load(position: int) -> dict[str, np.ndarray]:
         step, place = divmod(position, batch)
-        return source.load(int(order(seed, examples, batch, step)[place]))
+        made = {"image": source.load(int(order(seed, examples, batch, step)[place]))}
+        return made if source.objects is None else {**made, "pair": source.load(int(pairs(step)[place]))}
 
     positions = grain.MapDataset.range(start * batch, stop * batch)
     reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2 * batch, workers))
@@ -58,7 +90,7 @@ def stream(
     try:
         for step in range(start, stop):
             index = np.array(order(seed, examples, batch, step))
-            made = {"image": next(images), "index": index}
+            made = {**next(images), "index": index}
             yield made if labels is None else {**made, "label": labels[index]}
     finally:
         images.close()  # ends the threads, also when the caller stops early
