@@ -83,7 +83,6 @@ PLAIN = {
     "train.save_every": "a checkpoint; the last step is always saved",
     "eval.knn_k": "nearest neighbours that vote",
     "eval.knn_temperature": "a vote weighs exp(cosine / temperature)",
-    "finetune.steps": "length of the training",
     "finetune.weight_decay": "AdamW's",
     "finetune.augment": "views of the labelled images; keys as under augment",
     "study.labels": "label counts, each drawn within the next larger one",

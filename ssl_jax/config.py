@@ -130,7 +130,8 @@ class Eval:
 class Finetune:
     """Training a classifier from few labels. Each tuple is a grid; a validation split cut from the labels chooses."""
 
-    steps: int = 400
+    steps: int = 400  # at least
+    epochs: int = 20  # passes over the labels, at least
     batch: int = 64  # drawn with reshuffling; fewer labels than this: each batch holds them more than once
     lr: tuple[float, ...] = (3e-4, 1e-3)  # AdamW's, for the head
     backbone_ratio: tuple[float, ...] = (1.0,)  # learning rate of the backbone relative to the head's
@@ -197,7 +198,15 @@ AT_LEAST_1 = (
     "eval.knn_k",
     "data.workers",
 )
-NOT_NEGATIVE = ("optim.lr", "optim.weight_decay", "data.size", "data.limit", "data.max_bad_share", "train.devices")
+NOT_NEGATIVE = (
+    "optim.lr",
+    "optim.weight_decay",
+    "data.size",
+    "data.limit",
+    "data.max_bad_share",
+    "train.devices",
+    "finetune.epochs",
+)
 
 
 def method_names() -> list[str]:

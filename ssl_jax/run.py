@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.config import Config, differences, to_json
+from ssl_jax.config import Config, differences, from_json, resolve, to_json
 from ssl_jax.errors import UserError
 
 PACKAGES = ("ssl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
@@ -65,7 +65,9 @@ def start(workdir: Path, config: Config) -> None:
     """
     made = json.loads(json.dumps(to_json(config)))
     if (workdir / "config.json").exists():
-        changed = differences(read_config(workdir), made)
+        # A run of an earlier version lacks the keys that came later: they are at their defaults.
+        saved = to_json(resolve(from_json(read_config(workdir))))
+        changed = differences(json.loads(json.dumps(saved)), made)
         if changed:
             raise UserError(
                 f"--workdir={workdir}: holds a run of another config ({'; '.join(changed)}); "

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -41,7 +42,8 @@ def finetune(
 ) -> Classifier:
     """Trains encoder and head on images uint8 [N, H, W, C] with labels int [N] in 0 .. classes - 1.
 
-    AdamW with a short warm-up and a cosine to zero; the model after the last step is returned. Every pair of
+    AdamW with a short warm-up and a cosine to zero, for settings.steps steps or settings.epochs passes over the labels,
+    whichever is longer; the model after the last step is returned. Every pair of
     settings.lr and settings.backbone_ratio is trained without a stratified settings.validation share of the labels and
     judged on it (most hits, then least cross-entropy); the best one is trained again on all labels. With a single pair
     there is nothing to choose. The same seed gives the same model. One process compiles a training step once for all
@@ -107,13 +109,15 @@ def _train(encoder, images, labels, head, settings: Finetune, lr: float, ratio: 
     from ssl_jax.augment import resolve
 
     views = resolve(settings.augment, 1, encoder.size)
-    order, batch = _order(len(labels), settings.steps * settings.batch, seed), settings.batch
+    batch = settings.batch
+    steps = max(settings.steps, math.ceil(settings.epochs * len(labels) / batch))
+    order = _order(len(labels), steps * batch, seed)
     state = _start(encoder.params, encoder.stats, head)
     key = jax.random.key(seed)
-    rates = (lr * _schedule(settings.steps)).astype(np.float32)
+    rates = (lr * _schedule(steps)).astype(np.float32)
     constants = np.float32(ratio), np.float32(settings.weight_decay)
     fixed = encoder.network, views, settings.batch_norm == "frozen"
-    for step in range(settings.steps):
+    for step in range(steps):
         chosen = order[step * batch : (step + 1) * batch]
         data = images[chosen], labels[chosen].astype(np.int32)
         state = _step(state, data, key, np.int32(step), rates[step], *constants, *fixed)
