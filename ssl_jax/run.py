@@ -97,8 +97,8 @@ def lock(workdir: Path) -> Iterator[None]:
         yield
 
 
-def read_environment(workdir: Path) -> dict[str, Any]:
-    path = workdir / "environment.json"
+def read_json(path: Path) -> dict[str, Any]:
+    """{} where there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -114,7 +114,7 @@ def record_environment(workdir: Path, **more: Any) -> None:
         **more,
     }
     entry = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "argv": sys.argv}
-    now["commands"] = [*read_environment(workdir).get("commands", []), entry]
+    now["commands"] = [*read_json(workdir / "environment.json").get("commands", []), entry]
     write_json(workdir / "environment.json", now)
 
 

@@ -23,7 +23,7 @@ from ssl_jax.augment import make_views
 from ssl_jax.augment import resolve as resolve_views
 from ssl_jax.config import Config, View, method_module, to_steps
 from ssl_jax.data import Partners, open_source, order, stream
-from ssl_jax.encoder import Encoder, build, describe, export, started_from
+from ssl_jax.encoder import Encoder, build, describe, export, load_encoder, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.collapse import embedding_std
 from ssl_jax.evaluate.knn import knn_predict
@@ -189,8 +189,11 @@ def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
     with run.lock(workdir):
         run.start(workdir, config)
         source = source or open_source(config.data)
+        total = to_steps(config.train.duration, len(source), config.train.batch)
+        if run.read_json(workdir / "encoder" / "encoder.json").get("step") == total:
+            return load_encoder(workdir)
         # How convolutions are written changes the last bits: a continued run keeps what it began with.
-        conv = run.read_environment(workdir).get("conv") or resolve_conv(config.model.conv)
+        conv = run.read_json(workdir / "environment.json").get("conv") or resolve_conv(config.model.conv)
         run.record_environment(workdir, conv=conv)
         return _Loop(
             dataclasses.replace(config, model=dataclasses.replace(config.model, conv=conv)), workdir, source

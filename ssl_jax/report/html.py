@@ -99,15 +99,15 @@ def _run_page(run: Run) -> str:
         ("Nearest neighbours", _neighbours(sample) if sample else missing),
         ("Embedding map", _map(sample) if sample else ""),
         ("Configuration", _configuration(run.config)),
-        ("Environment", _environment(read_environment(run.folder))),
-        ("Commands", _commands(read_environment(run.folder))),
+        ("Environment", _environment(read_json(run.folder / "environment.json"))),
+        ("Commands", _commands(read_json(run.folder / "environment.json"))),
     ]
     title = f"{run.config['method']['name']} · {run.config['model']['name']} · {_data_name(run.config['data'])}"
     return page(title, f"Run folder {run.folder.absolute().name}", _verdict(run, sample), sections)
 
 
 def _study_page(folder: Path) -> str:
-    environment, about = read_environment(folder), folder / "study.json"
+    environment, about = read_json(folder / "environment.json"), folder / "study.json"
     config = json.loads(about.read_text())["config"] if about.is_file() else None
     summary = folder / "summary.md"
     unfinished = note("No result yet: the study has not come so far; the same command continues it.")
