@@ -20,7 +20,7 @@ from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 from ssl_jax.report import plots
 from ssl_jax.report.page import fold, markdown, note, number, page, percent, picture, table
-from ssl_jax.run import read_config, read_environment, read_lines, write_bytes
+from ssl_jax.run import read_config, read_json, read_lines, write_bytes
 
 COLLAPSED, NARROW = 0.01, 0.1  # embedding std, up to about 1; below the first one training warns, too
 MOST_IMAGES = 1000  # embedded for the neighbours and the map
