@@ -23,8 +23,8 @@ def get_config(size="full"):
     config.finetune.update({"batch": 32, "steps": 400, "epochs": 20, "lr": (1e-3,), "backbone_ratio": (0.3,)})
     scratch = {"batch": 64, "steps": 600, "epochs": 75, "lr": (3e-3,), "backbone_ratio": (1.0,)}
     if demo:  # fewer steps, one draw of labels
-        config.finetune.update({"steps": 300})
-        scratch.update({"batch": 32, "epochs": 20, "lr": (1e-3,)})
+        config.finetune.update({"steps": 300, "epochs": 0})
+        scratch.update({"batch": 32, "epochs": 0, "lr": (1e-3,)})
     config.study.arms = {"scratch": {"finetune": scratch}, "simclr": {"method": {"name": "simclr"}}}
     config.study.labels = (50, 100, 250, 1000)
     config.study.seeds = 1 if demo else 5
