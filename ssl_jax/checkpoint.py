@@ -29,7 +29,8 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
     path = folder.absolute() / f"{step:09d}"
     try:
         _make_room(folder, state)
-        ocp.save(path, state, custom_metadata={"arrays": _describe(state)}, overwrite=True)
+        about = {"arrays": _describe(state), "structure": _structure(state)}
+        ocp.save(path, state, custom_metadata=about, overwrite=True)
     except Exception as error:  # tensorstore, orbax and the operating system each raise their own kind
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -79,7 +80,8 @@ def _restore(path: Path, like: Any) -> tuple[Any, str | None]:
     import orbax.checkpoint.experimental.v1 as ocp
 
     try:
-        saved = ocp.metadata(path).custom_metadata["arrays"]
+        about = ocp.metadata(path).custom_metadata
+        saved = about["arrays"]
     except Exception as error:  # whatever a torn or altered metadata file makes the readers raise
         return None, f"metadata unreadable: {type(error).__name__}"
     wanted = {name: _shape(x) for name, x in _named(like)}
@@ -87,6 +89,8 @@ def _restore(path: Path, like: Any) -> tuple[Any, str | None]:
         here, there = wanted.get(name, "absent"), saved[name]["shape"] if name in saved else "absent"
         if here != there:
             raise UserError(f"{path}: checkpoint from another architecture: {name} is {there}, this run needs {here}")
+    if about.get("structure", _structure(like)) != _structure(like):
+        raise UserError(f"{path}: checkpoint of another version of ssl_jax; allowed: that version, or a new folder")
     try:
         state = ocp.load(path, jax.tree.map(_abstract, like))
     except Exception as error:
@@ -103,6 +107,10 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 def _describe(state: Any) -> dict[str, dict[str, str]]:
     return {name: {"shape": _shape(x), "digest": _digest(x)} for name, x in _named(state)}
+
+
+def _structure(state: Any) -> str:
+    return hashlib.sha256(str(jax.tree.structure(state)).encode()).hexdigest()
 
 
 def _shape(x: Any) -> str:

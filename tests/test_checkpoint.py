@@ -104,3 +104,10 @@ def test_restores_onto_another_number_of_devices(tmp_path):
     checkpoint.save(tmp_path, 7, four, keep=1)
     one = checkpoint.restore_latest(tmp_path, state(0), pytest.fail)
     assert np.array_equal(one["w"], four["w"]) and len(one["w"].devices()) == 1
+
+
+def test_a_state_of_another_structure_is_not_called_damaged(tmp_path):
+    """The same arrays under the same names, in another tree: what another version of an optimizer's chain leaves."""
+    checkpoint.save(tmp_path, 1, ({"a": jnp.ones(3)}, ()), keep=1)
+    with pytest.raises(UserError, match="another version of ssl_jax"):
+        checkpoint.restore_latest(tmp_path, ({"a": jnp.ones(3)}, (), ()), pytest.fail)
