@@ -51,6 +51,7 @@ ssl-jax pretrain --config=pretrain:byol --config.data.name=folder --config.data.
   give; what is left over waits for another epoch. `"0 steps"` turns `eval.every` off.
 - **Tuples** are written as Python writes them: `--config.augment.crop_scale="(0.3, 1.0)"`.
 - **Defaults** in the tables hold before the method's recipe, which is under [method](#method).
+- **Collapse** is named while training; `--config.on_collapse=stop` ends the run then, `warn` (the default) goes on.
 - **Learning rates** hold for a batch of `optim.lr_batch` and grow linearly with `train.batch`.
 """
 
@@ -104,7 +105,7 @@ def page() -> str:
     source = (ROOT / "ssl_jax" / "config.py").read_text()
     parts = [INTRODUCTION]
     for name, kind, _, _ in options(source, "Config"):
-        if name in ("method", "method_name"):
+        if name in ("method", "method_name", "on_collapse"):
             continue
         parts.append(f"## {name}\n")
         if name == "augment":

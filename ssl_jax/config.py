@@ -75,10 +75,15 @@ class Augment:
 
 @dataclass(frozen=True)
 class Model:
-    name: str = "resnet18"  # resnet18, resnet34, resnet50 or resnet_thin
+    name: str = "resnet18"  # resnet18, resnet34, resnet50, resnet_thin, vit_tiny, vit_small or vit_base
     stem: str = "auto"  # imagenet: 7x7 stride 2 and max-pool; small: 3x3 stride 1; auto: small up to 64 px
-    width: float = 1.0  # multiplies every channel count
+    width: float = 1.0  # multiplies every channel count; of a ViT the features of each head
     dtype: str = "float32"  # of the computation: float32 or bfloat16; parameters and statistics stay float32
+    patch: int = 0  # ViT: side of its patches, px; 0: 16, or up to 64 px the largest that gives 7 or more in a row
+    depth: int = 12  # ViT: number of blocks
+    positions: str = "fixed"  # ViT: fixed (sines and cosines) or learned
+    freeze_patch: bool = False  # ViT: the projection of the patches keeps its initial, random values (MoCo v3)
+    pool: str = "cls"  # ViT: the embedding is the class token (cls) or the mean of the patches (mean)
     conv: str = "auto"  # CPU only: native or patches; auto: native with AVX-512, patches without
     mean: tuple[float, ...] = ()  # per channel, of images in [0, 1]; empty: ImageNet's for 3 channels, else 0.5
     std: tuple[float, ...] = ()  # empty: ImageNet's for 3 channels, else 0.25
@@ -168,6 +173,7 @@ class Config:
     eval: Eval
     finetune: Finetune
     study: Study
+    on_collapse: str = "warn"  # warn or stop, when embeddings have collapsed
 
 
 SECTIONS: dict[str, type] = {
@@ -179,10 +185,12 @@ CHOICES = {
     "data.name": ("fashion_mnist", "folder", "csv", "npz", "tfds", "synthetic"),
     "data.engine": ("auto", "memory", "disk"),
     "data.channels": (0, 1, 3),
-    "model.name": ("resnet18", "resnet34", "resnet50", "resnet_thin"),
+    "model.name": ("resnet18", "resnet34", "resnet50", "resnet_thin", "vit_tiny", "vit_small", "vit_base"),
     "model.stem": ("auto", "imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
     "model.conv": ("auto", "native", "patches"),
+    "model.positions": ("fixed", "learned"),
+    "model.pool": ("cls", "mean"),
     "optim.name": ("sgd", "adamw", "lars"),
     "optim.schedule": ("cosine", "constant", "step"),
     "finetune.head": ("probe", "zero"),
@@ -192,6 +200,7 @@ CHOICES = {
 AT_LEAST_1 = (
     "train.batch",
     "train.keep",
+    "model.depth",
     "finetune.steps",
     "finetune.batch",
     "study.seeds",
@@ -202,6 +211,7 @@ NOT_NEGATIVE = (
     "optim.lr",
     "optim.weight_decay",
     "data.size",
+    "model.patch",
     "data.limit",
     "data.max_bad_share",
     "train.devices",
@@ -224,6 +234,7 @@ def default(method: str = "byol") -> ConfigDict:
     """A complete config for `method`: every key at its default, then the module's RECIPE ("section.key": value)."""
     module = method_module(method)
     config = ConfigDict({name: _to_dict(kind()) for name, kind in SECTIONS.items()})
+    config.on_collapse = Config.on_collapse
     config.method = ConfigDict({"name": method, **_to_dict(module.Config())})
     for key, value in getattr(module, "RECIPE", {}).items():
         config.update_from_flattened_dict({key: value})
@@ -298,12 +309,15 @@ def resolve(config: ConfigDict) -> Config:
     name = method.pop("name", None)
     if name is None:
         raise UserError(f"config.method.name: missing; available: {', '.join(method_names())}")
+    on_collapse = given.pop("on_collapse", Config.on_collapse)
+    if on_collapse not in ("warn", "stop"):
+        raise unknown("config.on_collapse", on_collapse, ("warn", "stop"))
     for section in given:
         if section not in SECTIONS:
-            raise unknown("config", section, [*SECTIONS, "method"])
+            raise unknown("config", section, [*SECTIONS, "method", "on_collapse"])
     made: dict[str, Any] = {s: _build(kind, given.get(s, {}), s) for s, kind in SECTIONS.items()}
     made["method"] = _build(method_module(name).Config, method, "method")
-    resolved = Config(method_name=name, **made)
+    resolved = Config(method_name=name, on_collapse=on_collapse, **made)
     _check_values(resolved)
     return resolved
 
@@ -320,8 +334,8 @@ def merge(config: Config, changes: Mapping[str, Any]) -> Config:
         made.method, made.optim = fresh.method, fresh.optim
     known = made.to_dict()
     for section, values in changes.items():
-        if section not in known:
-            raise unknown("config.study.arms", section, known)
+        if section not in known or not isinstance(values, Mapping):
+            raise unknown("config.study.arms", section, [*SECTIONS, "method"])
         for key in values:
             if key not in known[section]:
                 raise unknown(f"config.study.arms: {section}", key, known[section])

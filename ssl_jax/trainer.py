@@ -34,6 +34,7 @@ from ssl_jax.progress import Progress
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
 REQUEUE = 75  # exit code after SIGTERM or SIGINT: "try again later" (EX_TEMPFAIL), for schedulers
+COLLAPSED = 50  # steps in a row that must show a collapse before it is named: untrained networks look alike, too
 MOST_SKIPPED = 10  # steps without finite gradients in a row, before a run with skip_nonfinite gives up
 
 
@@ -211,7 +212,7 @@ class _Loop:
         self.gather = _in_memory(config, source)
         self.stopped_by: int | None = None
         self.pending: list[tuple[int, dict]] = []  # metrics of steps not looked at yet, still on the device
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = self.collapsed_in_a_row = 0
         self.warned = False
 
     def every(self, duration: str) -> int:
@@ -323,14 +324,26 @@ class _Loop:
                 self.progress.say(f"step {step}: gradients not finite, step left out")
             elif not np.isfinite(values["loss"]):
                 self._not_finite(step, values)
+            self._look_for_collapse(step, values)
         self.pending.clear()
-        if values and values["embedding_std"] < 0.01 and not self.warned and int(self.state.step) >= 50:
-            self.warned = True
-            self.progress.say(
-                f"warning: embedding std {values['embedding_std']:.2g}: all images get almost the same embedding, the "
-                "method has collapsed; likely a learning rate too high, a batch too small, or too weak transforms"
-            )
         return {k: v if np.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
+
+    def _look_for_collapse(self, step: int, values: dict[str, float]) -> None:
+        """Names a collapse whose sign has stood for COLLAPSED steps in a row; once a run."""
+        sign = self.setup.method.collapsed(values)
+        if values["embedding_std"] < 0.01:
+            sign = sign or (
+                f"embedding std {values['embedding_std']:.2g}: all images get almost the same embedding; "
+                "likely a learning rate too high, a batch too small, or too weak transforms"
+            )
+        self.collapsed_in_a_row = self.collapsed_in_a_row + 1 if sign else 0
+        if self.collapsed_in_a_row != COLLAPSED or self.warned:
+            return
+        self.warned = True
+        if self.config.on_collapse == "stop":
+            kept = f"last checkpoint: step {self.saved}" if self.saved else "no checkpoint yet"
+            raise UserError(f"step {step}: collapsed: {sign}; stopped by config.on_collapse=stop; {kept}")
+        self.progress.say(f"warning: step {step}: collapsed: {sign}")
 
     def _not_finite(self, step: int, values: dict[str, float]) -> None:
         cause = (

@@ -29,7 +29,7 @@ def test_view_overrides_survive_json_and_resolve():
     [
         (
             ("method", "name", "byoll"),
-            r"config.method.name='byoll': unknown; did you mean 'byol'\? available: byol, moco",
+            r"config.method.name='byoll': unknown; did you mean 'byol'\? available: barlow_twins, byol",
         ),
         (("optim", "name", "adam"), r"config.optim.name='adam': unknown; did you mean 'adamw'"),
         (("train", "batch", 0), r"config.train.batch=0: allowed: 1 or more"),

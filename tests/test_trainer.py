@@ -218,7 +218,10 @@ def test_collapse_is_told_in_words(tmp_path, small_networks, capsys):
     source.images[:] = 0
     config = tiny_config("simclr", train__duration="60 steps", eval__every="0 steps")
     trainer.fit(config, tmp_path / "run", source)
-    assert "the method has collapsed" in capsys.readouterr().err
+    assert "collapsed: embedding std" in capsys.readouterr().err
+    config = dataclasses.replace(config, on_collapse="stop")
+    with pytest.raises(UserError, match=r"collapsed: embedding std .* stopped by config.on_collapse=stop"):
+        trainer.fit(config, tmp_path / "stopped", source)
 
 
 def test_workdir_that_is_something_else(tmp_path, small_networks):
