@@ -3,7 +3,38 @@
 Shapes: B batch, D features, K queue. Every loss returns a scalar, the mean over the batch, in the type of its inputs.
 """
 
-from ssl_jax.losses.contrastive import info_nce, nt_xent, triplet
+from ssl_jax.losses.clustering import dino, dino_targets, sinkhorn, swapped, swav
+from ssl_jax.losses.contrastive import in_batch_info_nce, info_nce, nt_xent, sup_con, triplet
+from ssl_jax.losses.metric import mined_triplet
 from ssl_jax.losses.negative_free import negative_cosine
+from ssl_jax.losses.redundancy import (
+    barlow_twins,
+    covariance_term,
+    tico,
+    tico_covariance,
+    variance_term,
+    vicreg,
+    vicregl,
+)
 
-__all__ = ["info_nce", "negative_cosine", "nt_xent", "triplet"]
+__all__ = [
+    "barlow_twins",
+    "covariance_term",
+    "dino",
+    "dino_targets",
+    "in_batch_info_nce",
+    "info_nce",
+    "mined_triplet",
+    "negative_cosine",
+    "nt_xent",
+    "sinkhorn",
+    "sup_con",
+    "swapped",
+    "swav",
+    "tico",
+    "tico_covariance",
+    "triplet",
+    "variance_term",
+    "vicreg",
+    "vicregl",
+]

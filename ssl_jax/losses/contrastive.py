@@ -69,3 +69,45 @@ def triplet(anchor: jax.Array, positive: jax.Array, negative: jax.Array, *, marg
         return jnp.linalg.norm(x - y + 1e-6, axis=-1)
 
     return jnp.maximum(0, distance(anchor, positive) - distance(anchor, negative) + margin).mean()
+
+
+def in_batch_info_nce(query: jax.Array, key: jax.Array, *, temperature: float) -> jax.Array:
+    """InfoNCE among the batch: query i finds key i among all keys, mean of -log softmax(q . keys / T)_i.
+
+    Args:
+      query: [B, D], normalised here.
+      key: [B, D], normalised here; gets no gradient.
+      temperature: T > 0.
+
+    Source: MoCo v3, algorithm 1, https://arxiv.org/abs/2104.02057, which multiplies it by 2 T.
+
+    >>> one = jnp.ones((4, 3))
+    >>> round(float(in_batch_info_nce(one, one, temperature=0.2)), 4)  # collapsed: log(B)
+    1.3863
+    """
+    logits = normalize(query) @ normalize(jax.lax.stop_gradient(key)).T / temperature
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(logits))).mean()
+
+
+def sup_con(z_a: jax.Array, z_b: jax.Array, label: jax.Array, *, temperature: float) -> jax.Array:
+    """Supervised contrastive: mean over all 2B views i of -mean_p log softmax_{j != i}(z_i . z_j / T)_p.
+
+    The positives p are all other views of the class of i. Every anchor has one, the other view of its image.
+
+    Args:
+      z_a, z_b: [B, D] projections of the two views, normalised here.
+      label: [B], -1 where it is not known: such an image is a class of its own.
+      temperature: T > 0.
+
+    Source: SupCon, equation 2, https://arxiv.org/abs/2004.11362. The official code multiplies by T / 0.07; not here.
+
+    >>> round(float(sup_con(jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.zeros(4, int), temperature=0.5)), 4)  # log(2B - 1)
+    1.9459
+    """
+    z = normalize(jnp.concatenate([z_a, z_b]))
+    own = jnp.where(label >= 0, label, -1 - jnp.arange(len(label)))
+    group = jnp.concatenate([own, own])
+    others = ~jnp.eye(len(z), dtype=bool)
+    positive = (group[:, None] == group) & others
+    log_odds = jax.nn.log_softmax(jnp.where(others, z @ z.T / temperature, -jnp.inf), axis=1)
+    return -(jnp.where(positive, log_odds, 0).sum(axis=1) / positive.sum(axis=1)).mean()

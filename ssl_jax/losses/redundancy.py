@@ -1,0 +1,181 @@
+"""Losses that keep a representation from collapsing by the statistics of the batch: variances and covariances."""
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.losses.common import normalize
+
+
+def barlow_twins(z_a: jax.Array, z_b: jax.Array, *, off_diagonal: float) -> jax.Array:
+    """Sum_i (c_ii - 1)^2 + off_diagonal * sum_{i != j} c_ij^2, with c the cross-correlation of the two views.
+
+    Args:
+      z_a, z_b: [B, D] projections; each dimension is normalised over the batch here (biased variance + 1e-5).
+      off_diagonal: lambda, the weight of redundancy.
+
+    Source: Barlow Twins, equations 1 and 2, https://arxiv.org/abs/2103.03230; facebookresearch/barlowtwins, main.py.
+
+    >>> z = jnp.array([[1.0, 1.0], [-1.0, -1.0]])  # one dimension twice: two elements off the diagonal are 1
+    >>> round(float(barlow_twins(z, z, off_diagonal=0.5)), 3)
+    1.0
+    """
+
+    def standardize(z):
+        centred = z - z.mean(axis=0)
+        return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=0) + 1e-5)
+
+    c = standardize(z_a).T @ standardize(z_b) / len(z_a)
+    identity = jnp.eye(len(c), dtype=c.dtype)
+    squares = jnp.square(c - identity)
+    return jnp.sum(squares * identity) + off_diagonal * jnp.sum(squares * (1 - identity))
+
+
+def vicreg(z_a: jax.Array, z_b: jax.Array, *, invariance: float, variance: float, covariance: float) -> jax.Array:
+    """The weighted sum of the mean square of a - b, the mean of both variance terms, and both covariance terms.
+
+    Args:
+      z_a, z_b: [B, D] projections, B > 1. With places, [B, P, D], variance and covariance are those of each place over
+        the batch, averaged over the places.
+      invariance, variance, covariance: the three weights.
+
+    See `variance_term` and `covariance_term`. Source: VICReg, equations 1 to 6, https://arxiv.org/abs/2105.04906;
+    facebookresearch/vicreg, main_vicreg.py.
+
+    >>> z = jnp.array([[1.0, 1.0], [-1.0, -1.0]])  # variance 2 in both dimensions, covariance 2
+    >>> round(float(vicreg(z, z, invariance=25.0, variance=25.0, covariance=1.0)), 3)
+    8.0
+    """
+    return (
+        invariance * jnp.square(z_a - z_b).mean()
+        + variance * (variance_term(z_a) + variance_term(z_b)) / 2
+        + covariance * (covariance_term(z_a) + covariance_term(z_b))
+    )
+
+
+def variance_term(z: jax.Array) -> jax.Array:
+    """VICReg's hinge on z [B, ..., D]: mean of max(0, 1 - sqrt(variance over the batch + 1e-4)), unbiased.
+
+    Source: VICReg, equations 1 and 2, https://arxiv.org/abs/2105.04906.
+
+    >>> round(float(variance_term(jnp.ones((4, 3)))), 4)  # collapsed
+    0.99
+    """
+    return jax.nn.relu(1 - jnp.sqrt(z.var(axis=0, ddof=1) + 1e-4)).mean()
+
+
+def covariance_term(z: jax.Array) -> jax.Array:
+    """VICReg's redundancy of z [B, ..., D]: sum_{i != j} C_ij^2 / D with C over B - 1, the mean over places.
+
+    Source: VICReg, equations 3 and 4, https://arxiv.org/abs/2105.04906.
+
+    >>> float(covariance_term(jnp.array([[1.0, 1.0], [-1.0, -1.0]])))  # both covariances are 2
+    4.0
+    """
+    centred = z - z.mean(axis=0)
+    c = jnp.einsum("b...i,b...j->...ij", centred, centred) / (len(z) - 1)
+    off_diagonal = 1 - jnp.eye(z.shape[-1], dtype=z.dtype)
+    return jnp.sum(jnp.square(c) * off_diagonal, axis=(-2, -1)).mean() / z.shape[-1]
+
+
+def vicregl(
+    z: Sequence[jax.Array],
+    maps: Sequence[jax.Array],
+    positions: Sequence[jax.Array],
+    *,
+    alpha: float,
+    matches: tuple[int, ...],
+    invariance: float,
+    variance: float,
+    covariance: float,
+) -> jax.Array:
+    """The sum of alpha * global and (1 - alpha) * local: VICReg on embeddings, and on matching places of feature maps.
+
+    Pairs are (i, j != i) with i one of the first two views. Global: the mean square of the differences of the pairs,
+    and the mean variance and covariance terms of the views. Local, for each pair and both directions: every place with
+    the place nearest to it in feature space, and the places nearest to one in the image with that one; VICReg of both,
+    added, the covariance weighted half; the mean over directions and pairs.
+
+    Args:
+      z: V arrays [B, D], V > 1.
+      maps: V arrays [B, P, D'] of projected places; P may differ between views.
+      positions: V arrays [B, P, 2], where in the image each place lies, px.
+      alpha: weight of the global part.
+      matches: how many places are matched by position: of the first two views, and of the others (all, if it has less).
+      invariance, variance, covariance: the weights of VICReg.
+
+    Source: VICRegL, section 3, https://arxiv.org/abs/2210.01571; facebookresearch/VICRegL, main_vicregl.py. That code
+    keeps the last pair alone and divides it by the number of pairs, and gives the first direction matches[0], the other
+    matches[1]; the mean and the numbers here are the paper's.
+
+    >>> one = jnp.ones((2, 3))  # collapsed: only the variance is left, 1 - 0.01, global once and local twice
+    >>> p, m = jnp.zeros((2, 4, 2)), jnp.ones((2, 4, 3))
+    >>> weights = {"invariance": 25.0, "variance": 1.0, "covariance": 1.0}
+    >>> round(float(vicregl([one, one], [m, m], [p, p], alpha=0.75, matches=(2, 1), **weights)), 4)
+    1.2375
+    """
+    pairs = [(i, j) for i in range(2) for j in range(len(z)) if i != j]
+    whole = (
+        invariance * _mean(jnp.square(z[i] - z[j]).mean() for i, j in pairs)
+        + variance * _mean(map(variance_term, z))
+        + covariance * _mean(map(covariance_term, z))
+    )
+
+    @functools.cache
+    def one_way(i, j):
+        weights = {"invariance": invariance, "variance": variance, "covariance": covariance / 2}
+        by_feature = vicreg(maps[i], _take(maps[j], _nearest(maps[i], maps[j])[0]), **weights)
+        nearest, distance = _nearest(positions[i], positions[j])
+        # The closest matches, in the order in which they lie in the map.
+        closest = jnp.sort(jnp.argsort(distance, axis=1)[:, : matches[i > 1]], axis=1)
+        matched = _take(maps[j], jnp.take_along_axis(nearest, closest, axis=1))
+        return by_feature + vicreg(_take(maps[i], closest), matched, **weights)
+
+    local = _mean((one_way(i, j) + one_way(j, i)) / 2 for i, j in pairs)
+    return alpha * whole + (1 - alpha) * local
+
+
+def _mean(terms: Iterable[jax.Array]) -> jax.Array:
+    return jnp.stack(list(terms)).mean()
+
+
+def _nearest(a, b):
+    """For each of a [B, P, D] the index of the nearest of b [B, Q, D], and the squared distance: both [B, P]."""
+    squares = jnp.square(jax.lax.stop_gradient(a[:, :, None] - b[:, None])).sum(axis=-1)
+    return squares.argmin(axis=2), squares.min(axis=2)
+
+
+def _take(x, index):
+    """The places index [B, N] of x [B, P, D]."""
+    return jnp.take_along_axis(x, index[:, :, None], axis=1)
+
+
+def tico(z: jax.Array, target: jax.Array, covariance: jax.Array, *, beta: float, rho: float) -> jax.Array:
+    """1 - mean z . target + rho * mean z' M z, with z and target normalised and M = `tico_covariance`, a constant.
+
+    Args:
+      z: [B, D] projections, target: [B, D] the momentum encoder's of the other view, both normalised here.
+      covariance: [D, D] of the batches before.
+      beta: momentum of the covariance; rho: weight of its term.
+
+    Neither the target nor M gets a gradient: that M's share of this batch gets none is lightly's choice.
+    Source: TiCo, section 3, https://arxiv.org/abs/2206.10698; lightly, loss/tico_loss.py.
+
+    >>> round(float(tico(jnp.ones((4, 3)), jnp.ones((4, 3)), jnp.zeros((3, 3)), beta=0.9, rho=8.0)), 4)  # collapsed
+    0.8
+    """
+    m = tico_covariance(z, covariance, beta=beta)
+    z, target = normalize(z), normalize(jax.lax.stop_gradient(target))
+    return 1 - jnp.sum(z * target, axis=-1).mean() + rho * jnp.sum(z @ m * z, axis=-1).mean()
+
+
+def tico_covariance(z: jax.Array, covariance: jax.Array, *, beta: float) -> jax.Array:
+    """The moving average beta * covariance + (1 - beta) * z' z / B [D, D] of z [B, D], normalised here; no gradient.
+
+    >>> tico_covariance(jnp.eye(2), jnp.zeros((2, 2)), beta=0.5).tolist()
+    [[0.25, 0.0], [0.0, 0.25]]
+    """
+    z = jax.lax.stop_gradient(normalize(z))
+    return beta * covariance + (1 - beta) * z.T @ z / len(z)
