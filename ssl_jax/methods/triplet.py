@@ -1,7 +1,9 @@
-"""Triplet: a view lies nearer to the other view of its image than to another image, by a margin.
+"""Triplet: a view lies nearer to views of its image, or of its class, than to others, by a margin.
 
-Source: FaceNet, https://arxiv.org/abs/1503.03832. Self-supervised: the positive is the second view, the negative
-another image of the batch.
+Source: FaceNet, https://arxiv.org/abs/1503.03832. Self-supervised by default: the positive is the second view, the
+negative another image of the batch. With `mining` labels decide: all views of a class in the batch are pairs, and
+images without a label (-1) do not count. Each class should have several images in a batch: the metric "anchors" counts
+the images that find both another one of their class and one of another class.
 """
 
 from dataclasses import dataclass
@@ -9,8 +11,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.errors import UserError
-from ssl_jax.losses import triplet
+from ssl_jax.errors import UserError, unknown
+from ssl_jax.losses import mined_triplet, triplet
 from ssl_jax.losses.common import normalize
 from ssl_jax.methods.base import Method, init_of, stack, together
 from ssl_jax.models import mlp
@@ -19,6 +21,7 @@ from ssl_jax.models import mlp
 @dataclass(frozen=True)
 class Config:
     margin: float = 1.0  # of distances that reach from 0 to 2 between normalised projections
+    mining: str = "none"  # none: self-supervised; with labels: all, hard or semi_hard (FaceNet, section 3.2)
     hidden: int = 512
     out: int = 128  # FaceNet, section 3.1
     normalize: bool = True  # onto the sphere, as in FaceNet; without it the distances can collapse
@@ -29,6 +32,10 @@ RECIPE = {"optim.lr": 0.06}
 
 def make(config, encoder, run):
     del run
+    choices = ("none", "all", "hard", "semi_hard")
+    if config.mining not in choices:
+        raise unknown("config.method.mining", config.mining, choices)
+    mined = config.mining != "none"
     network = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
 
     def forward(params, target, extra, batch, rng):
@@ -49,8 +56,26 @@ def make(config, encoder, run):
         return outputs, {"stats": stats}
 
     def loss(outputs, extra, batch):
-        del extra, batch
-        negative = jnp.roll(outputs["positive"], outputs["shift"], axis=0)
-        return triplet(outputs["anchor"], outputs["positive"], negative, margin=config.margin), {}
+        del extra
+        anchor, positive = outputs["anchor"], outputs["positive"]
+        negative = jnp.roll(positive, outputs["shift"], axis=0)
+        metrics = {"distance": jnp.linalg.norm(jax.lax.stop_gradient(anchor - negative), axis=1).mean()}
+        if not mined:
+            return triplet(anchor, positive, negative, margin=config.margin), metrics
+        z, label = jnp.concatenate([anchor, positive]), batch["label"]
+        known = label >= 0
+        same = (label[:, None] == label) & known
+        metrics["anchors"] = ((same.sum(axis=1) > 1) & (~same & known).any(axis=1) & known).sum()
+        return mined_triplet(z, jnp.tile(label, 2), margin=config.margin, mining=config.mining), metrics
 
-    return Method(init_of(network), forward, loss)
+    def collapsed(metrics):
+        if metrics["distance"] < 0.05 * config.margin:
+            cause = "hard mining, normalize=False or a learning rate too high"
+            return f"distance {metrics['distance']:.2g} between different images, against the margin; likely {cause}"
+        if not metrics.get("anchors", 1):
+            cause = "a batch too small for the number of classes, or too few labels"
+            return f"no image of the batch has both another of its class and one of another class; likely {cause}"
+        return ""
+
+    needs = frozenset({"label"} if mined else ())
+    return Method(init_of(network), forward, loss, needs=needs, collapsed=collapsed)

@@ -1,0 +1,95 @@
+"""Losses with mined triplets, memory banks and several spaces: float64 against loops in plain Python, and limits."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_losses import unit
+
+from ssl_jax import losses
+
+LABEL = np.array([0, 1, 0, 2, 1, -1, 0, 1, -1])  # class 2 has one example, two have no label
+
+
+def mined_by_hand(z, margin, mining):
+    def distance(i, j):
+        return math.sqrt(sum((float(u) - float(v) + 1e-6) ** 2 for u, v in zip(z[i], z[j])))
+
+    terms = []
+    for a in range(len(z)):
+        others = [n for n in range(len(z)) if min(LABEL[a], LABEL[n]) >= 0 and LABEL[n] != LABEL[a]]
+        for p in range(len(z)):
+            if p == a or LABEL[p] != LABEL[a] or LABEL[a] < 0:
+                continue
+            chosen = others
+            if mining == "hard":
+                chosen = [min(others, key=lambda n: distance(a, n))]
+            if mining == "semi_hard":
+                beyond = [n for n in others if distance(a, n) > distance(a, p)]
+                nearest = min(beyond, key=lambda n: distance(a, n)) if beyond else None
+                chosen = [max(others, key=lambda n: distance(a, n)) if nearest is None else nearest]
+            terms += [max(0.0, distance(a, p) - distance(a, n) + margin) for n in chosen]
+    return sum(terms) / len(terms)
+
+
+def mined(mining):
+    return (
+        lambda z, margin: losses.mined_triplet(z, jnp.asarray(LABEL), margin=margin, mining=mining),
+        lambda z, margin: mined_by_hand(z, margin, mining),
+        [(9, 4)],
+        {"margin": 0.9},
+    )
+
+
+# loss, by hand, shapes, hyper-parameters; every array gets a gradient
+CASES = {f"mined_triplet {mining}": mined(mining) for mining in ("all", "hard", "semi_hard")}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("seed", range(3))
+def test_value_and_gradient_equal_loops(name, seed):
+    loss, by_hand, shapes, hyper = CASES[name]
+    generator = np.random.default_rng(seed)
+    inputs = [generator.normal(size=shape) for shape in shapes]
+    with jax.enable_x64(True):
+        value, gradients = jax.value_and_grad(lambda x: loss(*x, **hyper))([jnp.asarray(x) for x in inputs])
+        assert value.dtype == jnp.float64
+        np.testing.assert_allclose(value, by_hand(*inputs, **hyper), rtol=1e-12)
+        for position, gradient in enumerate(gradients):
+            numeric, step = np.zeros_like(inputs[position]), 1e-5
+            for place in np.ndindex(numeric.shape):
+                moved = [x.copy() for x in inputs]
+                moved[position][place] += step
+                up = by_hand(*moved, **hyper)
+                moved[position][place] -= 2 * step
+                numeric[place] = (up - by_hand(*moved, **hyper)) / (2 * step)
+            np.testing.assert_allclose(gradient, numeric, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_zero_inputs_are_finite(name):
+    loss, _, shapes, hyper = CASES[name]
+    made = jax.value_and_grad(lambda x: loss(*x, **hyper))([jnp.zeros(shape) for shape in shapes])
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(made))
+
+
+@pytest.mark.parametrize("mining", ["all", "hard", "semi_hard"])
+def test_limits_of_mined_triplets(mining):
+    def loss(z, label):
+        return losses.mined_triplet(jnp.asarray(z, jnp.float32), jnp.asarray(label), margin=0.3, mining=mining)
+
+    two = [[0.0], [0.0], [5.0], [5.0]]
+    assert loss(np.ones((4, 2)), [0, 0, 1, 1]) == pytest.approx(0.3, rel=1e-5)  # collapsed: the margin
+    assert loss(two, [0, 0, 1, 1]) == 0  # apart by more than the margin
+    crossed = {"all": 2.8, "hard": 5.3, "semi_hard": 0.3}  # no negative lies beyond the positive, the farthest at it
+    assert loss(two, [0, 1, 0, 1]) == pytest.approx(crossed[mining], rel=1e-5)
+    for alone in ([0, 1, 2, 3], [0, 0, 0, 0], [-1, -1, -1, -1], [0, 0, -1, -1]):  # no pair with a negative
+        assert loss(two, alone) == 0
+
+
+def test_semi_hard_takes_the_farthest_negative_where_none_lies_beyond_the_positive():
+    z, label = jnp.array([[0.0], [4.0], [1.0], [2.0]]), jnp.array([0, 0, 1, -1])
+    # From 0 the positive lies at 4 and the one negative at 1: 4 - 1 + m. From 4: 4 - 3 + m. The pair of 1 is alone.
+    assert losses.mined_triplet(z, label, margin=0.5, mining="semi_hard") == pytest.approx(2.5, rel=1e-5)
