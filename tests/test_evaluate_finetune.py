@@ -11,7 +11,7 @@ from ssl_jax.config import Augment, Finetune
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import finetune, predict
 
-SETTINGS = Finetune(steps=60, batch=32, lr=(0.01,), augment=Augment(preset="none", override={"flip": 0.5}))
+SETTINGS = Finetune(steps=60, epochs=0, batch=32, lr=(0.01,), augment=Augment(preset="none", override={"flip": 0.5}))
 
 
 def _leaves(classifier):
@@ -72,6 +72,14 @@ def test_one_step_is_that_of_adamw():
     # Adam's first step is the learning rate times the sign of the gradient.
     sizes = np.abs(made.params["head"]["w"])
     np.testing.assert_allclose(sizes[sizes > 1e-3], 0.01, rtol=1e-3)
+
+
+def test_the_longer_of_steps_and_epochs():
+    images, labels = toy_images(32)
+    by_steps = dataclasses.replace(SETTINGS, steps=6, batch=16)
+    by_epochs = dataclasses.replace(SETTINGS, steps=2, epochs=3, batch=16)  # 3 passes over 32 images: 6 steps of 16
+    one, other = (finetune(toy_encoder(), images, labels, classes=3, settings=s, seed=0) for s in (by_steps, by_epochs))
+    np.testing.assert_array_equal(one.params["encoder"]["w"], other.params["encoder"]["w"])
 
 
 def test_hyper_parameters_are_chosen_on_held_out_labels():
