@@ -44,11 +44,46 @@ def triplet_by_hand(a, p, n, margin):
     return sum(max(0.0, distance(x, y) - distance(x, z) + margin) for x, y, z in zip(a, p, n)) / len(a)
 
 
+def in_batch_info_nce_by_hand(q, k, temperature):
+    total = 0.0
+    for i, query in enumerate(q):
+        odds = [math.exp(float(unit(query) @ unit(key)) / temperature) for key in k]
+        total -= math.log(odds[i] / sum(odds))
+    return total / len(q)
+
+
+LABELS = np.array([0, 1, 0, -1, -1])  # images of a class with two, a class with one, and two without a label
+
+
+def sup_con_by_hand(a, b, temperature):
+    views = [(unit(x), y if y >= 0 else f"image {i}") for x_ in (a, b) for i, (x, y) in enumerate(zip(x_, LABELS))]
+    total = 0.0
+    for i, (z, y) in enumerate(views):
+        others = sum(math.exp(float(z @ w) / temperature) for j, (w, _) in enumerate(views) if j != i)
+        found = [float(z @ w) / temperature for j, (w, other) in enumerate(views) if j != i and other == y]
+        total -= sum(s - math.log(others) for s in found) / len(found)
+    return total / len(views)
+
+
 # loss, by hand, shapes, hyper-parameters, positions of arguments that get a gradient
 CASES = {
     "nt_xent": (losses.nt_xent, nt_xent_by_hand, [(5, 4), (5, 4)], {"temperature": 0.3}, (0, 1)),
     "info_nce": (losses.info_nce, info_nce_by_hand, [(3, 4), (3, 4), (7, 4)], {"temperature": 0.2}, (0, 1, 2)),
     "negative_cosine": (losses.negative_cosine, cosine_by_hand, [(6, 3), (6, 3)], {}, (0,)),
+    "in_batch_info_nce": (
+        losses.in_batch_info_nce,
+        in_batch_info_nce_by_hand,
+        [(5, 4), (5, 4)],
+        {"temperature": 0.4},
+        (0,),
+    ),
+    "sup_con": (
+        lambda a, b, temperature: losses.sup_con(a, b, jnp.asarray(LABELS), temperature=temperature),
+        sup_con_by_hand,
+        [(5, 4), (5, 4)],
+        {"temperature": 0.3},
+        (0, 1),
+    ),
     "triplet": (losses.triplet, triplet_by_hand, [(6, 5), (6, 5), (6, 5)], {"margin": 0.7}, (0, 1, 2)),
 }
 
@@ -85,11 +120,16 @@ def test_limits():
     assert losses.negative_cosine(one, -one) == pytest.approx(1, rel=1e-6)
     assert losses.triplet(one, one, one, margin=0.3) == pytest.approx(0.3, rel=1e-5)
     assert losses.triplet(one, one, one + 9, margin=0.3) == 0
+    assert losses.in_batch_info_nce(one, one, temperature=0.1) == pytest.approx(math.log(4), rel=1e-6)
+    assert losses.sup_con(one, one, jnp.arange(4), temperature=0.1) == pytest.approx(math.log(7), rel=1e-6)
+    alone = losses.sup_con(identity, 2 * identity, jnp.arange(6), temperature=0.2)  # each class has one image
+    assert alone == pytest.approx(float(losses.nt_xent(identity, identity, temperature=0.2)), rel=1e-6)
 
 
 def test_no_gradient_into_the_target():
     z = jnp.arange(12.0).reshape(3, 4) + 1
     assert jnp.all(jax.grad(lambda t: losses.negative_cosine(z, t))(z + 1) == 0)
+    assert jnp.all(jax.grad(lambda t: losses.in_batch_info_nce(z, t, temperature=0.2))(z + 1) == 0)
 
 
 @pytest.mark.parametrize("name", CASES)

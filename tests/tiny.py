@@ -5,7 +5,7 @@ import numpy as np
 from ssl_jax.config import default, resolve
 from ssl_jax.methods.base import Network
 
-SMALL = {"hidden": 16, "out": 8, "queue": 24, "bn_groups": 2}  # of any method that has such a field
+SMALL = {"hidden": 16, "out": 8, "bottleneck": 4, "queue": 24, "bn_groups": 2}  # of any method that has such a field
 
 
 def tiny_encoder():

@@ -1,0 +1,48 @@
+"""MoCo v3: a predicted query finds the momentum encoder's key of the other view among the keys of the batch.
+
+Source: https://arxiv.org/abs/2104.02057; facebookresearch/moco-v3, moco/builder.py. Wants large batches; no queue.
+"""
+
+from dataclasses import dataclass
+
+from ssl_jax.losses import in_batch_info_nce
+from ssl_jax.methods.base import Method, init_with_target, one_by_one, parts, stack
+from ssl_jax.models import mlp
+from ssl_jax.transforms import cosine_momentum, track_target
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 1.0  # CONFIG.md: 1.0 for ResNet-50, 0.2 for ViT
+    momentum: float = 0.99  # of the target, rises to 1; 0.996 for 1000 epochs
+    hidden: int = 4096  # of projector and predictor
+    out: int = 256
+
+
+# CONFIG.md, ResNet-50: LARS, 0.6 at batch 256 for 100 epochs, 0.3 for longer. A ViT wants AdamW, 1.5e-4, decay 0.1.
+RECIPE = {"optim.name": "lars", "optim.lr": 0.6, "optim.weight_decay": 1e-6, "optim.warmup": "0.1 epochs"}
+
+
+def make(config, encoder, run):
+    vit = encoder.patch > 0  # its projector is a layer deeper, and its predictor ends in a BatchNorm
+    hidden = (config.hidden,) * (2 if vit else 1)
+    projector = mlp((*hidden, config.out), last_norm="plain", last_bias=False)
+    predictor = mlp((config.hidden, config.out), last_norm="plain" if vit else None, last_bias=False)
+    target_network = stack(encoder=encoder, projector=projector)
+    online = stack(encoder=encoder, projector=projector, predictor=predictor)
+
+    def forward(params, target, extra, batch, rng):
+        del rng
+        (a, b), stats = one_by_one(online, params, extra["stats"], batch["views"])
+        (key_a, key_b), target_stats = one_by_one(target_network, target, extra["target"], batch["views"])
+        pairs = ((a["predictor"], key_b["projector"]), (b["predictor"], key_a["projector"]))
+        return {"embedding": a["encoder"], "pairs": pairs}, {"stats": stats, "target": target_stats}
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        t = config.temperature
+        # The factor 2 T makes the gradient's size independent of the temperature (builder.py).
+        return sum(2 * t * in_batch_info_nce(q, k, temperature=t) for q, k in outputs["pairs"]), {}
+
+    transform = track_target(cosine_momentum(config.momentum, run.steps), parts("encoder", "projector"))
+    return Method(init_with_target(online, "encoder", "projector"), forward, loss, transform=transform)

@@ -1,0 +1,56 @@
+"""Rotation prediction: by which of four quarter turns has an image been turned?
+
+Source: RotNet, https://arxiv.org/abs/1803.07728; gidariss/FeatureLearningRotNet.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import optax
+
+from ssl_jax.methods.base import Method, init_of, stack
+from ssl_jax.models import linear
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+# The official CIFAR-10 configuration: batches of 128 images, each turned four times.
+RECIPE = {
+    "optim.lr": 0.1,
+    "optim.lr_batch": 128,
+    "optim.nesterov": True,
+    "optim.weight_decay": 5e-4,
+    "augment.preset": "light",
+}
+
+
+def quarter_turns(images):
+    """[B, s, s, C] -> [4 B, s, s, C], all images turned by 0, then by 90 degrees, by 180, by 270.
+
+    By transposing and flipping: an interpolated border would give the answer away.
+    """
+    return jnp.concatenate([jnp.rot90(images, k, axes=(1, 2)) for k in range(4)])
+
+
+def make(config, encoder, run):
+    del config, run
+    network = stack(encoder=encoder, classifier=linear(4))
+
+    def forward(params, target, extra, batch, rng):
+        del target, rng
+        (images,) = batch["views"]
+        y, stats = network.apply(params, extra["stats"], quarter_turns(images), train=True)
+        logits = y["classifier"].reshape(4, len(images), 4).swapaxes(0, 1)  # [B, turn, 4]
+        return {"embedding": y["encoder"][: len(images)], "logits": logits}, {"stats": stats}
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        logits = outputs["logits"]
+        turns = jnp.broadcast_to(jnp.arange(4), logits.shape[:2])
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, turns)
+        return each.mean(), {"accuracy": (logits.argmax(-1) == turns).mean()}
+
+    return Method(init_of(network), forward, loss, views=1)

@@ -1,0 +1,38 @@
+"""Supervised contrastive: every view of an image finds all views of its class among the batch.
+
+Source: https://arxiv.org/abs/2004.11362; HobbitLong/SupContrast. An image without a label (-1) has only its other view.
+"""
+
+from dataclasses import dataclass
+
+from ssl_jax.losses import sup_con
+from ssl_jax.methods.base import Method, init_of, stack, together
+from ssl_jax.models import mlp
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 0.1  # section 4.4
+    hidden: int = 2048  # of the projector (section 3.1)
+    out: int = 128
+
+
+RECIPE = {"optim.lr": 0.05, "optim.weight_decay": 1e-4}  # SupContrast's command for CIFAR-10: 0.5 at batch 1024
+
+
+def make(config, encoder, run):
+    del run
+    projector = mlp((config.hidden, config.out), norm=False, bias=True)  # section 3.1: no BatchNorm
+    network = stack(encoder=encoder, projector=projector)
+
+    def forward(params, target, extra, batch, rng):
+        del target, rng
+        (a, b), stats = together(network, params, extra["stats"], batch["views"])
+        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
+
+    def loss(outputs, extra, batch):
+        del extra
+        z_a, z_b = outputs["z"]
+        return sup_con(z_a, z_b, batch["label"], temperature=config.temperature), {}
+
+    return Method(init_of(network), forward, loss, needs=frozenset({"label"}))
