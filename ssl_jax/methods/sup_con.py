@@ -17,7 +17,7 @@ class Config:
     out: int = 128
 
 
-RECIPE = {"optim.lr": 0.05, "optim.weight_decay": 1e-4}  # SupContrast's command for CIFAR-10: 0.5 at batch 1024
+RECIPE = {"optim.lr": 0.05, "optim.weight_decay": 1e-4}  # main_supcon.py's defaults, at batch 256
 
 
 def make(config, encoder, run):
