@@ -34,6 +34,41 @@ def mined_by_hand(z, margin, mining):
     return sum(terms) / len(terms)
 
 
+def info_nce_with_own_by_hand(q, k, queue, own, temperature):
+    total = 0.0
+    for query, key, mine in zip(q, k, own):
+        odds = [math.exp(float(unit(query) @ unit(v)) / temperature) for v in (key, *queue, *mine)]
+        total -= math.log(odds[0] / sum(odds))
+    return total / len(q)
+
+
+INDEX = np.array([4, 0, 4])
+
+
+def indexed_by_hand(q, keys, temperature):
+    total = 0.0
+    for query, i in zip(q, INDEX):
+        odds = [math.exp(float(unit(query) @ unit(v)) / temperature) for v in keys]
+        total -= math.log(odds[i] / sum(odds))
+    return total / len(q)
+
+
+def nce_by_hand(q, positive, noise, normalizer, examples, temperature):
+    def h(query, row):
+        p = math.exp(float(unit(query) @ row) / temperature) / normalizer
+        return p / (p + len(noise) / examples)
+
+    each = [
+        -math.log(h(query, own)) - sum(math.log(1 - h(query, row)) for row in noise) for query, own in zip(q, positive)
+    ]
+    return sum(each) / len(each)
+
+
+def nce_normalizer_by_hand(q, positive, noise, examples, temperature):
+    odds = [math.exp(float(unit(query) @ r) / temperature) for query, p in zip(q, positive) for r in (p, *noise)]
+    return examples * sum(odds) / len(odds)
+
+
 def mined(mining):
     return (
         lambda z, margin: losses.mined_triplet(z, jnp.asarray(LABEL), margin=margin, mining=mining),
@@ -44,7 +79,32 @@ def mined(mining):
 
 
 # loss, by hand, shapes, hyper-parameters; every array gets a gradient
-CASES = {f"mined_triplet {mining}": mined(mining) for mining in ("all", "hard", "semi_hard")}
+CASES = {f"mined_triplet {mining}": mined(mining) for mining in ("all", "hard", "semi_hard")} | {
+    "info_nce with own negatives": (
+        losses.info_nce,
+        info_nce_with_own_by_hand,
+        [(3, 4), (3, 4), (7, 4), (3, 2, 4)],
+        {"temperature": 0.3},
+    ),
+    "indexed_info_nce": (
+        lambda q, keys, temperature: losses.indexed_info_nce(q, keys, jnp.asarray(INDEX), temperature=temperature),
+        indexed_by_hand,
+        [(3, 4), (6, 4)],
+        {"temperature": 0.3},
+    ),
+    "nce": (
+        losses.nce,
+        nce_by_hand,
+        [(3, 4), (3, 4), (6, 4)],
+        {"normalizer": 30.0, "examples": 20, "temperature": 0.5},
+    ),
+    "nce_normalizer": (
+        losses.nce_normalizer,
+        nce_normalizer_by_hand,
+        [(3, 4), (3, 4), (6, 4)],
+        {"examples": 20, "temperature": 0.5},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,3 +153,27 @@ def test_semi_hard_takes_the_farthest_negative_where_none_lies_beyond_the_positi
     z, label = jnp.array([[0.0], [4.0], [1.0], [2.0]]), jnp.array([0, 0, 1, -1])
     # From 0 the positive lies at 4 and the one negative at 1: 4 - 1 + m. From 4: 4 - 3 + m. The pair of 1 is alone.
     assert losses.mined_triplet(z, label, margin=0.5, mining="semi_hard") == pytest.approx(2.5, rel=1e-5)
+
+
+def test_limits_of_memory_banks():
+    one, identity = jnp.ones((4, 6)), jnp.eye(6)
+    assert losses.indexed_info_nce(one, jnp.ones((9, 6)), jnp.arange(4), temperature=0.07) == pytest.approx(math.log(9))
+    assert losses.indexed_info_nce(identity, identity, jnp.arange(6), temperature=0.01) == pytest.approx(0, abs=1e-5)
+    aligned = {"normalizer": 6 * math.exp(20) / 6, "examples": 6, "temperature": 0.05}
+    # Aligned with the positive (P = 1) and orthogonal to the noise (P = exp(-20)): h = 1 / (1 + 2 / 6).
+    assert losses.nce(identity[:4], identity[:4], identity[4:], **aligned) == pytest.approx(-math.log(0.75), rel=1e-4)
+
+
+def test_nce_at_a_low_temperature_is_finite():
+    """exp(1 / 0.01) is no float32; the loss never forms it."""
+    q = jnp.eye(4)
+    value, gradient = jax.value_and_grad(losses.nce)(q, q, -q, normalizer=1.0, examples=10, temperature=0.01)
+    assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
+
+
+def test_own_negatives_count_like_the_queue():
+    """Moving negatives from the queue to `own` changes nothing."""
+    q, k, queue = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 4), (3, 4), (5, 4)]))
+    own = jnp.broadcast_to(queue[None, :2], (3, 2, 4))
+    whole = losses.info_nce(q, k, queue, temperature=0.2)
+    assert losses.info_nce(q, k, queue[2:], own, temperature=0.2) == pytest.approx(float(whole), rel=1e-6)

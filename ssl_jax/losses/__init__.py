@@ -4,7 +4,17 @@ Shapes: B batch, D features, K queue. Every loss returns a scalar, the mean over
 """
 
 from ssl_jax.losses.clustering import dino, dino_targets, sinkhorn, swapped, swav
-from ssl_jax.losses.contrastive import in_batch_info_nce, info_nce, nt_xent, sup_con, triplet
+from ssl_jax.losses.contrastive import (
+    in_batch_info_nce,
+    indexed_info_nce,
+    info_nce,
+    nce,
+    nce_normalizer,
+    nt_xent,
+    similarities,
+    sup_con,
+    triplet,
+)
 from ssl_jax.losses.metric import mined_triplet
 from ssl_jax.losses.negative_free import negative_cosine
 from ssl_jax.losses.redundancy import (
@@ -23,10 +33,14 @@ __all__ = [
     "dino",
     "dino_targets",
     "in_batch_info_nce",
+    "indexed_info_nce",
     "info_nce",
     "mined_triplet",
+    "nce",
+    "nce_normalizer",
     "negative_cosine",
     "nt_xent",
+    "similarities",
     "sinkhorn",
     "sup_con",
     "swapped",

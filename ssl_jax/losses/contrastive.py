@@ -29,13 +29,16 @@ def nt_xent(z_a: jax.Array, z_b: jax.Array, *, temperature: float) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, partner).mean()
 
 
-def info_nce(query: jax.Array, key: jax.Array, negatives: jax.Array, *, temperature: float) -> jax.Array:
-    """InfoNCE with explicit negatives: mean of -log softmax([q . k, q . negatives] / T)_0.
+def info_nce(
+    query: jax.Array, key: jax.Array, negatives: jax.Array, own: jax.Array | None = None, *, temperature: float
+) -> jax.Array:
+    """InfoNCE with explicit negatives: mean of -log softmax([q . k, q . negatives, q . own] / T)_0.
 
     Args:
       query: [B, D], normalised here.
       key: [B, D] the positive of each query, normalised here; pass it through stop_gradient if it is a target.
       negatives: [K, D] shared by all queries (MoCo's queue), normalised here.
+      own: [B, M, D] further negatives of each query alone (LooC's other keys of its image), normalised here.
       temperature: T > 0.
 
     Source: MoCo, equation 1, https://arxiv.org/abs/1911.05722; InfoNCE from https://arxiv.org/abs/1807.03748.
@@ -44,10 +47,85 @@ def info_nce(query: jax.Array, key: jax.Array, negatives: jax.Array, *, temperat
     >>> round(float(info_nce(one, one, jnp.ones((7, 3)), temperature=0.1)), 4)  # collapsed: log(1 + K)
     2.0794
     """
-    query, key, negatives = normalize(query), normalize(key), normalize(negatives)
-    positive = jnp.sum(query * key, axis=-1, keepdims=True)
-    logits = jnp.concatenate([positive, query @ negatives.T], axis=1) / temperature
+    logits = similarities(query, key, negatives, own) / temperature
     return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.zeros(len(query), int)).mean()
+
+
+def similarities(query: jax.Array, key: jax.Array, negatives: jax.Array, own: jax.Array | None = None) -> jax.Array:
+    """Cosines [B, 1 + K + M] of each query with its key, with the K negatives and with its own M (see `info_nce`)."""
+    query = normalize(query)
+    others = [] if own is None else [jnp.einsum("bd,bmd->bm", query, normalize(own))]
+    positive = jnp.sum(query * normalize(key), axis=-1, keepdims=True)
+    return jnp.concatenate([positive, query @ normalize(negatives).T, *others], axis=1)
+
+
+def indexed_info_nce(query: jax.Array, keys: jax.Array, index: jax.Array, *, temperature: float) -> jax.Array:
+    """InfoNCE in which every query finds its key among the same ones: mean of -log softmax(q . keys / T)_index.
+
+    Args:
+      query: [B, D], normalised here.
+      keys: [K, D], normalised here.
+      index: [B], which of the keys is the query's.
+      temperature: T > 0.
+
+    Source: instance discrimination, equation 2 (keys: a memory bank), https://arxiv.org/abs/1805.01978; NNCLR,
+    equation 4 (keys: the predictions of the batch), https://arxiv.org/abs/2104.14548.
+
+    >>> round(float(indexed_info_nce(jnp.ones((2, 3)), jnp.ones((8, 3)), jnp.array([0, 5]), temperature=0.1)), 4)
+    2.0794
+    """
+    logits = normalize(query) @ normalize(keys).T / temperature
+    return optax.softmax_cross_entropy_with_integer_labels(logits, index).mean()
+
+
+def nce(
+    query: jax.Array,
+    positive: jax.Array,
+    noise: jax.Array,
+    *,
+    normalizer: jax.Array | float,
+    examples: int,
+    temperature: float,
+) -> jax.Array:
+    """Noise-contrastive estimation: is a row of the bank the query's image or one of K drawn uniformly from N?
+
+    Mean of -log h(positive) - sum_k log(1 - h(noise_k)), with h(v) = P / (P + K / N) and P = exp(q . v / T) / Z.
+
+    Args:
+      query: [B, D], normalised here.
+      positive: [B, D], rows of the bank, as given.
+      noise: [K, D], rows of the bank, as given, shared by all queries.
+      normalizer: Z, a constant, from `nce_normalizer`.
+      examples: N, rows in the bank.
+      temperature: T > 0.
+
+    Source: instance discrimination, equations 4 to 7, https://arxiv.org/abs/1805.01978;
+    zhirongw/lemniscate.pytorch, lib/NCECriterion.py, which draws K for each query and adds 1e-7 to the denominators.
+
+    >>> one = jnp.ones((2, 1))
+    >>> z = nce_normalizer(one, one, jnp.ones((1, 1)), examples=5, temperature=0.1)  # h = (1 / 5) / (1 / 5 + 1 / 5)
+    >>> round(float(nce(one, one, jnp.ones((1, 1)), normalizer=z, examples=5, temperature=0.1)), 4)  # 2 log 2
+    1.3863
+    """
+    query = normalize(query)
+    # log P - log(K / N), whose sigmoid is h: neither exp(1 / T) nor a division appears.
+    shift = jnp.log(normalizer) + jnp.log(len(noise) / examples)
+    to_positive = jnp.sum(query * positive, axis=-1) / temperature - shift
+    to_noise = query @ noise.T / temperature - shift
+    return (jax.nn.softplus(-to_positive) + jax.nn.softplus(to_noise).sum(axis=1)).mean()
+
+
+def nce_normalizer(
+    query: jax.Array, positive: jax.Array, noise: jax.Array, *, examples: int, temperature: float
+) -> jax.Array:
+    """The estimate of Z in `nce` (see there for the arguments): N times the mean of exp(q . v / T) over the batch.
+
+    Source: instance discrimination, equation 8, https://arxiv.org/abs/1805.01978; lemniscate.pytorch,
+    lib/NCEAverage.py, which like this takes the positives in.
+    """
+    query = normalize(query)
+    cosines = jnp.concatenate([jnp.sum(query * positive, axis=-1, keepdims=True), query @ noise.T], axis=1)
+    return examples * jnp.exp(cosines / temperature).mean()
 
 
 def triplet(anchor: jax.Array, positive: jax.Array, negative: jax.Array, *, margin: float) -> jax.Array:
@@ -85,8 +163,7 @@ def in_batch_info_nce(query: jax.Array, key: jax.Array, *, temperature: float) -
     >>> round(float(in_batch_info_nce(one, one, temperature=0.2)), 4)  # collapsed: log(B)
     1.3863
     """
-    logits = normalize(query) @ normalize(jax.lax.stop_gradient(key)).T / temperature
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(logits))).mean()
+    return indexed_info_nce(query, jax.lax.stop_gradient(key), jnp.arange(len(query)), temperature=temperature)
 
 
 def sup_con(z_a: jax.Array, z_b: jax.Array, label: jax.Array, *, temperature: float) -> jax.Array:
