@@ -6,6 +6,7 @@ Such a file holds a docstring whose first line says what the method is and names
     make(config: Config, encoder: Network, run: Run) -> Method
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ssl_jax.errors import UserError
+from ssl_jax.losses.common import normalize
 
 Params = Any
 Extra = Any
@@ -121,6 +123,16 @@ def stack(**networks: Network) -> Network:
     return Network(init, apply)
 
 
+def siamese(encoder: Network) -> Network:
+    """The encoder for P images at a time, [B, P, H, W, C] -> their embeddings side by side [B, P * D]."""
+
+    def apply(params, stats, x, **kwargs):
+        y, stats = encoder.apply(params, stats, x.reshape(-1, *x.shape[2:]), **kwargs)
+        return y.reshape(len(x), -1), stats
+
+    return Network(lambda rng, x: encoder.init(rng, x[:, 0]), apply)
+
+
 def init_of(network: Network) -> Callable[..., tuple[Params, Extra]]:
     """The `init` of a method that is one network, without target or queue."""
 
@@ -176,3 +188,97 @@ def need_vit(encoder: Network, method: str) -> int:
     if not encoder.patch:
         raise UserError(f"config.model.name: {method} masks patches; allowed: vit_tiny, vit_small, vit_base")
     return encoder.patch
+
+
+def need_batch(views: Sequence[jax.Array], method: str) -> None:
+    """UserError for a batch of one image, in which nothing varies."""
+    if len(views[0]) < 2:
+        raise UserError(f"config.train.batch=1: {method} needs images that differ; allowed: 2 or more")
+
+
+def lost_spread(cause: str, least: float = 0.05) -> Callable[[Mapping[str, float]], str]:
+    """The `collapsed` of a method with the metric "projection_std": words if it is below `least`."""
+
+    def collapsed(metrics):
+        std = metrics["projection_std"]
+        words = f"projection_std {std:.2g}: all images get almost the same projection; likely cause: {cause}"
+        return words if std < least else ""
+
+    return collapsed
+
+
+def entropies(targets: Sequence[jax.Array]) -> Metrics:
+    """Of probabilities, arrays [B, K]: the mean entropy of an image, and the entropy of the mean over all images."""
+    p = jnp.concatenate(list(targets))
+    entropy = jax.scipy.special.entr
+    return {"target_entropy": entropy(p).sum(axis=1).mean(), "mean_target_entropy": entropy(p.mean(axis=0)).sum()}
+
+
+def lost_entropy(classes: int, uniform: str, single: str) -> Callable[[Mapping[str, float]], str]:
+    """The `collapsed` of a method with the metrics of `entropies`: the causes if all targets are uniform, or all one.
+
+    Uniform is 99.9 % of ln K: targets without any preference. One: together they have less than a tenth of a nat.
+    """
+
+    def collapsed(metrics):
+        most = math.log(classes)
+        if metrics["target_entropy"] > 0.999 * most:
+            return (
+                f"target entropy {metrics['target_entropy']:.3f} of ln {classes} = {most:.3f}: no image prefers any "
+                f"output; likely cause: {uniform}"
+            )
+        if metrics["mean_target_entropy"] < 0.1:
+            return (
+                f"mean target entropy {metrics['mean_target_entropy']:.3f}: all images get one and the same output; "
+                f"likely cause: {single}"
+            )
+        return ""
+
+    return collapsed
+
+
+def new_queue(rng, size: int, *shape: int) -> dict[str, jax.Array]:
+    """The entries of `extra` that `push` fills: "queue" [size, *shape] of random unit vectors, and "oldest"."""
+    return {"queue": normalize(jax.random.normal(rng, (size, *shape))), "oldest": jnp.zeros([], jnp.int32)}
+
+
+def push(extra: dict[str, Any], keys: jax.Array) -> dict[str, Any]:
+    """`extra` with the newest keys [B, ...] over the oldest ones of its queue, a ring of any length."""
+    size = len(extra["queue"])
+    keys = jax.lax.stop_gradient(keys[-size:])
+    places = (extra["oldest"] + jnp.arange(len(keys))) % size
+    oldest = (extra["oldest"] + len(keys)) % size
+    return {**extra, "queue": extra["queue"].at[places].set(keys), "oldest": oldest}
+
+
+def shuffled(network: Network, params, stats, x, rng, groups: int) -> tuple[Any, Any]:
+    """Outputs in the order of x, and statistics; in between, the batch is shuffled and normalised in `groups` parts.
+
+    For the keys of a queue: query and key must not share the batch that BatchNorm sees, or its statistics give the
+    positive away. Shuffled, a key is normalised with others than its query was (MoCo v1, section 3.3).
+    """
+    order = jax.random.permutation(rng, len(x))
+    y, stats = network.apply(params, stats, x[order], train=True, groups=groups)
+    back = jnp.argsort(order)
+    return jax.tree.map(lambda v: v[back], y), stats
+
+
+def search_metrics(loss: jax.Array, similarity: jax.Array, index: jax.Array | int = 0) -> Metrics:
+    """How well positives are found: "chance", "positive_rank", from InfoNCE `loss` over similarity [B, K].
+
+    chance: the loss as a share of ln K, what guessing gives. positive_rank: how many of the others are at least as
+    similar as the positive at `index`, on average; 0 is best, a collapse gives K - 1.
+    """
+    own = jnp.take_along_axis(similarity, jnp.broadcast_to(index, len(similarity))[:, None], axis=1)
+    rank = (similarity >= own).sum(axis=1).mean() - 1
+    return {"chance": loss / math.log(similarity.shape[1]), "positive_rank": rank}
+
+
+def at_chance(metrics: Mapping[str, float]) -> str:
+    """The `collapsed` of a method that has the metric "chance"."""
+    if metrics["chance"] < 0.99:
+        return ""
+    return (
+        f"the loss is {metrics['chance']:.0%} of what guessing among all keys gives: positives look like negatives; "
+        "likely a learning rate too high, a temperature too low, or transforms that leave nothing in common"
+    )

@@ -7,12 +7,11 @@ is v2; v1 is `head="linear"`, `temperature=0.07` and its weaker views.
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from ssl_jax.errors import unknown
-from ssl_jax.losses import info_nce
+from ssl_jax.losses import info_nce, similarities
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, init_with_target, stack
+from ssl_jax.methods.base import Method, at_chance, init_with_target, new_queue, push, search_metrics, shuffled, stack
 from ssl_jax.models import linear, mlp
 from ssl_jax.transforms import track_target
 
@@ -41,30 +40,26 @@ def make(config, encoder, run):
     def init(rng, views):
         rng_net, rng_queue = jax.random.split(rng)
         params, extra = init_with_target(network)(rng_net, views)
-        queue = normalize(jax.random.normal(rng_queue, (config.queue, config.out)))
-        return params, {**extra, "queue": queue, "oldest": jnp.zeros([], jnp.int32)}
+        return params, {**extra, **new_queue(rng_queue, config.queue, config.out)}
 
     def forward(params, target, extra, batch, rng):
         view_query, view_key = batch["views"]
-        q, stats = network.apply(params, extra["stats"], view_query, train=True, groups=config.bn_groups)
-        # Query and key must not share the batch that BatchNorm sees, or its statistics give the positive away: keys
-        # are shuffled into other groups than their queries' and put back in order (v1, section 3.3).
-        order = jax.random.permutation(rng, len(view_key))
-        k, target_stats = network.apply(target, extra["target"], view_key[order], train=True, groups=config.bn_groups)
-        key = jax.lax.stop_gradient(normalize(k["projector"][jnp.argsort(order)]))
+        groups = config.bn_groups
+        q, stats = network.apply(params, extra["stats"], view_query, train=True, groups=groups)
+        k, target_stats = shuffled(network, target, extra["target"], view_key, rng, groups)
+        key = jax.lax.stop_gradient(normalize(k["projector"]))
         outputs = {"embedding": q["encoder"], "query": q["projector"], "key": key}
         return outputs, {**extra, "stats": stats, "target": target_stats}
 
     def loss(outputs, extra, batch):
         del batch
-        return info_nce(outputs["query"], outputs["key"], extra["queue"], temperature=config.temperature), {}
+        found = outputs["query"], outputs["key"], extra["queue"]
+        value = info_nce(*found, temperature=config.temperature)
+        return value, search_metrics(value, similarities(*found))
 
-    def push(params, extra, outputs, step):
-        """The newest keys overwrite the oldest ones, in a ring of any length."""
+    def push_keys(params, extra, outputs, step):
         del step
-        keys = outputs["key"][-config.queue :]
-        places = (extra["oldest"] + jnp.arange(len(keys))) % config.queue
-        oldest = (extra["oldest"] + len(keys)) % config.queue
-        return params, {**extra, "queue": extra["queue"].at[places].set(keys), "oldest": oldest}
+        return params, push(extra, outputs["key"])
 
-    return Method(init, forward, loss, transform=track_target(config.momentum), post_update=push)
+    target = track_target(config.momentum)
+    return Method(init, forward, loss, transform=target, post_update=push_keys, collapsed=at_chance)
