@@ -48,6 +48,30 @@ def track_target(
     return optax.GradientTransformation(init, update)
 
 
+class FreezeState(NamedTuple):
+    count: jax.Array  # type: ignore[assignment]
+
+
+def freeze(names: Collection[str], steps: int) -> optax.GradientTransformation:
+    """Keeps the parameters with these top-level names as they are in the first `steps` steps.
+
+    It takes their updates away, so it stands behind the optimizer and before `track_target`. The optimizer's momentum
+    goes on meanwhile.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        move = state.count >= steps
+
+        def kept(tree):
+            return jax.tree.map(lambda u: jnp.where(move, u, 0), tree)
+
+        updates = {name: kept(tree) if name in names else tree for name, tree in updates.items()}
+        return updates, FreezeState(state.count + 1)
+
+    return optax.GradientTransformation(lambda params: FreezeState(jnp.zeros([], jnp.int32)), update)
+
+
 def target_of(opt_state: Any) -> Any:
     """The target network's parameters in an optimizer state, or None where no `track_target` is in the chain."""
     return optax.tree.get(opt_state, "target_params")

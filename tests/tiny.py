@@ -1,11 +1,19 @@
 """Small things that several tests train on."""
 
+import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.config import default, resolve
 from ssl_jax.methods.base import Network
 
-SMALL = {"hidden": 16, "out": 8, "bottleneck": 4, "queue": 24, "bn_groups": 2}  # of any method that has such a field
+# Of any method that has such a field. VICReg's weights are a 25th: as if the loss and the learning rate were. TiCo's
+# covariance is full at once, or the loss would rise while it fills.
+SMALL = {
+    "hidden": 16, "out": 8, "bottleneck": 4, "queue": 24, "bn_groups": 2, "prototypes": 6,
+    "negatives": 24, "predictor_hidden": 16,
+    "freeze_steps": 3, "local": 8, "invariance": 1.0, "variance": 1.0, "covariance": 0.04, "beta": 0.1,
+}  # fmt: skip
+MULTI_CROP = ("dino", "swav", "vicregl")  # trained with two local views as well
 
 
 def tiny_encoder():
@@ -14,13 +22,21 @@ def tiny_encoder():
 
     body = mlp((24, 12), last_norm="affine")
 
-    def flat(x):
-        return x.reshape(len(x), -1) - 0.5
+    def flat(x, width):
+        """Pixels in a row; those of a smaller view are followed by zeros."""
+        x = x.reshape(len(x), -1) - 0.5
+        return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
 
-    return Network(
-        lambda rng, x: body.init(rng, flat(x)),
-        lambda params, stats, x, **kwargs: body.apply(params, stats, flat(x), **kwargs),
-    )
+    def apply(params, stats, x, dense=False, **kwargs):
+        """dense: [B, 2, 2, 12], the embedding of each quarter, the others black."""
+        if dense:
+            rows, columns = (jnp.arange(side) * 2 // side for side in x.shape[1:3])
+            quarter = rows[:, None] * 2 + columns == jnp.arange(4)[:, None, None]
+            x = (x[:, None] * quarter[:, :, :, None]).reshape(-1, *x.shape[1:])
+        y, stats = body.apply(params, stats, flat(x, params["linear1"]["kernel"].shape[0]), **kwargs)
+        return (y.reshape(-1, 2, 2, y.shape[1]) if dense else y), stats
+
+    return Network(lambda rng, x: body.init(rng, flat(x, x[0].size)), apply)
 
 
 class Images:
@@ -60,6 +76,8 @@ def tiny_config(method, **changes):
     config.augment.jitter_prob = 1.0
     config.optim.update({"name": "sgd", "lr": 0.05, "lr_batch": 0, "warmup": "0 steps"})
     config.train.update({"batch": 16, "duration": "20 steps", "log_every": "1 steps", "devices": 1})
+    if method in MULTI_CROP:
+        config.augment.local_views, config.augment.local.size = 2, 4
     config.data.name = "synthetic"
     config.model.update({"name": "resnet_thin", "width": 0.25})
     for key, value in changes.items():

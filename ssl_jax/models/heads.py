@@ -38,6 +38,7 @@ class MLP(nn.Module):
     bias: bool
     last_norm: Literal[None, "affine", "plain"]
     last_bias: bool
+    gelu: bool
 
     @nn.compact
     def __call__(self, x, *, train: bool, groups: int = 1):
@@ -45,7 +46,7 @@ class MLP(nn.Module):
             x = Linear(size, self.bias, name=f"linear{i}")(x)
             if self.norm:
                 x = BatchNorm(name=f"bn{i}")(x, train=train, groups=groups)
-            x = nn.relu(x)
+            x = nn.gelu(x, approximate=False) if self.gelu else nn.relu(x)
         n = len(self.sizes)
         x = Linear(self.sizes[-1], self.last_bias, name=f"linear{n}")(x)
         if self.last_norm:
@@ -71,15 +72,17 @@ def mlp(
     bias: bool = False,
     last_norm: Literal[None, "affine", "plain"] = None,
     last_bias: bool = True,
+    gelu: bool = False,
 ) -> Network:
     """A projector or predictor: Linear, BatchNorm, ReLU for each size but the last, for which it is a Linear.
 
     norm: BatchNorm in between. bias: of the Linear layers but the last (without effect before a BatchNorm).
     last_bias: of the last Linear.
     last_norm: BatchNorm after the last, with ("affine") or without ("plain") a learned scale and bias.
+    gelu: GELU in place of ReLU.
     Weights and biases start uniform in +-1 / sqrt(inputs), as PyTorch's do.
     """
-    return network(MLP(tuple(sizes), norm, bias, last_norm, last_bias))
+    return network(MLP(tuple(sizes), norm, bias, last_norm, last_bias, gelu))
 
 
 def linear(size: int, bias: bool = True, zero: bool = False) -> Network:

@@ -1,0 +1,46 @@
+"""Barlow Twins: the cross-correlation between the projections of two views becomes the identity.
+
+Source: https://arxiv.org/abs/2103.03230; facebookresearch/barlowtwins, main.py. Cost grows with the square of `out`.
+"""
+
+from dataclasses import dataclass
+
+from ssl_jax.losses import barlow_twins
+from ssl_jax.methods.base import Method, init_of, lost_spread, need_batch, one_by_one, stack
+from ssl_jax.models import mlp
+
+
+@dataclass(frozen=True)
+class Config:
+    off_diagonal: float = 0.005  # lambda (section 2.2); main.py: 0.0051
+    hidden: int = 2048  # of the projector, as solo-learn has it for CIFAR-10; ImageNet: 8192 (main.py)
+    out: int = 2048
+
+
+RECIPE = {
+    "optim.name": "lars",
+    "optim.lr": 0.2,
+    "optim.vector_lr": 0.024,  # biases and norm scales
+    "optim.weight_decay": 1e-6,
+    "optim.warmup": "0.1 epochs",
+}  # main.py
+
+
+def make(config, encoder, run):
+    del run
+    network = stack(encoder=encoder, projector=mlp((config.hidden, config.hidden, config.out), last_bias=False))
+
+    def forward(params, target, extra, batch, rng):
+        del target, rng
+        need_batch(batch["views"], "barlow_twins")
+        (a, b), stats = one_by_one(network, params, extra["stats"], batch["views"])
+        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        z = outputs["z"]
+        return barlow_twins(*z, off_diagonal=config.off_diagonal), {"projection_std": z[0].std(axis=0).mean()}
+
+    # The correlation does not see the scale until the 1e-5 beside the variance does.
+    collapsed = lost_spread("a learning rate or weight decay too high", least=0.01)
+    return Method(init_of(network), forward, loss, collapsed=collapsed)

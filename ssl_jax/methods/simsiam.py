@@ -1,0 +1,47 @@
+"""SimSiam: two views through one network, one predicts the other behind a stop-gradient; no negatives, no target.
+
+Source: https://arxiv.org/abs/2011.10566; facebookresearch/simsiam.
+"""
+
+from dataclasses import dataclass
+
+from ssl_jax.evaluate.collapse import embedding_std
+from ssl_jax.losses import negative_cosine
+from ssl_jax.methods.base import Method, init_of, lost_spread, one_by_one, stack
+from ssl_jax.models import mlp
+
+
+@dataclass(frozen=True)
+class Config:
+    hidden: int = 2048  # of the projector (builder.py: the width of ResNet-50's embedding)
+    out: int = 2048  # builder.py, dim
+    bottleneck: int = 512  # of the predictor (builder.py, pred_dim)
+    stop_gradient: bool = True  # False shows the collapse of section 4.1
+
+
+RECIPE = {"optim.lr": 0.05, "optim.decay_all": True}  # main_simsiam.py: SGD, weight decay 1e-4 on everything
+
+
+def make(config, encoder, run):
+    del run
+    network = stack(
+        encoder=encoder,
+        projector=mlp((config.hidden, config.hidden, config.out), last_norm="plain", last_bias=False),
+        predictor=mlp((config.bottleneck, config.out)),
+    )
+
+    def forward(params, target, extra, batch, rng):
+        del target, rng
+        (a, b), stats = one_by_one(network, params, extra["stats"], batch["views"])
+        pairs = ((a["predictor"], b["projector"]), (b["predictor"], a["projector"]))
+        return {"embedding": a["encoder"], "pairs": pairs}, {"stats": stats}
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        pairs = outputs["pairs"]
+        value = sum(negative_cosine(*pair, stop_gradient=config.stop_gradient) for pair in pairs) / 2
+        return value, {"projection_std": embedding_std(pairs[1][1])}
+
+    collapsed = lost_spread("no stop-gradient, a learning rate too high, or too little weight decay")
+    # A predictor whose rate does not decay follows the projections better (section 4.2).
+    return Method(init_of(network), forward, loss, constant_lr=frozenset({"predictor"}), collapsed=collapsed)

@@ -1,0 +1,62 @@
+"""TiCo: a view meets the target's projection of the other, away from where projections have been lately.
+
+Source: https://arxiv.org/abs/2206.10698; lightly, loss/tico_loss.py and its ImageNet benchmark.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from ssl_jax.evaluate.collapse import embedding_std
+from ssl_jax.losses import tico, tico_covariance
+from ssl_jax.methods.base import Method, init_with_target, lost_spread, stack
+from ssl_jax.models import mlp
+from ssl_jax.transforms import cosine_momentum, track_target
+
+
+@dataclass(frozen=True)
+class Config:
+    beta: float = 0.9  # momentum of the covariance (tico_loss.py)
+    rho: float = 8.0  # weight of its term (tico_loss.py); 0 collapses
+    momentum: float = 0.99  # of the target, rises to 1 (benchmark)
+    hidden: int = 4096  # of the projector (lightly, TiCoProjectionHead)
+    out: int = 256
+
+
+RECIPE = {
+    "optim.name": "lars",
+    "optim.lr": 0.2,
+    "optim.weight_decay": 1.5e-6,
+    "optim.warmup": "0.1 epochs",
+}  # benchmark, 100 epochs
+
+
+def make(config, encoder, run):
+    network = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
+
+    def init(rng, views):
+        params, extra = init_with_target(network)(rng, views)
+        return params, {**extra, "covariance": jnp.zeros((config.out, config.out))}
+
+    def forward(params, target, extra, batch, rng):
+        del rng
+        view, other = batch["views"]
+        y, stats = network.apply(params, extra["stats"], view, train=True)
+        t, target_stats = network.apply(target, extra["target"], other, train=True)
+        outputs = {"embedding": y["encoder"], "z": y["projector"], "target": t["projector"]}
+        return outputs, {**extra, "stats": stats, "target": target_stats}
+
+    def loss(outputs, extra, batch):
+        del batch
+        z = outputs["z"]
+        value = tico(z, outputs["target"], extra["covariance"], beta=config.beta, rho=config.rho)
+        return value, {"projection_std": embedding_std(z)}
+
+    def remember(params, extra, outputs, step):
+        del step
+        covariance = tico_covariance(outputs["z"], extra["covariance"], beta=config.beta)
+        return params, {**extra, "covariance": covariance}
+
+    transform = track_target(cosine_momentum(config.momentum, run.steps))
+    collapsed = lost_spread("config.method.rho too small")
+    return Method(init, forward, loss, transform=transform, post_update=remember, collapsed=collapsed)

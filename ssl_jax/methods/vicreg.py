@@ -1,0 +1,47 @@
+"""VICReg: views agree, every dimension keeps its variance, and no two dimensions say the same.
+
+Source: https://arxiv.org/abs/2105.04906; facebookresearch/vicreg, main_vicreg.py.
+"""
+
+from dataclasses import dataclass
+
+from ssl_jax.losses import vicreg
+from ssl_jax.methods.base import Method, init_of, lost_spread, need_batch, one_by_one, stack
+from ssl_jax.models import mlp
+
+
+@dataclass(frozen=True)
+class Config:
+    invariance: float = 25.0  # weights of the three terms (main_vicreg.py)
+    variance: float = 25.0  # 0 collapses
+    covariance: float = 1.0  # against redundant dimensions
+    hidden: int = 2048  # of the projector, as solo-learn has it for CIFAR-10; ImageNet: 8192 (main_vicreg.py)
+    out: int = 2048
+
+
+RECIPE = {
+    "optim.name": "lars",
+    "optim.lr": 0.2,
+    "optim.weight_decay": 1e-6,
+    "optim.warmup": "0.1 epochs",
+}  # main_vicreg.py
+
+
+def make(config, encoder, run):
+    del run
+    network = stack(encoder=encoder, projector=mlp((config.hidden, config.hidden, config.out), last_bias=False))
+    weights = {"invariance": config.invariance, "variance": config.variance, "covariance": config.covariance}
+
+    def forward(params, target, extra, batch, rng):
+        del target, rng
+        need_batch(batch["views"], "vicreg")
+        (a, b), stats = one_by_one(network, params, extra["stats"], batch["views"])
+        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        z = outputs["z"]
+        return vicreg(*z, **weights), {"projection_std": z[0].std(axis=0).mean()}
+
+    collapsed = lost_spread("config.method.variance too small")
+    return Method(init_of(network), forward, loss, collapsed=collapsed)
