@@ -18,7 +18,7 @@ from ssl_jax.parallel import make_mesh, replicated, split
 from ssl_jax.transforms import target_of
 
 METHODS = method_names()
-TARGETS = ["byol", "moco", "moco_v3", "tico"]
+TARGETS = ["byol", "dino", "moco", "moco_v3", "tico"]
 
 
 @pytest.fixture(autouse=True)

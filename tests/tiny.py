@@ -6,12 +6,13 @@ import numpy as np
 from ssl_jax.config import default, resolve
 from ssl_jax.methods.base import Network
 
-# Of any method that has such a field. VICReg's weights are a 25th: as if the loss and the learning rate were. TiCo's
-# covariance is full at once, or the loss would rise while it fills.
+# Of any method that has such a field. VICReg's weights are a 25th: as if the loss and the learning rate were. The covariance of
+# TiCo and the centre of DINO are full at once, or the loss would rise while they fill.
 SMALL = {
     "hidden": 16, "out": 8, "bottleneck": 4, "queue": 24, "bn_groups": 2, "prototypes": 6,
     "negatives": 24, "predictor_hidden": 16,
     "freeze_steps": 3, "local": 8, "invariance": 1.0, "variance": 1.0, "covariance": 0.04, "beta": 0.1,
+    "centre_momentum": 0.0, "teacher_temperature": 0.01, "warmup_temperature": 0.01,
 }  # fmt: skip
 MULTI_CROP = ("dino", "swav", "vicregl")  # trained with two local views as well
 

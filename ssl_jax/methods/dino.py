@@ -1,0 +1,97 @@
+"""DINO: a student matches the centred and sharpened outputs of its own moving average; for ViTs and ResNets.
+
+Source: https://arxiv.org/abs/2104.14294; facebookresearch/dino, main_dino.py. With two views of 224 px (crop_scale 0.4
+to 1) and config.augment.local_views=8 of 96 px in the paper; without local views, crop_scale 0.14 to 1. A ResNet
+wants SGD and a weight decay of 1e-4 throughout (README). The teacher is what is exported.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ssl_jax.losses import dino, dino_targets
+from ssl_jax.losses.common import normalize
+from ssl_jax.methods.base import Method, entropies, init_with_target, lost_entropy, stack, together
+from ssl_jax.models import mlp
+from ssl_jax.transforms import cosine_momentum, freeze, track_target
+
+
+@dataclass(frozen=True)
+class Config:
+    temperature: float = 0.1  # of the student (main_dino.py, as everything below)
+    teacher_temperature: float = 0.04  # 0.07 for the best run (README), with a warm-up
+    warmup_temperature: float = 0.04  # where it starts
+    warmup: float = 0.1  # share of the run until it has its value: 30 of 300 epochs
+    momentum: float = 0.996  # of the teacher, rises to 1; 0.9995 at batch 256 in long runs
+    centre_momentum: float = 0.9  # 1: no centre, which collapses
+    freeze_epochs: float = 1.0  # the last layer stays in the first epoch
+    hidden: int = 2048  # of the head
+    bottleneck: int = 256
+    out: int = 4096  # as solo-learn has it for CIFAR-10; ImageNet: 65536 (less data, fewer)
+
+
+RECIPE = {
+    "optim.name": "adamw",
+    "optim.lr": 5e-4,
+    "optim.weight_decay": 0.04,
+    "optim.weight_decay_end": 0.4,
+    "optim.warmup": "0.1 epochs",
+    "optim.clip_norm": 3.0,  # of the whole gradient; main_dino.py: of each tensor's
+}
+
+
+def make(config, encoder, run):
+    head = mlp((config.hidden, config.hidden, config.bottleneck), norm=False, bias=True, gelu=True)
+    network = stack(encoder=encoder, head=head)
+
+    def init(rng, views):
+        rng_net, rng_last = jax.random.split(rng)
+        params, extra = init_with_target(network)(rng_net, views)
+        params["last"] = normalize(jax.random.normal(rng_last, (config.out, config.bottleneck)))
+        return params, {**extra, "centre": jnp.zeros(config.out), "step": jnp.zeros([], jnp.int32)}
+
+    def outputs_of(params, stats, views):
+        """Embeddings and logits of each view; the last layer's weights have norm 1 whatever their parameters."""
+        y, stats = together(network, {k: params[k] for k in stats}, stats, views)
+        last = normalize(params["last"])
+        return [x["encoder"] for x in y], [normalize(x["head"]) @ last.T for x in y], stats
+
+    def forward(params, target, extra, batch, rng):
+        del rng
+        _, student, stats = outputs_of(params, extra["stats"], batch["views"])
+        embeddings, teacher, target_stats = outputs_of(target, extra["target"], batch["views"][:2])
+        outputs = {"embedding": embeddings[0], "student": student, "teacher": teacher}
+        return outputs, {**extra, "stats": stats, "target": target_stats}
+
+    def loss(outputs, extra, batch):
+        del batch
+        share = jnp.minimum(1, extra["step"] / max(1, config.warmup * run.steps))
+        cold = config.warmup_temperature + share * (config.teacher_temperature - config.warmup_temperature)
+        teacher, centre = outputs["teacher"], extra["centre"]
+        value = dino(outputs["student"], teacher, centre, temperature=config.temperature, teacher_temperature=cold)
+        return value, entropies(dino_targets(teacher, centre, temperature=cold))
+
+    def move_centre(params, extra, outputs, step):
+        mean = jnp.concatenate(outputs["teacher"]).mean(axis=0)
+        centre = config.centre_momentum * extra["centre"] + (1 - config.centre_momentum) * mean
+        return params, {**extra, "centre": centre, "step": step + 1}
+
+    return Method(
+        init,
+        forward,
+        loss,
+        local_views=True,
+        transform=optax.chain(
+            freeze({"last"}, round(config.freeze_epochs * run.epoch)),
+            track_target(cosine_momentum(config.momentum, run.steps)),
+        ),
+        post_update=move_centre,
+        encoder=lambda params, target, extra: (target["encoder"], extra["target"]["encoder"]),
+        collapsed=lost_entropy(
+            config.out,
+            uniform="teacher_temperature too high, or a learning rate too high",
+            single="centre_momentum too close to 1, or teacher_temperature too low",
+        ),
+    )

@@ -1,0 +1,99 @@
+"""SwAV: each view predicts the cluster of another view of the image; clusters are balanced over the batch.
+
+Source: https://arxiv.org/abs/2006.09882; facebookresearch/swav. With two views of 224 px (crop_scale 0.14 to 1) and
+config.augment.local_views=6 of 96 px (local.crop_scale 0.05 to 0.14) in the paper.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.losses import sinkhorn, swav
+from ssl_jax.losses.common import normalize
+from ssl_jax.methods.base import Method, entropies, init_of, lost_entropy, stack, together
+from ssl_jax.models import mlp
+from ssl_jax.transforms import freeze
+
+
+@dataclass(frozen=True)
+class Config:
+    prototypes: int = 3000  # main_swav.py, as everything below
+    temperature: float = 0.1  # of the prediction
+    epsilon: float = 0.05  # of the assignment, lower is sharper
+    sinkhorn_iterations: int = 3  # 0: clusters are not balanced, and all images end in one
+    freeze_steps: int = 313  # the prototypes stay in these first steps; 5005 at batch 256
+    queue: int = 3840  # features of earlier images in the assignment, for small batches; 0: none, as at batch 4096
+    queue_start: float = 0.075  # share of the run without the queue: 15 of 200 epochs
+    hidden: int = 2048  # of the projector
+    out: int = 128
+
+
+RECIPE = {
+    "optim.name": "lars",
+    "optim.lr": 0.6,
+    "optim.weight_decay": 1e-6,
+    "optim.warmup": "0.1 epochs",
+}  # scripts/swav_200ep_bs256_pretrain.sh; 4.8 at batch 4096 is half as much
+
+
+def make(config, encoder, run):
+    projector = mlp((config.hidden, config.out))
+    network = stack(encoder=encoder, projector=projector)
+
+    def init(rng, views):
+        rng_net, rng_prototypes = jax.random.split(rng)
+        params, extra = init_of(network)(rng_net, views)
+        prototypes = normalize(jax.random.normal(rng_prototypes, (config.prototypes, config.out)))
+        extra |= {"queue": jnp.zeros((2, config.queue, config.out)), "step": jnp.zeros([], jnp.int32)}
+        return {**params, "prototypes": prototypes}, extra
+
+    def forward(params, target, extra, batch, rng):
+        del target, rng
+        stats, views = extra["stats"], batch["views"]
+        y, encoder_stats = together(encoder, params["encoder"], stats["encoder"], views)
+        # The projector sees the views of all sizes at once, as the official one does.
+        z, projector_stats = projector.apply(params["projector"], stats["projector"], jnp.concatenate(y), train=True)
+        each = jnp.split(normalize(z), len(views))
+        outputs = {
+            "embedding": y[0],
+            "z": jnp.stack(each[:2]),
+            "scores": [z @ params["prototypes"].T for z in each],
+            "prototypes": params["prototypes"],
+        }
+        return outputs, {**extra, "stats": {"encoder": encoder_stats, "projector": projector_stats}}
+
+    def assign(scores, remembered):
+        """Assignments of the batch, which shares the clusters with the images remembered."""
+        options = {"epsilon": config.epsilon, "iterations": config.sinkhorn_iterations}
+        return sinkhorn(jnp.concatenate([remembered, scores]), **options)[len(remembered) :]
+
+    def loss(outputs, extra, batch):
+        del batch
+        scores = jax.lax.stop_gradient(outputs["scores"][:2])
+        remembered = jax.lax.stop_gradient(extra["queue"] @ outputs["prototypes"].T)
+        full = extra["step"] * len(scores[0]) >= config.queue
+        begun = extra["step"] >= config.queue_start * run.steps
+        use = full & begun & (config.queue > 0)
+        q = [jax.lax.cond(use, assign, lambda s, r: assign(s, r[:0]), *pair) for pair in zip(scores, remembered)]
+        return swav(outputs["scores"], q, temperature=config.temperature), entropies(q)
+
+    def after(params, extra, outputs, step):
+        """Prototypes are unit vectors again; the newest features come first in the queue, the oldest leave it."""
+        queue = jnp.concatenate([outputs["z"], extra["queue"]], axis=1)[:, : config.queue]
+        params = {**params, "prototypes": normalize(params["prototypes"])}
+        return params, {**extra, "queue": queue, "step": step + 1}
+
+    return Method(
+        init,
+        forward,
+        loss,
+        local_views=True,
+        transform=freeze({"prototypes"}, config.freeze_steps),
+        post_update=after,
+        collapsed=lost_entropy(
+            config.prototypes,
+            uniform="epsilon too high, or a learning rate too high: all images have the same projection",
+            single="sinkhorn_iterations too low",
+        ),
+    )
