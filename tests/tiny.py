@@ -6,8 +6,8 @@ import numpy as np
 from ssl_jax.config import default, resolve
 from ssl_jax.methods.base import Network
 
-# Of any method that has such a field. VICReg's weights are a 25th: as if the loss and the learning rate were. The covariance of
-# TiCo and the centre of DINO are full at once, or the loss would rise while they fill.
+# Of any method that has such a field. VICReg's weights are a 25th: as if the loss and the learning rate were. TiCo's
+# covariance and DINO's centre are full at once, or the loss would rise while they fill.
 SMALL = {
     "hidden": 16, "out": 8, "bottleneck": 4, "queue": 24, "bn_groups": 2, "prototypes": 6,
     "negatives": 24, "predictor_hidden": 16,

@@ -1,0 +1,94 @@
+"""VICRegL: VICReg on whole views and on places of their feature maps, which match in the image or in feature space.
+
+Source: https://arxiv.org/abs/2210.01571; facebookresearch/VICRegL. Two views of 224 px for a ResNet; the paper's
+multi-crop has crop_scale 0.4 to 1 and config.augment.local_views=6 of 96 px (local.crop_scale 0.08 to 0.4). Positions
+follow crop and flip, not rotation or other warps.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.errors import UserError
+from ssl_jax.losses import vicregl
+from ssl_jax.methods.base import Method, Network, lost_spread, need_batch, one_by_one, stack
+from ssl_jax.models import mlp
+
+
+@dataclass(frozen=True)
+class Config:
+    alpha: float = 0.75  # weight of the whole views (main_vicregl.py, as everything below); 0.9 classifies better
+    matches: tuple[int, ...] = (20, 4)  # places matched by position: in the first two views, in each local one
+    invariance: float = 25.0
+    variance: float = 25.0  # 0 collapses
+    covariance: float = 1.0
+    hidden: int = 2048  # of the projector of whole views; ImageNet: 8192
+    out: int = 2048
+    local: int = 512  # hidden and out of the projector of places
+
+
+RECIPE = {
+    "optim.name": "lars",
+    "optim.lr": 0.3,
+    "optim.weight_decay": 1e-6,
+    "optim.warmup": "0.1 epochs",
+}  # README: ResNet-50, 100 epochs; 0.2 for 300
+
+
+def make(config, encoder, run):
+    del run
+    if len(config.matches) != 2 or min(config.matches) < 1:
+        raise UserError(f"config.method.matches={config.matches}: allowed: two numbers, 1 or more")
+    projector = mlp((config.hidden, config.hidden, config.out), last_bias=False)
+    places = mlp((config.local, config.local, config.local), last_bias=False)
+    whole = stack(encoder=encoder, projector=projector)
+    settings = {k: getattr(config, k) for k in ("alpha", "matches", "invariance", "variance", "covariance")}
+
+    def init(rng, views):
+        rng_whole, rng_places = jax.random.split(rng)
+        params, stats = whole.init(rng_whole, views[0])
+        width = params["projector"]["linear1"]["kernel"].shape[0]
+        params["places"], stats["places"] = places.init(rng_places, jnp.zeros((1, width)))
+        return params, {"stats": stats}
+
+    def apply(params, stats, x, *, train):
+        maps, encoder_stats = encoder.apply(params["encoder"], stats["encoder"], x, train=train, dense=True)
+        y = maps.mean((1, 2))
+        if encoder.patch:  # a ViT's embedding need not be the mean of its patches
+            y, _ = encoder.apply(params["encoder"], stats["encoder"], x, train=train)
+        z, projector_stats = projector.apply(params["projector"], stats["projector"], y, train=train)
+        local, places_stats = places.apply(params["places"], stats["places"], maps, train=train)
+        stats = {"encoder": encoder_stats, "projector": projector_stats, "places": places_stats}
+        return {"embedding": y, "z": z, "maps": local}, stats
+
+    def forward(params, target, extra, batch, rng):
+        del target, rng
+        need_batch(batch["views"], "vicregl")
+        each, stats = one_by_one(Network(init, apply), params, extra["stats"], batch["views"])
+        where = [positions(drawn, *y["maps"].shape[1:3]) for y, drawn in zip(each, batch["drawn"], strict=True)]
+        maps = [y["maps"].reshape(*p.shape[:2], -1) for y, p in zip(each, where, strict=True)]
+        outputs = {"embedding": each[0]["embedding"], "z": [y["z"] for y in each], "maps": maps, "positions": where}
+        return outputs, {"stats": stats}
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        z = outputs["z"]
+        value = vicregl(z, outputs["maps"], outputs["positions"], **settings)
+        return value, {"projection_std": z[0].std(axis=0).mean()}
+
+    collapsed = lost_spread("config.method.variance too small")
+    return Method(init, forward, loss, local_views=True, collapsed=collapsed)
+
+
+def positions(drawn, rows: int, columns: int) -> jax.Array:
+    """The centres (x, y) of a feature map's rows x columns places, row by row, in the source image: [B, P, 2], px.
+
+    drawn: the crop box and the flip of the view, each [B], as `augment.draw` names them.
+    """
+    y, x = jnp.divmod(jnp.arange(rows * columns), columns)
+    box = {k: drawn[k][:, None] for k in ("top", "left", "height", "width", "flip")}
+    x = jnp.where(box["flip"], columns - 1 - x, x)
+    across = box["left"] + (x + 0.5) * box["width"] / columns
+    down = box["top"] + (y + 0.5) * box["height"] / rows
+    return jnp.stack([across, down], axis=-1)
