@@ -1,8 +1,19 @@
-"""Encoders and heads as `Network`s, and the exchange of weights with torchvision. The only user of flax.linen."""
+"""Encoders and heads as `Network`s, and the exchange of weights with torch. The only user of flax.linen."""
 
+from ssl_jax.models.build import build_encoder, normalization
 from ssl_jax.models.conv import resolve_conv
 from ssl_jax.models.heads import linear, mlp
-from ssl_jax.models.resnet import build_encoder, normalization
 from ssl_jax.models.torch_weights import from_torch, to_torch
+from ssl_jax.models.vit import decoder, patchify
 
-__all__ = ["build_encoder", "from_torch", "linear", "mlp", "normalization", "resolve_conv", "to_torch"]
+__all__ = [
+    "build_encoder",
+    "decoder",
+    "from_torch",
+    "linear",
+    "mlp",
+    "normalization",
+    "patchify",
+    "resolve_conv",
+    "to_torch",
+]

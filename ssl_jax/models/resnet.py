@@ -12,12 +12,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ssl_jax.config import Model
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import unknown
 from ssl_jax.methods.base import Network
 from ssl_jax.models.conv import resolve_conv
 from ssl_jax.models.layers import BatchNorm, Conv, network
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL_UP_TO = 64  # px: the largest images for which stem=auto is the small stem
 
 
@@ -98,24 +97,16 @@ ARCHITECTURES: dict[str, tuple] = {
 }
 
 
-def build_encoder(model: Model, channels: int, size: int = 224, *, zero_init: bool = False) -> Network:
-    """The encoder that `config.model` describes, for images with `channels` channels and `size` px sides.
+def build_resnet(
+    model: Model, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, zero_init: bool
+) -> Network:
+    """The ResNet that `config.model` describes. `size` only decides the stem under stem="auto".
 
-    Embeddings are [B, D] with D = 512 (resnet18, resnet34), 2048 (resnet50) or 96 (resnet_thin), times model.width.
-    `size` only decides the stem under stem="auto"; the network then takes images of any size. resnet_thin has one stem,
-    5x5 with stride 2. zero_init: blocks start as the identity (https://arxiv.org/abs/1706.02677, section 5.1).
-
-    Raises UserError for an unknown name, stem or dtype, and for mean or std of another length than `channels`.
+    Embeddings have 512 (resnet18, resnet34), 2048 (resnet50) or 96 (resnet_thin) features, times model.width.
+    resnet_thin has one stem, 5x5 with stride 2. Raises UserError for an unknown stem.
     """
-    if model.name not in ARCHITECTURES:
-        raise unknown("config.model.name", model.name, ARCHITECTURES)
-    if model.dtype not in ("float32", "bfloat16"):
-        raise unknown("config.model.dtype", model.dtype, ("float32", "bfloat16"))
-    if model.width <= 0:
-        raise UserError(f"config.model.width={model.width}: allowed: more than 0")
     stem, pool = _stem(model, size)
     widths, depths, block = ARCHITECTURES[model.name]
-    mean, std = normalization(model, channels)
     return network(
         ResNet(
             widths=tuple(max(1, round(width * model.width)) for width in widths),
@@ -132,13 +123,6 @@ def build_encoder(model: Model, channels: int, size: int = 224, *, zero_init: bo
     )
 
 
-def normalization(model: Model, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std per channel, of images in [0, 1], by which the encoder normalises its input."""
-    rgb = channels == 3
-    mean = _per_channel("mean", model.mean, IMAGENET_MEAN if rgb else (0.5,) * channels, channels)
-    return mean, _per_channel("std", model.std, IMAGENET_STD if rgb else (0.25,) * channels, channels)
-
-
 def _stem(model: Model, size: int) -> tuple[tuple[int, int], bool]:
     """((size, stride) of the first convolution, whether to pool after it)."""
     name = model.stem
@@ -149,9 +133,3 @@ def _stem(model: Model, size: int) -> tuple[tuple[int, int], bool]:
     if model.name == "resnet_thin":
         return (5, 2), False
     return ((7, 2), True) if name == "imagenet" else ((3, 1), False)
-
-
-def _per_channel(key: str, given: tuple[float, ...], default: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    if given and len(given) != channels:
-        raise UserError(f"config.model.{key}={given}: {len(given)} values; allowed: {channels}, one per channel, or ()")
-    return tuple(given) or default
