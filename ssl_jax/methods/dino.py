@@ -28,7 +28,7 @@ class Config:
     centre_momentum: float = 0.9  # 1: no centre, which collapses
     freeze_epochs: float = 1.0  # the last layer stays in the first epoch
     hidden: int = 2048  # of the head
-    bottleneck: int = 256
+    bottleneck: int = 256  # width before the last layer (main_dino.py)
     out: int = 4096  # as solo-learn has it for CIFAR-10; ImageNet: 65536 (less data, fewer)
 
 
