@@ -20,9 +20,9 @@ from ssl_jax.models import mlp
 class Config:
     alpha: float = 0.75  # weight of the whole views (main_vicregl.py, as everything below); 0.9 classifies better
     matches: tuple[int, ...] = (20, 4)  # places matched by position: in the first two views, in each local one
-    invariance: float = 25.0
+    invariance: float = 25.0  # weights of the three terms (main_vicregl.py)
     variance: float = 25.0  # 0 collapses
-    covariance: float = 1.0
+    covariance: float = 1.0  # against redundant dimensions
     hidden: int = 2048  # of the projector of whole views; ImageNet: 8192
     out: int = 2048
     local: int = 512  # hidden and out of the projector of places
