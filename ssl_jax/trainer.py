@@ -25,7 +25,7 @@ from ssl_jax.config import Config, View, method_module, to_steps
 from ssl_jax.data import Partners, open_source, order, stream
 from ssl_jax.encoder import Encoder, build, describe, export, load_encoder, started_from
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.collapse import embedding_std
+from ssl_jax.evaluate.collapse import embedding_std, rank_me
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.methods.base import Method, Network, Run
 from ssl_jax.models import resolve_conv
@@ -246,7 +246,7 @@ class _Loop:
         log_every = max(1, self.every(config.train.log_every))
         save_every = max(1, self.every(config.train.save_every))
         eval_every = self.every(config.eval.every)
-        knn = self._knn() if eval_every and self.source.labels is not None else None
+        evaluate = self._evaluation() if eval_every else None
         before, waited, since, marked = None, 0.0, start, time.monotonic()
         source = batches(config, self.source, self.mesh, start, total, self.gather)
         for step in range(start + 1, total + 1):
@@ -276,9 +276,9 @@ class _Loop:
                 images = f"{speed['images_per_s']:.0f}/s" if step > since else "-"
                 self.progress.update(step, {**shown, "images": images, "waiting": f"{speed['waiting']:.0%}"})
                 waited, since, marked = 0.0, step, now
-            if knn and (step % eval_every == 0 or last):
+            if evaluate and (step % eval_every == 0 or last):
                 began = time.monotonic()
-                self.metrics.append({"step": step, "knn_accuracy": knn()})
+                self.metrics.append({"step": step, **evaluate()})
                 marked += time.monotonic() - began  # neither evaluating nor saving counts as training
             if step % save_every == 0 or last or self.stopped_by:
                 self._check()
@@ -314,8 +314,12 @@ class _Loop:
         return jax.device_put(arrays, replicated(self.mesh))
 
     def _check(self) -> dict[str, Any]:
-        """Looks at every step since the last look; returns the newest step's metrics, {} where there was none."""
+        """Looks at every step since the last look; returns the newest step's metrics, {} where there was none.
+
+        A step that shows a collapse has "collapsed" among them, in words.
+        """
         values: dict[str, Any] = {}
+        sign = ""
         for step, metrics in self.pending:
             values = {k: np.asarray(v).item() for k, v in metrics.items()}
             skipped = bool(values.pop("skipped", 0))
@@ -324,12 +328,13 @@ class _Loop:
                 self.progress.say(f"step {step}: gradients not finite, step left out")
             elif not np.isfinite(values["loss"]):
                 self._not_finite(step, values)
-            self._look_for_collapse(step, values)
+            sign = self._look_for_collapse(step, values)
         self.pending.clear()
-        return {k: v if np.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
+        shown = {k: v if np.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
+        return {**shown, "collapsed": sign} if sign else shown
 
-    def _look_for_collapse(self, step: int, values: dict[str, float]) -> None:
-        """Names a collapse whose sign has stood for COLLAPSED steps in a row; once a run."""
+    def _look_for_collapse(self, step: int, values: dict[str, float]) -> str:
+        """The sign of a collapse in these metrics; named once a run, if it has stood for COLLAPSED steps in a row."""
         sign = self.setup.method.collapsed(values)
         if values["embedding_std"] < 0.01:
             sign = sign or (
@@ -338,12 +343,13 @@ class _Loop:
             )
         self.collapsed_in_a_row = self.collapsed_in_a_row + 1 if sign else 0
         if self.collapsed_in_a_row != COLLAPSED or self.warned:
-            return
+            return sign
         self.warned = True
         if self.config.on_collapse == "stop":
             kept = f"last checkpoint: step {self.saved}" if self.saved else "no checkpoint yet"
             raise UserError(f"step {step}: collapsed: {sign}; stopped by config.on_collapse=stop; {kept}")
         self.progress.say(f"warning: step {step}: collapsed: {sign}")
+        return sign
 
     def _not_finite(self, step: int, values: dict[str, float]) -> None:
         cause = (
@@ -371,27 +377,37 @@ class _Loop:
         about = describe(self.config, size, channels, step)
         return Encoder(self.setup.encoder, params, stats, size, channels, about)
 
-    def _knn(self) -> Callable[[], float]:
-        """Accuracy of a kNN vote among training images with labels: some vote, others are classified."""
-        settings, labels = self.config.eval, np.asarray(self.source.labels)
-        chosen = np.random.default_rng(self.config.train.seed).permutation(np.flatnonzero(labels >= 0))
+    def _evaluation(self) -> Callable[[], dict[str, float]]:
+        """RankMe of some training images, and with labels a kNN vote: others of them vote, these are classified."""
+        settings, labels = self.config.eval, self.source.labels
+        known = np.arange(len(self.source)) if labels is None else np.flatnonzero(np.asarray(labels) >= 0)
+        chosen = np.random.default_rng(self.config.train.seed).permutation(known)
         chosen = chosen[: settings.knn_bank + settings.knn_queries]
         queries = min(settings.knn_queries, len(chosen) // 2)
+        if not queries:
+            return dict
+        if labels is None:
+            chosen = chosen[:queries]
+        else:
+            truth = np.asarray(labels)[chosen]
         images = np.stack([self.source.load(int(i)) for i in chosen])
 
-        def accuracy() -> float:
+        def evaluate() -> dict[str, float]:
             features = self._encoder(0).embed(images)
-            scores = knn_predict(
-                features[queries:],
-                labels[chosen[queries:]],
-                features[:queries],
-                classes=len(self.source.classes),
-                k=min(settings.knn_k, len(chosen) - queries),
-                temperature=settings.knn_temperature,
-            )
-            return float((np.asarray(scores).argmax(axis=1) == labels[chosen[:queries]]).mean())
+            found = {"rank_me": round(float(rank_me(jnp.asarray(features[:queries]))), 4)}
+            if labels is not None:
+                scores = knn_predict(
+                    features[queries:],
+                    truth[queries:],
+                    features[:queries],
+                    classes=len(self.source.classes),
+                    k=min(settings.knn_k, len(chosen) - queries),
+                    temperature=settings.knn_temperature,
+                )
+                found["knn_accuracy"] = float((np.asarray(scores).argmax(axis=1) == truth[:queries]).mean())
+            return found
 
-        return accuracy if queries else lambda: 0.0
+        return evaluate
 
     def _sheet(self) -> None:
         from ssl_jax.report.sheet import view_sheet

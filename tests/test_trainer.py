@@ -18,6 +18,7 @@ from tiny import Images, tiny_config, tiny_encoder
 from ssl_jax import run, trainer
 from ssl_jax.checkpoint import steps
 from ssl_jax.errors import UserError
+from ssl_jax.report import html
 
 TINY = (
     "--config.data.name=synthetic --config.data.limit=96 --config.data.size=16 --config.data.channels=1 "
@@ -77,7 +78,7 @@ def test_run_folder_holds_everything(uninterrupted):
     assert files | {"report.html"} <= names
     lines = run.read_lines(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
-    assert [line["step"] for line in lines if "knn_accuracy" in line] == [10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in lines if {"knn_accuracy", "rank_me"} <= set(line)] == [10, 20, 30, 40, 50, 60]
     assert json.loads((uninterrupted / "environment.json").read_text())["conv"] in ("native", "patches")
 
 
@@ -214,11 +215,15 @@ def test_non_finite_steps_are_left_out_with_everything_they_touched(small_networ
 
 def test_collapse_is_told_in_words(tmp_path, small_networks, capsys):
     """Black images all look the same: the embedding cannot spread."""
-    source = Images(n=64)
+    source = Images(n=64, labels=False)
     source.images[:] = 0
-    config = tiny_config("simclr", train__duration="60 steps", eval__every="0 steps")
+    config = tiny_config("simclr", train__duration="60 steps", eval__every="30 steps")
     trainer.fit(config, tmp_path / "run", source)
     assert "collapsed: embedding std" in capsys.readouterr().err
+    lines = run.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["rank_me"] for line in lines if "rank_me" in line] == pytest.approx([1, 1], abs=1e-3)
+    assert "all images get almost the same embedding" in [line for line in lines if "loss" in line][-1]["collapsed"]
+    assert "The run shows a collapse: embedding std" in html.write_report(tmp_path / "run").read_text()
     config = dataclasses.replace(config, on_collapse="stop")
     with pytest.raises(UserError, match=r"collapsed: embedding std .* stopped by config.on_collapse=stop"):
         trainer.fit(config, tmp_path / "stopped", source)

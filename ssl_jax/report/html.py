@@ -23,18 +23,19 @@ from ssl_jax.report.page import fold, markdown, note, number, page, percent, pic
 from ssl_jax.run import read_config, read_json, read_lines, write_bytes
 
 COLLAPSED, NARROW = 0.01, 0.1  # embedding std, up to about 1; below the first one training warns, too
+COMMON = {"step", "epoch", "loss", "grad_norm", "embedding_std", "lr", "probe_accuracy", "collapsed"}  # to all methods
 MOST_IMAGES = 1000  # embedded for the neighbours and the map
 NEIGHBOURS, QUERIES = 6, 10
 MOST_CELLS = 20  # classes up to which the confusion matrix shows its numbers
 
 
 class Run(NamedTuple):
-    """What a run folder holds. lines: metrics of logged steps; knn: of kNN evaluations; evaluations: newest last."""
+    """What a run folder holds. lines: metrics of logged steps; tested: of evaluations on the way."""
 
     folder: Path
     config: dict[str, Any]
     lines: list[dict[str, Any]]
-    knn: list[dict[str, Any]]
+    tested: list[dict[str, Any]]
     timing: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     finished: bool
@@ -76,7 +77,7 @@ def read_run(folder: Path) -> Run:
         folder,
         config,
         [m for m in metrics if "loss" in m],
-        [m for m in metrics if "knn_accuracy" in m],
+        [m for m in metrics if "loss" not in m],
         read_lines(folder / "timing.jsonl"),
         [json.loads(path.read_text()) for path in found],
         (folder / "encoder" / "encoder.json").is_file(),
@@ -148,11 +149,14 @@ def _verdict(run: Run, sample: Sample | None) -> str:
     if not run.finished:
         done += f". The run is not finished ({config['train']['duration']}); the same command continues it"
     tiles = [("loss", number(last["loss"]), f"at first {number(run.lines[0]['loss'])}")]
-    if run.knn:
-        tiles.append(("kNN accuracy", percent(run.knn[-1]["knn_accuracy"]), "training images held out"))
+    tested = run.tested[-1] if run.tested else {}
+    if "knn_accuracy" in tested:
+        tiles.append(("kNN accuracy", percent(tested["knn_accuracy"]), "training images held out"))
     if "probe_accuracy" in last:
         tiles.append(("probe accuracy", percent(last["probe_accuracy"]), "online, on augmented batches"))
     tiles.append(("embedding std", number(last["embedding_std"]), state))
+    if "rank_me" in tested:
+        tiles.append(("RankMe", number(tested["rank_me"]), "directions that the embedding uses"))
     if run.timing:
         tiles.append(("images / s", f"{np.median([t['images_per_s'] for t in run.timing]):,.0f}", "median"))
     boxes = "".join(f"<div><b>{escape(v)}</b>{escape(k)}<small>{escape(n)}</small></div>" for k, v, n in tiles)
@@ -168,6 +172,8 @@ def _health(last: Mapping[str, Any]) -> tuple[str, str]:
     if last["loss"] is None or std is None:
         return "broken", "The last loss is not a finite number: lower the learning rate or clip the gradient."
     size = f"its spread over a batch is {std:.2g}, from 0 (all images alike) to 1 (every direction used)"
+    if last.get("collapsed"):
+        return "collapsed", f"The run shows a collapse: {last['collapsed']}."
     if std < COLLAPSED:
         causes = "a learning rate too high, a batch too small, no stop-gradient or predictor"
         return (
@@ -194,11 +200,14 @@ def _curves(run: Run) -> str:
         kept = [line for line in lines if key in line]
         return [line["step"] * per_step for line in kept], [line[key] for line in kept]
 
-    accuracy = {"kNN": series(run.knn, "knn_accuracy"), "online probe": series(run.lines, "probe_accuracy")}
+    accuracy = {"kNN": series(run.tested, "knn_accuracy"), "online probe": series(run.lines, "probe_accuracy")}
+    own = [key for key in run.lines[-1] if key not in COMMON]  # what only this method reports
     charts = {
         "Loss": {"loss": series(run.lines, "loss")},
         "Accuracy": {name: values for name, values in accuracy.items() if values[0]},
         "Embedding std": {"std": series(run.lines, "embedding_std")},
+        "RankMe": {"effective rank": series(run.tested, "rank_me")},
+        **{key.replace("_", " ").capitalize(): {key: series(run.lines, key)} for key in own},
         "Gradient norm": {"norm": series(run.lines, "grad_norm")},
         "Learning rate": {"lr": series(run.lines, "lr")},
         "Images / s": {"images / s": series(run.timing, "images_per_s")},
