@@ -13,6 +13,7 @@ from ssl_jax import checkpoint, trainer
 from ssl_jax.augment import make_views
 from ssl_jax.config import default, method_module, method_names, resolve
 from ssl_jax.data import order
+from ssl_jax.encoder import build
 from ssl_jax.errors import UserError
 from ssl_jax.parallel import make_mesh, replicated, split
 from ssl_jax.transforms import target_of
@@ -187,6 +188,19 @@ def test_odd_batches_and_channels(name, batch, channels):
     config = tiny_config(name, train__batch=batch, **extra)
     _, losses = train(config, Images(channels=channels), 2)
     assert np.all(np.isfinite(losses))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16_computes_and_the_state_stays_float32(name, monkeypatch):
+    """Traced over a real network: every array of the state keeps its type, and the loss is float32."""
+    monkeypatch.setattr(trainer, "build", build)
+    config, source = tiny_config(name, model__dtype="bfloat16"), Images()
+    setup, mesh = trainer.set_up(config, source), make_mesh(1, 16)
+    state = jax.eval_shape(lambda: trainer.init_state(setup, 0))
+    batch = batch_of(config, source, 0, mesh)
+    after, metrics = jax.eval_shape(trainer.make_step(setup, config, mesh), state, batch)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", METHODS)
