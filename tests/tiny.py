@@ -10,7 +10,7 @@ from ssl_jax.methods.base import Network
 # covariance and DINO's centre are full at once, or the loss would rise while they fill.
 SMALL = {
     "hidden": 16, "out": 8, "bottleneck": 4, "queue": 24, "bn_groups": 2, "permutations": 6, "prototypes": 6,
-    "negatives": 24, "predictor_hidden": 16,
+    "negatives": 24, "predictor_hidden": 16, "width": 16, "depth": 1,
     "freeze_steps": 3, "local": 8, "invariance": 1.0, "variance": 1.0, "covariance": 0.04, "beta": 0.1,
     "centre_momentum": 0.0, "teacher_temperature": 0.01, "warmup_temperature": 0.01,
 }  # fmt: skip

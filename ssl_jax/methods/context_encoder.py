@@ -1,7 +1,7 @@
 """Context encoder: the pixels of a blanked quarter are predicted from what is around it.
 
-Source: https://arxiv.org/abs/1604.07379; pathak22/context-encoder. Its adversarial loss is left out, and the decoder
-reads the embedding, as the official bottleneck is a vector too.
+Source: https://arxiv.org/abs/1604.07379; pathak22/context-encoder. Without the adversarial loss, as its authors' model
+for features; without overlap. The decoder reads the embedding, as the official one reads a vector.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from ssl_jax.models import mlp
 
 @dataclass(frozen=True)
 class Config:
-    region: str = "central"  # where half of the height and of the width are blanked: central or random
-    hidden: int = 1024  # of the decoder, an MLP
+    region: str = "central"  # where half of the height and of the width are blanked: central, or random (ours)
+    hidden: int = 1024  # of the decoder: ours, an MLP; official: five transposed convolutions
 
 
-# train.lua: Adam with beta_1 0.5, its reconstruction part at ten times 2e-4
+# train.lua: Adam with beta_1 0.5, and ten times its lr of 2e-4 when there is a reconstruction loss; batches of 64
 RECIPE = {
     "optim.name": "adamw",
     "optim.lr": 2e-3,
@@ -29,7 +29,7 @@ RECIPE = {
     "optim.weight_decay": 0.0,
     "augment.preset": "light",
 }
-BLANK = 0.5  # gray; the official value is the mean of ImageNet, 0.46, 0.41, 0.48
+BLANK = 0.5  # gray; official: 0.46, 0.41, 0.48, for three channels
 
 
 def blank(images, corner):
@@ -65,11 +65,11 @@ def make(config, encoder, run):
             corner = jax.random.randint(rng, corner.shape, 0, side - side // 2 + 1)
         around, hidden = blank(images, corner)
         y, stats = network(images).apply(params, extra["stats"], around, train=True)
-        return {"embedding": y["encoder"], "prediction": y["decoder"], "hidden": hidden}, {"stats": stats}
+        pixels = 2 * hidden.reshape(len(images), -1) - 1  # in [-1, 1], as official
+        return {"embedding": y["encoder"], "prediction": y["decoder"], "pixels": pixels}, {"stats": stats}
 
     def loss(outputs, extra, batch):
         del extra, batch
-        prediction = outputs["prediction"]
-        return jnp.mean((prediction - outputs["hidden"].reshape(prediction.shape)) ** 2), {}
+        return jnp.square(outputs["prediction"] - outputs["pixels"]).mean(), {}
 
     return Method(init, forward, loss, views=1)

@@ -1,8 +1,8 @@
 """Jigsaw puzzles: in which of many known orders are the nine tiles of an image?
 
-Source: https://arxiv.org/abs/1603.09246; facebookresearch/vissl, configs/config/pretrain/jigsaw. What would give the
-answer away is taken from the tiles: common borders by gaps, brightness and contrast by normalising each on its own,
-the lens' shift of colours by shifting the channels.
+Source: https://arxiv.org/abs/1603.09246; MehdiNoroozi/JigsawPuzzleSolver; recipe: facebookresearch/vissl. What would
+give the answer away is taken from the tiles: common borders by gaps, brightness and contrast by normalising each on
+its own, the lens' shift of colours by shifting the channels.
 """
 
 from dataclasses import dataclass
@@ -19,25 +19,32 @@ from ssl_jax.models import mlp
 
 @dataclass(frozen=True)
 class Config:
-    permutations: int = 100  # orders to tell apart; vissl: 100 (perm100.yaml), 2000 or 10,000
-    tile: float = 0.75  # side of a tile, share of its cell's; vissl: 64 of 85 px, the paper: 64 of 75
-    channel_shift: int = 2  # px, largest shift of a colour channel either way (paper, section 4.2)
-    hidden: int = 1024  # of the head over all tiles; the paper: 4096
+    permutations: int = 100  # orders to tell apart (perm100.yaml; vissl has 2000 and 10,000 too)
+    tile: float = 0.75  # side of a tile, share of its cell's: 64 of 85 px
+    channel_shift: int = 2  # px by which a colour channel moves at most (jps++/data_transformer.cpp)
+    hidden: int = 1024  # of the head over all tiles; the authors': 4096
 
 
-# SGD of vissl; two thirds of the images gray. A crop would only make the tiles smaller.
-RECIPE = {"optim.lr": 0.1, "augment.preset": "light", "augment.crop_scale": (1.0, 1.0), "augment.gray": 0.66}
+# jigsaw_8gpu_resnet.yaml: two thirds of the images gray. A crop would only make the tiles smaller.
+RECIPE = {
+    "optim.lr": 0.1,
+    "optim.weight_decay": 1e-4,
+    "augment.preset": "light",
+    "augment.crop_scale": (1.0, 1.0),
+    "augment.gray": 0.66,
+}
 SMALLEST = 12  # px of a view: cells of 4, tiles of 3
 
 
 def permutation_set(count: int, seed: int = 0) -> np.ndarray:
     """[count, 9]: permutations far apart in Hamming distance, chosen greedily from 20 times as many random ones.
 
-    Each is the candidate whose nearest one so far is the farthest, of several the one farthest on average. The paper
-    goes by the average alone, which lets some come close.
+    Next comes the candidate whose nearest one so far is the farthest, of several the one farthest on average. Going by
+    the average alone, as the official sets do, lets some come close.
     """
     rng = np.random.default_rng(seed)
-    candidates = np.unique(rng.permuted(np.tile(np.arange(9), (max(20 * count, 2000), 1)), axis=1), axis=0)
+    candidates = rng.permuted(np.tile(np.arange(9, dtype=np.int8), (max(20 * count, 2000), 1)), axis=1)
+    candidates = np.unique(candidates, axis=0)
     chosen = [int(rng.integers(len(candidates)))]
     nearest, total = np.full(len(candidates), 9), np.zeros(len(candidates), int)
     while len(chosen) < count:
@@ -58,31 +65,27 @@ def tiles_of(rng, images, *, tile, channel_shift):
     cell = side // 3
     t = min(cell - 1, max(3, round(tile * cell)))
     slack = cell - 1 - t
-    start = (side - 3 * cell) // 2
     rng_tile, rng_channel = jax.random.split(rng)
     inside = jax.random.randint(rng_tile, (batch, 9, 1, 2), 0, slack + 1)
-    shift = jax.random.randint(rng_channel, (batch, 9, channels, 2), -channel_shift, channel_shift + 1)
-    inside = jnp.clip(inside + (shift if channels == 3 else 0), 0, slack)  # [B, 9, C or 1, 2]
-    corners = start + cell * jnp.indices((3, 3)).reshape(2, 9).T[:, None] + inside
-    corners = jnp.broadcast_to(corners, (batch, 9, channels, 2))
+    shift = jax.random.randint(rng_channel, (batch, 9, channels, 2), 0, channel_shift + 1) * (channels == 3)
+    cells = (side - 3 * cell) // 2 + cell * jnp.indices((3, 3)).reshape(2, 9).T[:, None]  # [9, 1, 2]
+    corners = cells + jnp.minimum(inside + shift, slack)  # [B, 9, C, 2]
 
     def cut(plane, corner):  # [s, s], [2]
         return jax.lax.dynamic_slice(plane, corner, (t, t))
 
-    over_channels = jax.vmap(cut, in_axes=(2, 0), out_axes=2)
-    made = jax.vmap(jax.vmap(over_channels, in_axes=(None, 0)))(images, corners)
+    channelwise = jax.vmap(cut, in_axes=(2, 0), out_axes=2)
+    made = jax.vmap(jax.vmap(channelwise, in_axes=(None, 0)))(images, corners)
     mean, deviation = made.mean((2, 3), keepdims=True), made.std((2, 3), keepdims=True)
     return 0.5 + 0.25 * (made - mean) / jnp.maximum(deviation, 1e-3)  # about what an encoder expects of an image
 
 
 def make(config, encoder, run):
     del run
-    if not 2 <= config.permutations <= 10_000:
-        raise UserError(f"config.method.permutations={config.permutations}: allowed: 2 to 10000")
-    if not 0 < config.tile <= 1:
-        raise UserError(f"config.method.tile={config.tile}: allowed: more than 0, at most 1")
-    if config.channel_shift < 0:
-        raise UserError(f"config.method.channel_shift={config.channel_shift}: allowed: 0 or more")
+    for key, low, high in (("permutations", 2, 10_000), ("tile", 0, 1), ("channel_shift", 0, 100)):
+        value = getattr(config, key)
+        if not low <= value <= high:
+            raise UserError(f"config.method.{key}={value}: allowed: {low} to {high}")
     orders = jnp.asarray(permutation_set(config.permutations))
     network = stack(encoder=siamese(encoder), head=mlp((config.hidden, config.permutations)))
 

@@ -1,6 +1,7 @@
 """Transformation prediction: how far was an image turned, sheared, zoomed, moved, bent and recoloured?
 
 Source: AET, https://arxiv.org/abs/1901.04596; maple-research-lab/AET, cifar (affine and projective). Colours are ours.
+The first view is to stay as it is, but for a flip: the second one's parameters are predicted, not the difference.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ssl_jax.models import mlp
 
 @dataclass(frozen=True)
 class Config:
-    hidden: int = 512  # of the head over both embeddings; the official one is linear
+    hidden: int = 512  # of the head over both embeddings: ours; official: one linear layer and a tanh
 
 
 # cifar/affine/main.py
