@@ -51,7 +51,7 @@ def test_limits(power):
     assert masked_error(target + 3, target, everything, power=power) == pytest.approx(3**power, rel=1e-6)
     for mask in (nothing, everything):
         loss, gradient = jax.value_and_grad(lambda p, m=mask: masked_error(p, target, m, power=power))(target)
-        assert loss == 0 and jnp.all(gradient == 0)
+        assert loss == 0 and jnp.all(jnp.abs(gradient) <= (power == 1) / target.size)  # |0| has any slope up to 1
 
 
 @pytest.mark.parametrize("power", [1, 2])
