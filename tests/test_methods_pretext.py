@@ -26,7 +26,7 @@ def vit(channels=1):
 
 
 def spied(encoder):
-    """(the encoder, a list of the images and keyword arguments that it is applied to)"""
+    """(the encoder, a list of the images and keyword arguments that it is applied to); not to be jitted"""
     seen = []
 
     def apply(params, stats, x, **kwargs):
@@ -36,9 +36,13 @@ def spied(encoder):
     return Network(encoder.init, apply, encoder.patch), seen
 
 
-def run_forward(method, images, rng=RNG, drawn=()):
+def run_forward(method, images, drawn=(), jit=jax.jit):
     params, extra = jax.jit(method.init)(jax.random.key(0), images)
-    return method.forward(params, None, extra, {"views": images, "drawn": drawn}, rng)[0]
+    return jit(method.forward)(params, None, extra, {"views": images, "drawn": drawn}, RNG)[0]
+
+
+def without_jit(function):
+    return function
 
 
 # Rotation
@@ -55,12 +59,12 @@ def test_rotations_are_exact_quarter_turns():
 
 
 def solve(orders, cost):
-    """The order that puts tiles back so that the sum of cost[position of a tile, tile] ... is least: see callers."""
+    """The number of the order whose undoing costs least; cost(at): of the tile at[p] at each place p."""
     return int(np.argmin([cost(np.argsort(order)) for order in orders]))
 
 
 def by_borders(tiles):
-    """cost(at), with the tile `at[p]` at each place p: how much the pixels on both sides of each border differ."""
+    """cost(at): how much the pixels on both sides of each border differ."""
     right = np.abs(tiles[:, None, :, -1] - tiles[None, :, :, 0]).mean((2, 3))
     below = np.abs(tiles[:, None, -1] - tiles[None, :, 0]).mean((2, 3))
 
@@ -146,7 +150,7 @@ def test_tiles_reach_the_encoder_in_the_order_that_is_asked_for():
     encoder, seen = spied(tiny_encoder())
     method = jigsaw.make(jigsaw.Config(permutations=6, hidden=8), encoder, None)
     images = noise(5, 24, 24, 1)
-    outputs = run_forward(method, [images])
+    outputs = run_forward(method, [images], jit=without_jit)
     tiles = jigsaw.tiles_of(jax.random.split(RNG)[0], images, tile=0.75, channel_shift=2)
     orders = jigsaw.permutation_set(6)
     for shown, tile, answer in zip(seen[-1][0].reshape(tiles.shape), tiles, outputs["answer"]):
@@ -291,7 +295,8 @@ def test_the_loss_counts_masked_patches_alone(name):
 @pytest.mark.parametrize(("share", "kept"), [(0.75, 4), (0.5, 8), (0.99, 1), (0.05, 15)])
 def test_visible_and_masked_patches_are_all_patches(share, kept):
     encoder, seen = spied(vit())
-    outputs = run_forward(mae.make(mae.Config(mask=share, width=16, depth=1), encoder, None), [noise(6, 8, 8, 1)])
+    method = mae.make(mae.Config(mask=share, width=16, depth=1), encoder, None)
+    outputs = run_forward(method, [noise(6, 8, 8, 1)], jit=without_jit)
     visible = np.asarray(seen[-1][1]["visible"])
     assert visible.shape == (6, kept)
     for own, mask in zip(visible, np.asarray(outputs["mask"])):
@@ -359,7 +364,7 @@ def test_the_blanked_region_does_not_reach_the_encoder(region, side):
     encoder, seen = spied(tiny_encoder())
     method = context_encoder.make(context_encoder.Config(region=region, hidden=8), encoder, None)
     images = noise(30, side, side, 2)
-    before = run_forward(method, [images])
+    before = run_forward(method, [images], jit=without_jit)
     around, half = np.asarray(seen[-1][0]), side // 2
     blank = np.all(around != images, axis=-1)
     assert np.all(blank.sum(axis=(1, 2)) == half * half)
@@ -371,7 +376,7 @@ def test_the_blanked_region_does_not_reach_the_encoder(region, side):
         hidden = image[row : row + half, column : column + half]
         np.testing.assert_allclose(pixels, 2 * hidden.ravel() - 1, atol=1e-6)
     assert corners == {(side // 4, side // 4)} if region == "central" else len(corners) > 10
-    after = run_forward(method, [jnp.where(blank[..., None], 0.9, images)])
+    after = run_forward(method, [jnp.where(blank[..., None], 0.9, images)], jit=without_jit)
     for key in ("embedding", "prediction"):
         np.testing.assert_array_equal(after[key], before[key])
     assert jnp.all(after["pixels"] != before["pixels"])

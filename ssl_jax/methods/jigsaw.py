@@ -44,14 +44,14 @@ def permutation_set(count: int, seed: int = 0) -> np.ndarray:
     """
     rng = np.random.default_rng(seed)
     candidates = rng.permuted(np.tile(np.arange(9, dtype=np.int8), (max(20 * count, 2000), 1)), axis=1)
-    candidates = np.unique(candidates, axis=0)
-    chosen = [int(rng.integers(len(candidates)))]
-    nearest, total = np.full(len(candidates), 9), np.zeros(len(candidates), int)
+    candidates = np.ascontiguousarray(np.unique(candidates, axis=0).T)  # [9, N]: sums over the first axis are fast
+    chosen = [int(rng.integers(candidates.shape[1]))]
+    nearest, total = np.full(candidates.shape[1], 9, np.int32), np.zeros(candidates.shape[1], np.int32)
     while len(chosen) < count:
-        distance = (candidates != candidates[chosen[-1]]).sum(axis=1)
+        distance = (candidates != candidates[:, chosen[-1:]]).sum(axis=0, dtype=np.int8)
         nearest, total = np.minimum(nearest, distance), total + distance
-        chosen.append(int(np.argmax(nearest * 9 * count + total)))
-    return candidates[chosen]
+        chosen.append(int(np.argmax(nearest * (9 * count) + total)))
+    return candidates[:, chosen].T
 
 
 def tiles_of(rng, images, *, tile, channel_shift):
