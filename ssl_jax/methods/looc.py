@@ -1,8 +1,9 @@
 """LooC: one space in which all views of an image are the same, and for each chosen factor one that feels this factor.
 
-Source: https://arxiv.org/abs/2008.05659; ServiceNow/seasonal-contrast, models/moco2_module.py. MoCo with a head and a
-queue for every space. In the space of a factor the query finds the key that shares the factor with it, and keys of the
-same image that do not are negatives. The transforms must draw every factor (config.augment), or none can be felt.
+Source: https://arxiv.org/abs/2008.05659; ServiceNow/seasonal-contrast, models/moco2_module.py, which adds the losses of
+the spaces where we take their mean. MoCo with a head and a queue for every space. In the space of a factor the query
+finds the key that shares the factor with it; keys of the same image that do not are negatives. The transforms must draw
+every factor (config.augment), or none can be felt.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ from ssl_jax.transforms import track_target
 @dataclass(frozen=True)
 class Config:
     factors: tuple[str, ...] = ("colour", "rotate")  # to stay sensitive to, names in ssl_jax.augment.FACTORS
-    positives: str = "first"  # in the space that feels none: the key that shares nothing, or the mean over "all" keys
     queue: int = 16384  # keys remembered in each space (moco2_module.py, as everything below but the temperature)
     momentum: float = 0.999  # of the key encoder
     temperature: float = 0.2  # MoCo v2's; moco2_module.py: 0.07
@@ -53,8 +53,6 @@ def make(config, encoder, run):
     if not config.factors or len(set(config.factors)) < len(config.factors):
         allowed = f"one or more, each once, of {', '.join(FACTORS)}"
         raise UserError(f"config.method.factors={config.factors!r}: allowed: {allowed}")
-    if config.positives not in ("first", "all"):
-        raise unknown("config.method.positives", config.positives, ("first", "all"))
     spaces = 1 + len(config.factors)  # space 0 feels nothing; space i feels factor i and finds key i
     network = stack(encoder=encoder, heads=heads(mlp((config.hidden, config.out), norm=False, bias=True), spaces))
 
@@ -77,15 +75,13 @@ def make(config, encoder, run):
     def loss(outputs, extra, batch):
         del batch
         query, keys, queue = outputs["query"], outputs["keys"], extra["queue"]
-        one, found = config.temperature, (query[:, 0], keys[:, 0, 0], queue[:, 0])
-        values = {"loss_all": info_nce(*found, temperature=one)}
-        metrics = search_metrics(values["loss_all"], similarities(*found))
-        if config.positives == "all":
-            each = [info_nce(query[:, 0], keys[:, i, 0], queue[:, 0], temperature=one) for i in range(spaces)]
-            values["loss_all"] = jnp.stack(each).mean()
-        for i, factor in enumerate(config.factors, 1):
-            others = jnp.delete(keys[:, :, i], i, axis=1)
-            values[f"loss_{factor}"] = info_nce(query[:, i], keys[:, i, i], queue[:, i], others, temperature=one)
+        values = {}
+        for i, space in enumerate(("all", *config.factors)):
+            # Where no factor is felt, the other keys of the image are no negatives: they belong to it, too.
+            others = jnp.delete(keys[:, :, i], i, axis=1) if i else None
+            found = query[:, i], keys[:, i, i], queue[:, i], others
+            values[f"loss_{space}"] = info_nce(*found, temperature=config.temperature)
+        metrics = search_metrics(values["loss_all"], similarities(query[:, 0], keys[:, 0, 0], queue[:, 0]))
         return jnp.stack(list(values.values())).mean(), metrics | values
 
     def push_keys(params, extra, outputs, step):

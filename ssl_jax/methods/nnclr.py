@@ -1,7 +1,7 @@
 """NNCLR: the nearest neighbour of one view among earlier images is the positive of the other view's prediction.
 
-Source: https://arxiv.org/abs/2104.14548, which has no official code; what it leaves open is as in vturrisi/solo-learn:
-no target network, one view of each image enters the queue. Negatives are the other predictions of the batch.
+Source: https://arxiv.org/abs/2104.14548, without official code; vturrisi/solo-learn, solo/methods/nnclr.py: no target
+network, one view of each image enters the queue. Negatives are the other predictions of the batch.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from ssl_jax.models import mlp
 
 @dataclass(frozen=True)
 class Config:
-    queue: int = 98304  # projections of earlier images to find neighbours among, any number (section 4.1)
-    temperature: float = 0.1  # section 4.1
-    hidden: int = 2048  # of the projector, 3 layers (section 4.1)
-    predictor_hidden: int = 4096  # section 4.1
+    queue: int = 98304  # projections of earlier images to find neighbours among, any number (paper; nnclr.py: 65536)
+    temperature: float = 0.1  # paper; nnclr.py: 0.2
+    hidden: int = 2048  # of the projector, 3 layers (nnclr.py, as everything below)
+    predictor_hidden: int = 4096
     out: int = 256
 
 
-# Section 4.1: LARS, 0.3 at batch 256, 1000 epochs at batch 4096.
+# The paper, for 1000 epochs at batch 4096: as SimCLR. solo-learn's bash_files/run_nnclr.sh: rate 0.4, decay 1e-5.
 RECIPE = {"optim.name": "lars", "optim.lr": 0.3, "optim.weight_decay": 1e-6, "optim.warmup": "0.1 epochs"}
 
 
