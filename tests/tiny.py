@@ -9,11 +9,18 @@ from ssl_jax.methods.base import Network
 # Of any method that has such a field. VICReg's weights are a 25th: as if the loss and the learning rate were. TiCo's
 # covariance and DINO's centre are full at once, or the loss would rise while they fill.
 SMALL = {
-    "hidden": 16, "out": 8, "bottleneck": 4, "queue": 24, "bn_groups": 2, "prototypes": 6,
-    "negatives": 24, "predictor_hidden": 16,
+    "hidden": 16, "out": 8, "bottleneck": 4, "queue": 24, "bn_groups": 2, "permutations": 6, "prototypes": 6,
+    "negatives": 24, "predictor_hidden": 16, "width": 16, "depth": 1,
     "freeze_steps": 3, "local": 8, "invariance": 1.0, "variance": 1.0, "covariance": 0.04, "beta": 0.1,
     "centre_momentum": 0.0, "teacher_temperature": 0.01, "warmup_temperature": 0.01,
 }  # fmt: skip
+# At their own temperatures, rounding of the steps here grows too fast, and Z of a bank of 8 numbers a row is far off.
+TEMPERATURE = {"instance_discrimination": 0.5, "nnclr": 0.2}
+# Views that a method cannot do without: cells of 4 px for tiles; a warp to predict.
+VIEWS = {
+    "jigsaw": {"augment.size": 12},
+    "transformation_prediction": {"augment.second.rotate": 90.0, "augment.second.shear": 20.0},
+}
 MULTI_CROP = ("dino", "swav", "vicregl")  # trained with two local views as well
 
 
@@ -69,6 +76,8 @@ def tiny_config(method, **changes):
     for key in SMALL:
         if key in config.method:
             config.method[key] = SMALL[key]
+    if method in TEMPERATURE:
+        config.method.temperature = TEMPERATURE[method]
     config.augment.preset = "none"
     config.augment.crop_scale = (0.5, 1.0)
     config.augment.flip = 0.5
@@ -80,7 +89,11 @@ def tiny_config(method, **changes):
     if method in MULTI_CROP:
         config.augment.local_views, config.augment.local.size = 2, 4
     config.data.name = "synthetic"
-    config.model.update({"name": "resnet_thin", "width": 0.25})
+    if config.model.name.startswith("vit"):
+        config.model.update({"width": 1 / 16, "depth": 1, "patch": 2})
+    else:
+        config.model.update({"name": "resnet_thin", "width": 0.25})
+    config.update_from_flattened_dict(VIEWS.get(method, {}))
     for key, value in changes.items():
         section, name = key.split("__")
         config[section][name] = value

@@ -42,6 +42,25 @@ _CHEST_XRAY = View(rotate=10.0, flip=0.5, perspective=0.2, perspective_prob=0.5)
 # Ours, for fine-tuning from few labels: crop and flip, both mild.
 _LIGHT = View(crop_scale=(0.6, 1.0), flip=0.5)
 
+# AET (arXiv 1901.04596; maple-research-lab/AET, cifar/affine/main.py): turn, shear, zoom and shift of the second view;
+# corners move, here only inwards, by up to an eighth of the side as in cifar/projective. Colours as in _SMALL, but of
+# every image. No crop: a turn about the centre of the image would also move what a crop elsewhere shows.
+_FLIP = View(flip=0.5)
+_WARPED = replace(
+    _FLIP,
+    rotate=180.0,
+    shear=30.0,
+    zoom=(0.7, 1.3),
+    translate=0.2,
+    perspective=0.25,
+    perspective_prob=1.0,
+    jitter_prob=1.0,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    hue=0.1,
+)
+
 PRESETS: dict[str, tuple[View, View]] = {
     # The second view is the one that is solarized and hardly blurred (BYOL, table 6).
     "natural": (replace(_BYOL, blur=1.0), replace(_BYOL, blur=0.1, solarize=0.2)),
@@ -49,5 +68,6 @@ PRESETS: dict[str, tuple[View, View]] = {
     "grayscale": (_GRAYSCALE, _GRAYSCALE),
     "chest_xray": (_CHEST_XRAY, _CHEST_XRAY),
     "light": (_LIGHT, _LIGHT),
+    "transformation": (_FLIP, _WARPED),
     "none": (View(), View()),
 }

@@ -25,3 +25,16 @@ def rank_me(features: jax.Array) -> jax.Array:
     values = jnp.linalg.svd(features, compute_uv=False)
     share = values / jnp.maximum(values.sum(), 1e-12)
     return jnp.exp(jax.scipy.special.entr(share).sum())
+
+
+def direction_rank(features: jax.Array) -> jax.Array:
+    """In how many directions the embeddings [N, D] point, a scalar between 1 and min(N, D): 1 is collapse.
+
+    1 / mean cos^2 over all pairs: the participation ratio of the second moment of the normalised embeddings. It sees
+    what `embedding_std` cannot, embeddings behind a BatchNorm that all lie on one line through the origin.
+
+    >>> float(direction_rank(jnp.eye(4))), round(float(direction_rank(jnp.array([[3.0, 3.0], [-1.0, -1.0]]))), 4)
+    (4.0, 1.0)
+    """
+    normed = features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return 1 / jnp.maximum(jnp.square(normed @ normed.T).mean(), 1e-12)

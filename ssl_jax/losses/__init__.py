@@ -17,6 +17,7 @@ from ssl_jax.losses.contrastive import (
 )
 from ssl_jax.losses.metric import mined_triplet
 from ssl_jax.losses.negative_free import negative_cosine
+from ssl_jax.losses.reconstruction import masked_error
 from ssl_jax.losses.redundancy import (
     barlow_twins,
     covariance_term,
@@ -35,6 +36,7 @@ __all__ = [
     "in_batch_info_nce",
     "indexed_info_nce",
     "info_nce",
+    "masked_error",
     "mined_triplet",
     "nce",
     "nce_normalizer",

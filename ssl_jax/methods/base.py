@@ -17,6 +17,7 @@ import optax
 
 from ssl_jax.errors import UserError
 from ssl_jax.losses.common import normalize
+from ssl_jax.losses.reconstruction import masked_error
 
 Params = Any
 Extra = Any
@@ -188,6 +189,31 @@ def need_vit(encoder: Network, method: str) -> int:
     if not encoder.patch:
         raise UserError(f"config.model.name: {method} masks patches; allowed: vit_tiny, vit_small, vit_base")
     return encoder.patch
+
+
+def init_with_head(encoder: Network, head: Callable[[jax.Array], Network]) -> Callable[..., tuple[Params, Extra]]:
+    """The `init` of a method that predicts pixels: a ViT, and head(images), which takes its tokens [B, 1 + N, D]."""
+
+    def init(rng, views):
+        images = views[0][:1]
+        rng_encoder, rng_head = jax.random.split(rng)
+        params, stats = encoder.init(rng_encoder, images)
+        patches = jax.eval_shape(lambda p, s: encoder.apply(p, s, images, train=True, dense=True)[0], params, stats)
+        _, height, width, features = patches.shape
+        of_head, _ = head(images).init(rng_head, jnp.zeros((1, 1 + height * width, features)))
+        return {"encoder": params, "head": of_head}, {"stats": {"encoder": stats}}
+
+    return init
+
+
+def masked_loss(power: int) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """The `loss` of a method with the outputs "prediction" and "pixels" [B, N, P] and "mask" [B, N]."""
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        return masked_error(outputs["prediction"], outputs["pixels"], outputs["mask"], power=power), {}
+
+    return loss
 
 
 def need_batch(views: Sequence[jax.Array], method: str) -> None:

@@ -5,9 +5,9 @@ Source: https://arxiv.org/abs/2011.10566; facebookresearch/simsiam.
 
 from dataclasses import dataclass
 
-from ssl_jax.evaluate.collapse import embedding_std
+from ssl_jax.evaluate.collapse import direction_rank
 from ssl_jax.losses import negative_cosine
-from ssl_jax.methods.base import Method, init_of, lost_spread, one_by_one, stack
+from ssl_jax.methods.base import Method, init_of, one_by_one, stack
 from ssl_jax.models import mlp
 
 
@@ -40,8 +40,12 @@ def make(config, encoder, run):
         del extra, batch
         pairs = outputs["pairs"]
         value = sum(negative_cosine(*pair, stop_gradient=config.stop_gradient) for pair in pairs) / 2
-        return value, {"projection_std": embedding_std(pairs[1][1])}
+        return value, {"projection_rank": direction_rank(pairs[1][1])}
 
-    collapsed = lost_spread("no stop-gradient, a learning rate too high, or too little weight decay")
+    def collapsed(metrics):
+        rank = metrics["projection_rank"]
+        words = f"projection_rank {rank:.3f}: all projections lie on one line; likely cause: no stop-gradient, or a "
+        return words + "learning rate too high" if rank < 1.1 else ""
+
     # A predictor whose rate does not decay follows the projections better (section 4.2).
     return Method(init_of(network), forward, loss, constant_lr=frozenset({"predictor"}), collapsed=collapsed)

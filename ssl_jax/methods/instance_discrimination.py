@@ -1,0 +1,79 @@
+"""Instance discrimination: each image is a class of its own; a memory bank keeps one embedding of every image.
+
+Source: https://arxiv.org/abs/1805.01978; zhirongw/lemniscate.pytorch, which like this leaves out the paper's proximal
+term. The bank takes `out` numbers for each image of the data set, on every device. In the first epoch an image meets a
+random row: the loss falls only after it.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.errors import UserError, unknown
+from ssl_jax.evaluate.collapse import embedding_std
+from ssl_jax.losses import indexed_info_nce, nce, nce_normalizer
+from ssl_jax.losses.common import normalize
+from ssl_jax.methods.base import Method, init_of, lost_spread, stack
+from ssl_jax.models import linear
+
+
+@dataclass(frozen=True)
+class Config:
+    mode: str = "nce"  # nce: against `negatives` drawn rows; softmax: against the whole bank, for small data sets
+    negatives: int = 4096  # rows drawn at each step, for the whole batch (main.py, --nce-k, there for each image)
+    temperature: float = 0.07  # main.py, --nce-t
+    momentum: float = 0.5  # of a row of the bank when its image comes (main.py, --nce-m)
+    out: int = 128  # main.py, --low-dim
+
+
+# main.py: SGD with momentum 0.9, weight decay 1e-4 on everything, batch 256, 200 epochs, rate x 0.1 at 120 and at 160.
+RECIPE = {"optim.lr": 0.03, "optim.schedule": "step", "optim.decay_all": True}
+
+
+def make(config, encoder, run):
+    if config.mode not in ("nce", "softmax"):
+        raise unknown("config.method.mode", config.mode, ("nce", "softmax"))
+    if config.negatives < 1:
+        raise UserError(f"config.method.negatives={config.negatives}: allowed: 1 or more")
+    network = stack(encoder=encoder, projector=linear(config.out))
+    sizes = {"examples": run.examples, "temperature": config.temperature}
+
+    def init(rng, views):
+        rng_net, rng_bank = jax.random.split(rng)
+        params, extra = init_of(network)(rng_net, views)
+        most = (3 / config.out) ** 0.5  # rows of length 1, on average (lib/NCEAverage.py)
+        bank = jax.random.uniform(rng_bank, (run.examples, config.out), minval=-most, maxval=most)
+        return params, {**extra, "bank": bank, "normalizer": jnp.zeros([])}
+
+    def forward(params, target, extra, batch, rng):
+        del target
+        y, stats = network.apply(params, extra["stats"], batch["views"][0], train=True)
+        drawn = jax.random.randint(rng, (config.negatives,), 0, run.examples)
+        outputs = {"embedding": y["encoder"], "z": normalize(y["projector"]), "index": batch["index"], "drawn": drawn}
+        return outputs, {**extra, "stats": stats}
+
+    def normalizer(outputs, extra):
+        """Z, fixed from the first batch on."""
+        z, bank = jax.lax.stop_gradient(outputs["z"]), extra["bank"]
+        first = nce_normalizer(z, bank[outputs["index"]], bank[outputs["drawn"]], **sizes)
+        return jnp.where(extra["normalizer"] > 0, extra["normalizer"], first)
+
+    def loss(outputs, extra, batch):
+        del batch
+        z, bank, index = outputs["z"], extra["bank"], outputs["index"]
+        if config.mode == "nce":
+            value = nce(z, bank[index], bank[outputs["drawn"]], normalizer=normalizer(outputs, extra), **sizes)
+        else:
+            value = indexed_info_nce(z, bank, index, temperature=config.temperature)
+        return value, {"projection_std": embedding_std(z)}
+
+    def remember(params, extra, outputs, step):
+        del step
+        bank, index = extra["bank"], outputs["index"]
+        rows = normalize(config.momentum * bank[index] + (1 - config.momentum) * outputs["z"])
+        return params, {**extra, "bank": bank.at[index].set(rows), "normalizer": normalizer(outputs, extra)}
+
+    # Not `at_chance`: against a bank of old rows, a sound run may be worse than that for epochs.
+    collapsed = lost_spread("a learning rate or weight decay too high")
+    return Method(init, forward, loss, views=1, needs=frozenset({"index"}), post_update=remember, collapsed=collapsed)

@@ -1,0 +1,115 @@
+"""Jigsaw puzzles: in which of many known orders are the nine tiles of an image?
+
+Source: https://arxiv.org/abs/1603.09246; MehdiNoroozi/JigsawPuzzleSolver; recipe: facebookresearch/vissl. What would
+give the answer away is taken from the tiles: common borders by gaps, brightness and contrast by normalising each on
+its own, the lens' shift of colours by shifting the channels.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import Method, init_of, siamese, stack
+from ssl_jax.models import mlp
+
+
+@dataclass(frozen=True)
+class Config:
+    permutations: int = 100  # orders to tell apart (perm100.yaml; vissl has 2000 and 10,000 too)
+    tile: float = 0.75  # side of a tile, share of its cell's: 64 of 85 px
+    channel_shift: int = 2  # px by which a colour channel moves at most (jps++/data_transformer.cpp)
+    hidden: int = 1024  # of the head over all tiles; the authors': 4096
+
+
+# jigsaw_8gpu_resnet.yaml: two thirds of the images gray. A crop would only make the tiles smaller.
+RECIPE = {
+    "optim.lr": 0.1,
+    "optim.weight_decay": 1e-4,
+    "augment.preset": "light",
+    "augment.crop_scale": (1.0, 1.0),
+    "augment.gray": 0.66,
+}
+SMALLEST = 12  # px of a view: cells of 4, tiles of 3
+
+
+def permutation_set(count: int, seed: int = 0) -> np.ndarray:
+    """[count, 9]: permutations far apart in Hamming distance, chosen greedily from 20 times as many random ones.
+
+    Next comes the candidate whose nearest one so far is the farthest, of several the one farthest on average. Going by
+    the average alone, as the official sets do, lets some come close.
+    """
+    rng = np.random.default_rng(seed)
+    candidates = rng.permuted(np.tile(np.arange(9, dtype=np.int8), (max(20 * count, 2000), 1)), axis=1)
+    candidates = np.ascontiguousarray(np.unique(candidates, axis=0).T)  # [9, N]: sums over the first axis are fast
+    chosen = [int(rng.integers(candidates.shape[1]))]
+    nearest, total = np.full(candidates.shape[1], 9, np.int32), np.zeros(candidates.shape[1], np.int32)
+    while len(chosen) < count:
+        distance = (candidates != candidates[:, chosen[-1:]]).sum(axis=0, dtype=np.int8)
+        nearest, total = np.minimum(nearest, distance), total + distance
+        chosen.append(int(np.argmax(nearest * (9 * count) + total)))
+    return candidates[:, chosen].T
+
+
+def tiles_of(rng, images, *, tile, channel_shift):
+    """[B, s, s, C] -> nine tiles of each image, row by row [B, 9, t, t, C], each with mean 0.5 and deviation 0.25.
+
+    A tile lies at random in its cell but for the last pixels on the right and below: between two tiles is always a gap.
+    """
+    batch, side, _, channels = images.shape
+    if side < SMALLEST:
+        raise UserError(f"config.augment.size={side}: jigsaw cuts 3 x 3 tiles; allowed: {SMALLEST} px or more")
+    cell = side // 3
+    t = min(cell - 1, max(3, round(tile * cell)))
+    slack = cell - 1 - t
+    rng_tile, rng_channel = jax.random.split(rng)
+    inside = jax.random.randint(rng_tile, (batch, 9, 1, 2), 0, slack + 1)
+    shift = jax.random.randint(rng_channel, (batch, 9, channels, 2), 0, channel_shift + 1) * (channels == 3)
+    cells = (side - 3 * cell) // 2 + cell * jnp.indices((3, 3)).reshape(2, 9).T[:, None]  # [9, 1, 2]
+    corners = cells + jnp.minimum(inside + shift, slack)  # [B, 9, C, 2]
+
+    def cut(plane, corner):  # [s, s], [2]
+        return jax.lax.dynamic_slice(plane, corner, (t, t))
+
+    channelwise = jax.vmap(cut, in_axes=(2, 0), out_axes=2)
+    made = jax.vmap(jax.vmap(channelwise, in_axes=(None, 0)))(images, corners)
+    mean, deviation = made.mean((2, 3), keepdims=True), made.std((2, 3), keepdims=True)
+    return 0.5 + 0.25 * (made - mean) / jnp.maximum(deviation, 1e-3)  # about what an encoder expects of an image
+
+
+def make(config, encoder, run):
+    del run
+    for key, low, high in (("permutations", 2, 10_000), ("tile", 0, 1), ("channel_shift", 0, 100)):
+        value = getattr(config, key)
+        if not low <= value <= high:
+            raise UserError(f"config.method.{key}={value}: allowed: {low} to {high}")
+    orders = jnp.asarray(permutation_set(config.permutations))
+    network = stack(encoder=siamese(encoder), head=mlp((config.hidden, config.permutations)))
+
+    def cut(rng, images):
+        return tiles_of(rng, images, tile=config.tile, channel_shift=config.channel_shift)
+
+    def init(rng, views):
+        return init_of(network)(rng, [cut(rng, views[0])])
+
+    def forward(params, target, extra, batch, rng):
+        del target
+        (images,) = batch["views"]
+        rng_tiles, rng_order = jax.random.split(rng)
+        answer = jax.random.randint(rng_order, (len(images),), 0, len(orders))
+        tiles = cut(rng_tiles, images)
+        shuffled = jnp.take_along_axis(tiles, orders[answer][:, :, None, None, None], axis=1)
+        y, stats = network.apply(params, extra["stats"], shuffled, train=True)
+        embedding = y["encoder"].reshape(len(images), 9, -1).mean(axis=1)
+        return {"embedding": embedding, "logits": y["head"], "answer": answer}, {"stats": stats}
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        logits, answer = outputs["logits"], outputs["answer"]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, answer)
+        return each.mean(), {"accuracy": (logits.argmax(-1) == answer).mean()}
+
+    return Method(init, forward, loss, views=1)

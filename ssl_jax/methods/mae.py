@@ -1,0 +1,75 @@
+"""MAE: a ViT sees a quarter of the patches, a small decoder predicts the pixels of the others.
+
+Source: https://arxiv.org/abs/2111.06377; facebookresearch/mae. Needs a ViT. Wants long training.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import Method, init_with_head, masked_loss, need_vit
+from ssl_jax.models import decoder, patchify
+
+
+@dataclass(frozen=True)
+class Config:
+    mask: float = 0.75  # share of the patches that is hidden (section 4.1)
+    normalize: bool = True  # each patch's pixels by their own mean and deviation (--norm_pix_loss of PRETRAIN.md)
+    width: int = 128  # of the decoder: ours, for vit_tiny; official for vit_base: 512
+    depth: int = 2  # its blocks; official: 8
+    heads: int = 4  # official: 16
+
+
+# The defaults of main_pretrain.py. PRETRAIN.md takes an lr of 1.5e-4 for vit_base, with batches of 4096, and warms up
+# for a twentieth of 800 epochs; ours suits short runs.
+RECIPE = {
+    "model.name": "vit_tiny",
+    "model.pool": "mean",
+    "augment.preset": "light",
+    "augment.crop_scale": (0.2, 1.0),
+    "optim.name": "adamw",
+    "optim.lr": 1e-3,
+    "optim.b2": 0.95,
+    "optim.weight_decay": 0.05,
+    "optim.warmup": "0.5 epochs",
+}
+
+
+def normalized(pixels):
+    """[B, N, P] -> each patch's P values with mean 0 and deviation 1: what is left to predict is its structure."""
+    mean, variance = pixels.mean(axis=-1, keepdims=True), pixels.var(axis=-1, ddof=1, keepdims=True)
+    return (pixels - mean) * jax.lax.rsqrt(variance + 1e-6)
+
+
+def make(config, encoder, run):
+    del run
+    patch = need_vit(encoder, "mae")
+    if not 0 < config.mask < 1:
+        raise UserError(f"config.method.mask={config.mask}: allowed: more than 0, less than 1")
+
+    def head(images):
+        return decoder(config.width, config.depth, config.heads, patch * patch * images.shape[-1])
+
+    def forward(params, target, extra, batch, rng):
+        del target
+        (images,) = batch["views"]
+        pixels = patchify(images, patch)
+        count = pixels.shape[1]
+        kept = max(1, int(count * (1 - config.mask)))
+        order = jnp.argsort(jax.random.uniform(rng, (len(images), count)), axis=1)  # the first `kept` are visible
+        tokens, stats = encoder.apply(
+            params["encoder"], extra["stats"]["encoder"], images, train=True, visible=order[:, :kept]
+        )
+        prediction, _ = head(images).apply(params["head"], {}, tokens, train=True, order=order)
+        outputs = {
+            # Of what was visible, under any pool: for the embedding of the whole it would have to be encoded again.
+            "embedding": tokens[:, 1:].mean(axis=1),
+            "prediction": prediction,
+            "pixels": normalized(pixels) if config.normalize else pixels,
+            "mask": jnp.argsort(order, axis=1) >= kept,
+        }
+        return outputs, {"stats": {"encoder": stats}}
+
+    return Method(init_with_head(encoder, head), forward, masked_loss(power=2), views=1)

@@ -1,0 +1,68 @@
+"""NNCLR: the nearest neighbour of one view among earlier images is the positive of the other view's prediction.
+
+Source: https://arxiv.org/abs/2104.14548, without official code; vturrisi/solo-learn, solo/methods/nnclr.py: no target
+network, one view of each image enters the queue. Negatives are the other predictions of the batch.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.losses import indexed_info_nce
+from ssl_jax.losses.common import normalize
+from ssl_jax.methods.base import Method, at_chance, init_of, new_queue, one_by_one, push, search_metrics, stack
+from ssl_jax.models import mlp
+
+
+@dataclass(frozen=True)
+class Config:
+    queue: int = 98304  # projections of earlier images to find neighbours among, any number (paper; nnclr.py: 65536)
+    temperature: float = 0.1  # paper; nnclr.py: 0.2
+    hidden: int = 2048  # of the projector, 3 layers (nnclr.py, as everything below)
+    predictor_hidden: int = 4096
+    out: int = 256
+
+
+# The paper, for 1000 epochs at batch 4096: as SimCLR. solo-learn's bash_files/run_nnclr.sh: rate 0.4, decay 1e-5.
+RECIPE = {"optim.name": "lars", "optim.lr": 0.3, "optim.weight_decay": 1e-6, "optim.warmup": "0.1 epochs"}
+
+
+def make(config, encoder, run):
+    del run
+    network = stack(
+        encoder=encoder,
+        projector=mlp((config.hidden, config.hidden, config.out), last_norm="affine"),
+        predictor=mlp((config.predictor_hidden, config.out)),
+    )
+
+    def init(rng, views):
+        rng_net, rng_queue = jax.random.split(rng)
+        params, extra = init_of(network)(rng_net, views)
+        return params, {**extra, **new_queue(rng_queue, config.queue, config.out)}
+
+    def forward(params, target, extra, batch, rng):
+        del target, rng
+        views, stats = one_by_one(network, params, extra["stats"], batch["views"])
+        outputs = {
+            "embedding": views[0]["encoder"],
+            "z": [jax.lax.stop_gradient(normalize(view["projector"])) for view in views],
+            "prediction": [view["predictor"] for view in views],
+        }
+        return outputs, {**extra, "stats": stats}
+
+    def loss(outputs, extra, batch):
+        del batch
+        own = jnp.arange(len(outputs["embedding"]))
+        neighbours = [extra["queue"][jnp.argmax(z @ extra["queue"].T, axis=1)] for z in outputs["z"]]
+        pairs = list(zip(neighbours, reversed(outputs["prediction"]), strict=True))
+        each = [indexed_info_nce(*pair, own, temperature=config.temperature) for pair in pairs]
+        value = (each[0] + each[1]) / 2
+        neighbour, prediction = pairs[0]
+        return value, search_metrics(value, neighbour @ normalize(prediction).T, own)
+
+    def remember(params, extra, outputs, step):
+        del step
+        return params, push(extra, outputs["z"][0])  # the first view alone
+
+    return Method(init, forward, loss, post_update=remember, collapsed=at_chance)

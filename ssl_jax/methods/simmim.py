@@ -1,0 +1,86 @@
+"""SimMIM: most patches are replaced by one token, and a linear layer predicts their pixels.
+
+Source: https://arxiv.org/abs/2111.09886; microsoft/SimMIM. Needs a ViT. Wants long training.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import Method, init_with_head, masked_loss, need_vit
+from ssl_jax.models import linear, patchify
+
+
+@dataclass(frozen=True)
+class Config:
+    mask: float = 0.6  # share of the blocks that is masked (data_simmim.py)
+    block: int = 2  # patches along a side of a block: 32 px with the official patches of 16
+
+
+# The defaults of config.py, views of data_simmim.py. configs/vit_base__800ep takes an lr of 1e-4. Warm-up: ours.
+RECIPE = {
+    "model.name": "vit_tiny",
+    "model.pool": "mean",
+    "augment.preset": "light",
+    "augment.crop_scale": (0.67, 1.0),
+    "optim.name": "adamw",
+    "optim.lr": 5e-4,
+    "optim.lr_batch": 512,
+    "optim.weight_decay": 0.05,
+    "optim.warmup": "0.5 epochs",
+    "optim.clip_norm": 5.0,
+}
+
+
+def random_mask(rng, batch, side, *, mask, block):
+    """[B, side * side] bool: of the blocks of block x block patches, the share `mask` (rounded up), for each image.
+
+    Blocks in the last row and column are smaller where `block` does not divide `side`.
+    """
+    blocks = -(-side // block)
+    rank = jnp.argsort(jax.random.uniform(rng, (batch, blocks * blocks)), axis=1)
+    of_blocks = (rank < math.ceil(mask * blocks * blocks)).reshape(batch, blocks, blocks)
+    return of_blocks.repeat(block, axis=1).repeat(block, axis=2)[:, :side, :side].reshape(batch, -1)
+
+
+def make(config, encoder, run):
+    del run
+    patch = need_vit(encoder, "simmim")
+    if not 0 < config.mask <= 1:
+        raise UserError(f"config.method.mask={config.mask}: allowed: more than 0, at most 1")
+    if config.block < 1:
+        raise UserError(f"config.method.block={config.block}: allowed: 1 or more")
+
+    def head(images):
+        return linear(patch * patch * images.shape[-1])
+
+    def init(rng, views):
+        rng, rng_token = jax.random.split(rng)
+        params, extra = init_with_head(encoder, head)(rng, views)
+        width = params["head"]["linear"]["kernel"].shape[0]
+        # Cut off at one deviation, as in the official ViT.
+        return params | {"token": 0.02 * jax.random.truncated_normal(rng_token, -1, 1, (width,))}, extra
+
+    def forward(params, target, extra, batch, rng):
+        del target
+        (images,) = batch["views"]
+        mask = random_mask(rng, len(images), images.shape[1] // patch, mask=config.mask, block=config.block)
+        masked = (mask, params["token"])
+        tokens, stats = encoder.apply(
+            params["encoder"], extra["stats"]["encoder"], images, train=True, dense=True, masked=masked
+        )
+        tokens = tokens.reshape(*mask.shape, -1)
+        prediction, _ = head(images).apply(params["head"], {}, tokens, train=True)
+        outputs = {
+            # Of the masked image, under any pool: for the embedding of the whole it would have to be encoded again.
+            "embedding": tokens.mean(axis=1),
+            "prediction": prediction,
+            "pixels": (patchify(images, patch) - 0.5) / 0.25,  # about mean 0, deviation 1; official: ImageNet's
+            "mask": mask,
+        }
+        return outputs, {"stats": {"encoder": stats}}
+
+    return Method(init, forward, masked_loss(power=1), views=1)

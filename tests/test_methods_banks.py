@@ -1,0 +1,224 @@
+"""What instance discrimination, NNCLR and LooC remember of earlier images, and MoCo's cure against cheating."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_methods import batch_of, start
+from tiny import Images, tiny_config, tiny_encoder
+
+from ssl_jax import trainer
+from ssl_jax.augment import make_views
+from ssl_jax.errors import UserError
+from ssl_jax.methods import moco
+from ssl_jax.transforms import target_of
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    encoder = tiny_encoder()
+    monkeypatch.setattr(trainer, "build", lambda model, channels, size: encoder)
+
+
+def steps(config, count):
+    """For each step: what forward gives, its input, the state before and after it, and the metrics."""
+    source, setup = Images(), trainer.set_up(config, Images())
+    state, step_fn, mesh = start(config, source)
+    augment, forward = make_views(setup.views, setup.method.shares), jax.jit(setup.method.forward)
+    for step in range(count):
+        # The random numbers of `make_step`.
+        key_views, key_forward = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), step))
+        batch = batch_of(config, source, step, mesh)
+        views, drawn = augment(key_views, batch["image"])
+        inputs = {"views": views, "drawn": drawn, "index": batch["index"]}
+        outputs, _ = forward(state.params, target_of(state.opt_state), state.extra, inputs, key_forward)
+        before, (state, metrics) = state, step_fn(state, batch)
+        yield outputs, inputs, before, state, metrics
+
+
+def unit(x):
+    x = np.asarray(x, np.float64)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def found(query, keys, own, temperature):
+    """-log softmax(query . keys / T)_own of one query."""
+    logits = unit(keys) @ unit(query) / temperature
+    return np.log(np.exp(logits).sum()) - logits[own]
+
+
+def by_age(extra):
+    return np.roll(np.asarray(extra["queue"], np.float64), -int(extra["oldest"]), axis=0)
+
+
+@pytest.mark.parametrize("mode", ["nce", "softmax"])
+def test_a_row_of_the_bank_moves_when_its_image_comes_once_an_epoch(mode):
+    """48 images in batches of 10: an epoch has 4 steps, and 8 images wait for the next."""
+    config = tiny_config("instance_discrimination", method__mode=mode, method__momentum=0.7, train__batch=10)
+    seen = []
+    for outputs, inputs, before, after, _ in steps(config, 4):
+        index, old, new = np.asarray(inputs["index"]), before.extra["bank"], after.extra["bank"]
+        want = unit(0.7 * np.asarray(old[index], np.float64) + 0.3 * unit(outputs["z"]))
+        np.testing.assert_allclose(new[index], want, rtol=1e-4, atol=1e-5)
+        assert list(np.flatnonzero(np.any(new != old, axis=1))) == sorted(index)
+        seen += list(index)
+    assert len(seen) == len(set(seen)) == 40
+
+
+def test_z_is_that_of_the_first_batch():
+    config = tiny_config("instance_discrimination", method__negatives=30)
+    drawn, constant = [], None
+    for outputs, inputs, before, after, metrics in steps(config, 4):
+        bank, z = np.asarray(before.extra["bank"], np.float64), unit(outputs["z"])
+        noise, own = bank[np.asarray(outputs["drawn"])], bank[np.asarray(inputs["index"])]
+        odds = np.exp(np.concatenate([np.sum(z * own, axis=1, keepdims=True), z @ noise.T], axis=1) / 0.5)
+        if constant is None:
+            assert before.extra["normalizer"] == 0
+            constant = 48 * odds.mean()
+        np.testing.assert_allclose(after.extra["normalizer"], constant, rtol=1e-5)
+        h = odds / constant / (odds / constant + 30 / 48)
+        np.testing.assert_allclose(metrics["loss"], np.mean(-np.log(h[:, 0]) - np.log(1 - h[:, 1:]).sum(1)), rtol=1e-4)
+        drawn.append(np.asarray(outputs["drawn"]))
+    assert len({tuple(d) for d in drawn}) == 4  # others in each step
+    assert set(np.concatenate(drawn)) <= set(range(48)) and len(set(np.concatenate(drawn))) > 36
+
+
+def test_softmax_finds_the_image_among_all_rows():
+    config = tiny_config("instance_discrimination", method__mode="softmax")
+    for outputs, inputs, before, _, metrics in steps(config, 4):
+        bank, index = before.extra["bank"], inputs["index"]
+        want = np.mean([found(z, bank, i, 0.5) for z, i in zip(outputs["z"], index)])
+        np.testing.assert_allclose(metrics["loss"], want, rtol=1e-4)
+
+
+def test_nnclr_finds_neighbours_of_one_view_for_the_other_and_remembers_the_first():
+    """A queue of 24, ten projections a step: full in the third step, where it also begins anew."""
+    config = tiny_config("nnclr", train__batch=10)
+    remembered = None
+    for outputs, _, before, after, metrics in steps(config, 8):
+        queue, terms = np.asarray(before.extra["queue"], np.float64), []
+        for z, prediction in zip(outputs["z"], reversed(outputs["prediction"])):
+            for i, own in enumerate(unit(z)):
+                neighbour = max(queue, key=lambda row, own=own: row @ own)
+                terms.append(found(neighbour, prediction, i, 0.2))
+        np.testing.assert_allclose(metrics["loss"], np.mean(terms), rtol=1e-4)
+        remembered = by_age(before.extra) if remembered is None else remembered
+        remembered = np.concatenate([remembered, unit(outputs["z"][0])])[-24:]
+        np.testing.assert_allclose(by_age(after.extra), remembered, rtol=1e-4, atol=1e-5)
+
+
+LOOC = {"method__factors": ("colour", "rotate", "crop")}
+
+
+def test_looc_keys_share_their_factor_with_the_query_and_nothing_else():
+    places = {"colour": ("brightness",), "rotate": ("angle",), "crop": ("top", "left", "height", "width")}
+    (_, inputs, *_), *_ = steps(tiny_config("looc", **LOOC), 1)
+    query, *keys = inputs["drawn"]
+    assert len(keys) == 4
+    for number, key in enumerate(keys):
+        for factor, names in places.items():
+            shared = number == 1 + LOOC["method__factors"].index(factor)
+            assert all(np.array_equal(query[n], key[n]) == shared for n in names), (number, factor)
+        assert not np.array_equal(query["flip"], key["flip"])
+
+
+def test_looc_loss_and_queue_of_each_space():
+    """A queue of 24, ten keys a step, three spaces of factors and one that feels none."""
+    config = tiny_config("looc", **LOOC, train__batch=10)
+    encoder, remembered = tiny_encoder(), None
+    for outputs, inputs, before, after, metrics in steps(config, 6):
+        query, keys, queue = outputs["query"], np.asarray(outputs["keys"]), before.extra["queue"]
+        each = []
+        for space, name in enumerate(("all", *LOOC["method__factors"])):
+            terms = []
+            for i in range(10):
+                # The positive first, then the queue of the space, then, where a factor is felt, the image's other keys.
+                others = [keys[i, other, space] for other in range(4) if space and other != space]
+                terms.append(found(query[i, space], [keys[i, space, space], *queue[:, space], *others], 0, 0.2))
+            each.append(np.mean(terms))
+            np.testing.assert_allclose(metrics[f"loss_{name}"], each[-1], rtol=1e-4)
+        np.testing.assert_allclose(metrics["loss"], np.mean(each), rtol=1e-4)
+
+        pushed = np.stack([keys[:, space, space] for space in range(4)], axis=1)
+        remembered = by_age(before.extra) if remembered is None else remembered
+        remembered = np.concatenate([remembered, unit(pushed)])[-24:]
+        np.testing.assert_allclose(by_age(after.extra), remembered, rtol=1e-4, atol=1e-5)
+
+        trunk = before.params["encoder"], before.extra["stats"]["encoder"]
+        embedding, _ = encoder.apply(*trunk, inputs["views"][0], train=True, groups=2)
+        np.testing.assert_allclose(outputs["embedding"], embedding, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_the_batch_give_moco_s_positives_away_unless_keys_are_shuffled(monkeypatch):
+    """Noise, but for one black image in each of 8 groups: only the statistics of its group tell it from the others."""
+    config = tiny_config("moco", train__batch=64, method__bn_groups=8)
+    method = trainer.set_up(config, Images(n=64)).method
+    noise = np.random.default_rng(0).uniform(size=(64, 8, 8, 1)).astype(np.float32)
+    black = np.arange(8) * 9  # in another place of each group
+    noise[black] = 0
+    views = [jnp.asarray(noise)] * 2
+    params, extra = method.init(jax.random.key(0), views)
+
+    def look(orders):
+        """Cosine of a black query with its key less that with the other black keys, and how many of these beat it."""
+        forward = jax.jit(lambda rng: method.forward(params, params, extra, {"views": views}, rng)[0])
+        margins, ranks = [], []
+        for seed in range(orders):
+            outputs = forward(jax.random.key(seed))
+            cosine = unit(outputs["query"][black]) @ unit(outputs["key"][black]).T
+            own = np.diag(cosine)
+            margins.append(np.mean(own - (cosine.sum(1) - own) / 7))
+            ranks.append(np.mean((cosine > own[:, None]).sum(1)))
+        return np.mean(margins), np.mean(ranks)
+
+    margin, rank = look(200)
+
+    def in_order(network, params, stats, x, rng, groups):
+        del rng
+        return network.apply(params, stats, x, train=True, groups=groups)
+
+    monkeypatch.setattr(moco, "shuffled", in_order)
+    cheat, cheat_rank = look(1)
+    assert cheat > 0.2 and cheat_rank == 0
+    assert abs(margin) < 0.1 * cheat and 3 < rank < 4  # 3.5 of 7: chance
+
+
+def test_settings_are_checked():
+    for name, key, value, words in (
+        ("looc", "factors", (), "allowed: one or more, each once, of crop"),
+        ("looc", "factors", ("crop", "crop"), "allowed: one or more, each once, of crop"),
+        ("looc", "factors", ("color",), "config.method.factors='color': unknown; did you mean 'colour'"),
+        ("instance_discrimination", "mode", "full", "config.method.mode='full': unknown; available: nce, softmax"),
+        ("instance_discrimination", "negatives", 0, "config.method.negatives=0: allowed: 1 or more"),
+    ):
+        with pytest.raises(UserError, match=words):
+            trainer.set_up(tiny_config(name, **{f"method__{key}": value}), Images())
+
+
+# What provokes each collapse, beside the tiny config's settings, and when it is there. At T = 100, no key is likelier
+# than another.
+PROVOKED = {
+    "instance_discrimination": (150, {"optim__weight_decay": 5.0}),
+    "nnclr": (0, {"method__temperature": 100.0}),
+    "looc": (0, {"method__temperature": 100.0}),
+}
+
+
+@pytest.mark.parametrize("name", PROVOKED)
+def test_collapse_is_named_and_a_healthy_run_is_silent(name):
+    """By the trainer's rule: a sign that stands for 50 steps in a row."""
+
+    first, changes = PROVOKED[name]
+
+    def said(**changes):
+        config = tiny_config(name, train__duration="200 steps", **changes)
+        state, step_fn, mesh = start(config, Images())
+        collapsed = trainer.set_up(config, Images()).method.collapsed
+        found = []
+        for step in range(first + trainer.COLLAPSED):
+            state, metrics = step_fn(state, batch_of(config, Images(), step, mesh))
+            found.append(collapsed({k: float(v) for k, v in metrics.items()}))
+        return found[first:]
+
+    assert not all(said())
+    assert all(said(**changes))
