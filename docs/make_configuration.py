@@ -91,6 +91,7 @@ PLAIN = {
     "study.test": "test data; keys as under data",
     "method.hidden": "hidden width of the head",
     "method.out": "dimensions of the projection",
+    "method.predictor_hidden": "hidden width of the predictor",
 }
 
 
