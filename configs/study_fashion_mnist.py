@@ -11,20 +11,23 @@ def get_config(size="full"):
     demo = size == "demo"
     config = default("simclr")
     config.data.name = "fashion_mnist"
-    config.augment.preset = "grayscale"
+    # Views and temperature were chosen by a logistic regression on 100 labels, on training images held out, after 2
+    # epochs: stronger changes of grey level beat the bare preset by 2 points, a temperature of 0.1 loses 2.
+    config.augment.update({"preset": "grayscale", "jitter_prob": 1.0, "brightness": 0.8, "contrast": 0.8})
+    config.augment.update({"blur": 0.5, "solarize": 0.5, "rotate": 10.0})
     config.model.name = "resnet_thin"
-    config.method.update({"temperature": 0.2, "hidden": 256, "out": 64})
+    config.method.update({"temperature": 0.3, "hidden": 256, "out": 64})
     config.optim.update({"name": "sgd", "lr": 0.3, "nesterov": True, "weight_decay": 1e-4, "warmup": "100 steps"})
     config.train.update({"batch": 256, "duration": "1.5 epochs" if demo else "12 epochs"})
 
     # Learning rate and steps were tuned on other draws of the training set, each arm for itself. From scratch: of batch
     # 32 and 64, rates 1e-3, 3e-3 and 5e-3, 300 to 1200 steps, these win; with 1,000 labels only the longer training
-    # does (75 epochs: 1172 steps), with 100 it loses a point.
-    config.finetune.update({"batch": 32, "steps": 400, "epochs": 20, "lr": (1e-3,), "backbone_ratio": (0.3,)})
-    scratch = {"batch": 64, "steps": 600, "epochs": 75, "lr": (3e-3,), "backbone_ratio": (1.0,)}
+    # does (75 epochs: 1172 steps), with 100 it loses a point. Pretrained, fewer labels want fewer steps.
+    config.finetune.update({"batch": 64, "steps": 300, "epochs": 75, "lr": (1e-3,), "backbone_ratio": (1.0,)})
+    scratch = {"steps": 600, "lr": (3e-3,)}
     if demo:  # fewer steps, one draw of labels
-        config.finetune.update({"steps": 300, "epochs": 0})
-        scratch.update({"batch": 32, "epochs": 0, "lr": (1e-3,)})
+        config.finetune.update({"batch": 32, "epochs": 0})
+        scratch.update({"lr": (1e-3,)})
     config.study.arms = {"scratch": {"finetune": scratch}, "simclr": {"method": {"name": "simclr"}}}
     config.study.labels = (50, 100, 250, 1000)
     config.study.seeds = 1 if demo else 5
