@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from tiny import Images, tiny_config, tiny_encoder
 
@@ -54,6 +53,12 @@ def batch_of(config, source, step, mesh):
     return jax.device_put(batch, split(mesh))
 
 
+def views_of(setup, source):
+    """What a method's forward gets of 16 images."""
+    views, drawn = jax.jit(make_views(setup.views, setup.method.shares))(jax.random.key(1), source.images[:16])
+    return {"views": views, "drawn": drawn, "label": source.labels[:16], "index": jnp.arange(16)}
+
+
 def train(config, source, steps, devices=1, state=None, first=0):
     begun, step_fn, mesh = start(config, source, devices)
     state, losses = begun if state is None else state, []
@@ -72,9 +77,16 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_finite_and_loss_falls(name):
-    config = tiny_config(name, train__duration="200 steps")
-    state, losses = train(config, Images(), 60)
+def test_finite_and_loss_falls_and_no_collapse_is_named(name):
+    config, source = tiny_config(name, train__duration="200 steps"), Images()
+    state, step_fn, mesh = start(config, source)
+    collapsed, losses, in_a_row = trainer.set_up(config, source).method.collapsed, [], 0
+    for step in range(60):
+        state, metrics = step_fn(state, batch_of(config, source, step, mesh))
+        metrics = {key: float(value) for key, value in metrics.items()}
+        losses.append(metrics["loss"])
+        in_a_row = in_a_row + 1 if collapsed(metrics) else 0
+        assert in_a_row < trainer.COLLAPSED, collapsed(metrics)
     assert np.all(np.isfinite(losses))
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state))
     assert np.mean(losses[-10:]) < np.mean(losses[:5]) - 0.01, losses
@@ -86,8 +98,7 @@ def test_jit_equals_no_jit(name):
     config, source = tiny_config(name), Images()
     setup, key = trainer.set_up(config, source), jax.random.key(0)
     state, method = trainer.init_state(setup, 0), setup.method
-    views, drawn = make_views(setup.views, method.shares)(key, jnp.asarray(source.images[:16]))
-    batch = {"views": views, "drawn": drawn, "label": source.labels[:16], "index": jnp.arange(16)}
+    batch = views_of(setup, source)
 
     def run(params, target, extra, batch):
         outputs, after = method.forward(params, target, extra, batch, key)
@@ -137,14 +148,13 @@ def test_no_gradient_into_the_target(name):
     assert (target is not None) == (name in TARGETS)
     if target is None:
         return
-    views, drawn = make_views(setup.views, setup.method.shares)(jax.random.key(1), source.images[:16])
-    batch = {"views": views, "drawn": drawn, "label": source.labels[:16], "index": np.arange(16)}
+    batch = views_of(setup, source)
 
     def loss(params, target):
         outputs, _ = setup.method.forward(params, target, state.extra, batch, jax.random.key(3))
         return setup.method.loss(outputs, state.extra, batch)[0]
 
-    into_params, into_target = jax.grad(loss, argnums=(0, 1))(state.params, target)
+    into_params, into_target = jax.jit(jax.grad(loss, argnums=(0, 1)))(state.params, target)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(into_params)) > 0
     assert all(jnp.all(g == 0) for g in jax.tree.leaves(into_target))
 
@@ -185,17 +195,25 @@ def test_needs_are_checked_before_compiling(name):
         with pytest.raises(UserError, match="needs labels"):
             trainer.set_up(config, source)
     else:
-        _, losses = train(config, source, 2)
-        assert np.all(np.isfinite(losses))
+        traced(config, source)
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize(("batch", "channels"), [(7, 3), (10, 2), (13, 5)])
-def test_odd_batches_and_channels(name, batch, channels):
-    extra = {"method__bn_groups": 1 if batch % 2 else 2} if name in ("moco", "looc") else {}
-    config = tiny_config(name, train__batch=batch, **extra)
-    _, losses = train(config, Images(channels=channels), 2)
+def test_odd_batches_and_channels(name):
+    for batch, channels in ((7, 3), (10, 2), (13, 5)):
+        extra = {"method__bn_groups": 1 if batch % 2 else 2} if name in ("moco", "looc") else {}
+        config, source = tiny_config(name, train__batch=batch, **extra), Images(channels=channels)
+        traced(config, source)
+    _, losses = train(config, source, 2)
     assert np.all(np.isfinite(losses))
+
+
+def traced(config, source):
+    """(state before, state after, metrics) of one step, as shapes and types: what would fail while tracing fails."""
+    setup, mesh = trainer.set_up(config, source), make_mesh(1, config.train.batch)
+    state = jax.eval_shape(lambda: trainer.init_state(setup, 0))
+    step = trainer.make_step(setup, config, mesh)
+    return state, *jax.eval_shape(step, state, batch_of(config, source, 0, mesh))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -203,10 +221,7 @@ def test_bfloat16_computes_and_the_state_stays_float32(name, monkeypatch):
     """Traced over a real network: every array of the state keeps its type, and the loss is float32."""
     monkeypatch.setattr(trainer, "build", build)
     config, source = tiny_config(name, model__dtype="bfloat16"), Images()
-    setup, mesh = trainer.set_up(config, source), make_mesh(1, 16)
-    state = jax.eval_shape(lambda: trainer.init_state(setup, 0))
-    batch = batch_of(config, source, 0, mesh)
-    after, metrics = jax.eval_shape(trainer.make_step(setup, config, mesh), state, batch)
+    state, after, metrics = traced(config, source)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].dtype == jnp.float32
 

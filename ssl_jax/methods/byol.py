@@ -5,8 +5,9 @@ Source: https://arxiv.org/abs/2006.07733; google-deepmind/deepmind-research, byo
 
 from dataclasses import dataclass
 
+from ssl_jax.evaluate.collapse import embedding_std
 from ssl_jax.losses import negative_cosine
-from ssl_jax.methods.base import Method, init_with_target, one_by_one, parts, stack
+from ssl_jax.methods.base import Method, init_with_target, lost_spread, one_by_one, parts, stack
 from ssl_jax.models import mlp
 from ssl_jax.transforms import cosine_momentum, track_target
 
@@ -16,6 +17,7 @@ class Config:
     momentum: float = 0.99  # of the target, rises to 1; configs/byol.py: 0.97 at 40 epochs to 0.996 at 1000
     hidden: int = 4096  # section 3.3, for projector and predictor
     out: int = 256
+    predictor: bool = True  # without it all projections become one (section 5)
 
 
 RECIPE = {
@@ -27,10 +29,10 @@ RECIPE = {
 
 
 def make(config, encoder, run):
-    target = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
-    online = stack(
-        encoder=encoder, projector=mlp((config.hidden, config.out)), predictor=mlp((config.hidden, config.out))
-    )
+    head = mlp((config.hidden, config.out))
+    target = stack(encoder=encoder, projector=head)
+    online = stack(encoder=encoder, projector=head, predictor=head) if config.predictor else target
+    last = "predictor" if config.predictor else "projector"
 
     def forward(params, target_params, extra, batch, rng):
         del rng
@@ -38,14 +40,17 @@ def make(config, encoder, run):
         (target_a, target_b), target_stats = one_by_one(target, target_params, extra["target"], batch["views"])
         outputs = {
             "embedding": a["encoder"],
-            "pairs": ((a["predictor"], target_b["projector"]), (b["predictor"], target_a["projector"])),
+            "pairs": ((a[last], target_b["projector"]), (b[last], target_a["projector"])),
         }
         return outputs, {"stats": stats, "target": target_stats}
 
     def loss(outputs, extra, batch):
         del extra, batch
         # 2 - 2 cos for each direction, added (equation 2 and its symmetric twin).
-        return sum(2 + 2 * negative_cosine(prediction, z) for prediction, z in outputs["pairs"]), {}
+        value = sum(2 + 2 * negative_cosine(*pair) for pair in outputs["pairs"])
+        return value, {"projection_std": embedding_std(outputs["pairs"][0][1])}
 
     transform = track_target(cosine_momentum(config.momentum, run.steps), parts("encoder", "projector"))
-    return Method(init_with_target(online, "encoder", "projector"), forward, loss, transform=transform)
+    collapsed = lost_spread("no predictor, a learning rate too high, or a target that moves too fast", least=0.1)
+    init = init_with_target(online, "encoder", "projector")
+    return Method(init, forward, loss, transform=transform, collapsed=collapsed)
