@@ -143,6 +143,9 @@ def finetune(
     source = open_source(encoder.data(_data(data, "--data")))
     labels = source.labels_as(source.classes, data)
     known = np.flatnonzero(labels >= 0)
+    if test:  # before training, or a wrong name of a class would cost all of it
+        held = open_source(encoder.data(_data(test, "--test")), "all")
+        wanted = held.labels_as(source.classes, test)
     print(f"fine-tuning on {len(known)} labelled images, classes: {', '.join(source.classes)}", flush=True)
     classifier = fit_classifier(
         encoder,
@@ -155,8 +158,6 @@ def finetune(
     about = {**encoder.about, "classes": source.classes, "finetune": dataclasses.asdict(config.finetune), "seed": seed}
     about["chosen"] = classifier.chosen
     if test:
-        held = open_source(encoder.data(_data(test, "--test")), "all")
-        wanted = held.labels_as(source.classes, test)
         about["test"] = metrics(predict(classifier, held.arrays())[wanted >= 0], wanted[wanted >= 0], source.classes)
     _save_classifier(Path(out), classifier, about)
     for name, value in {**about["chosen"], **about.get("test", {})}.items():

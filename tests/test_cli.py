@@ -113,6 +113,12 @@ def test_finetune_then_predict(images, trained, capsys):
     capsys.readouterr()
     assert ssl_jax("finetune", f"--workdir={trained}", f"--data={images / 'labelled.csv'}", f"--out={out}") == 2
     assert "exists already" in capsys.readouterr().err
+    # Test data whose classes have other names: known before the training, which would be lost.
+    (images / "other.csv").write_text((images / "labelled.csv").read_text().replace("kind a\n", "a\n"))
+    flags = f"--data={images / 'labelled.csv'}", f"--out={images / 'other'}", f"--test={images / 'other.csv'}"
+    assert ssl_jax("finetune", f"--workdir={trained}", *flags) == 2
+    told = capsys.readouterr()
+    assert "class='a': unknown" in told.err and "fine-tuning" not in told.out
 
 
 def test_embed_in_every_format(images, trained):
