@@ -5,7 +5,7 @@ ssl-jax study --config=study_fashion_mnist:demo --workdir=runs/demo     `make de
 
 Measured, five draws of labels, top-1 from scratch / pretrained, paired difference with its 95 % interval:
 50 labels 57.0 / 71.9, +14.9 +- 8.4; 100 labels 67.1 / 77.1, +10.0 +- 3.9; 250 labels 75.2 / 80.7, +5.4 +- 0.8;
-1,000 labels 82.5 / 85.5, +3.0 +- 0.9. kNN of all training labels: KNN.
+1,000 labels 82.5 / 85.5, +3.0 +- 0.9. kNN on training images held out: 0.849.
 """
 
 from ssl_jax.config import default

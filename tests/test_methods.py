@@ -31,7 +31,7 @@ def small_networks(monkeypatch):
     monkeypatch.setattr(trainer, "build", build_small)
 
 
-STARTED = {}  # what was compiled once serves all tests of a method
+STARTED = {}  # what was compiled once serves all tests of a method; the newest only, as programs take memory
 
 
 def start(config, source, devices=1):
@@ -42,6 +42,8 @@ def start(config, source, devices=1):
         mesh = make_mesh(devices, config.train.batch)
         state = jax.device_put(trainer.init_state(setup, config.train.seed), replicated(mesh))
         STARTED[key] = state, jax.jit(trainer.make_step(setup, config, mesh)), mesh
+        if len(STARTED) > 6:
+            del STARTED[next(iter(STARTED))]
     return STARTED[key]
 
 
