@@ -233,11 +233,13 @@ def methods() -> None:
 
     table = Table(box=None, pad_edge=False)
     for column in ("name", "what it does", "source", "needs"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "source"))
     for name in method_names():
         module = method_module(name)
         head, _, rest = (module.__doc__ or "").partition("\n\n")
-        source = " ".join(rest.split()).removeprefix("Source: ").split(". ")[0].rstrip(".")
+        source = (
+            next(word for word in rest.split() if word.startswith("https://")).strip(".,;").removeprefix("https://")
+        )
         needs = "labels" if name_needs_labels(name) else "images"
         table.add_row(name, " ".join(head.split()), source, needs)
     Console().print(table)
