@@ -88,6 +88,18 @@ CASES = {
 }
 
 
+def numeric_gradient(function, inputs, position, step=1e-5):
+    """The gradient of function(*inputs) with respect to inputs[position], by central differences."""
+    numeric = np.zeros_like(inputs[position])
+    for place in np.ndindex(numeric.shape):
+        moved = [x.copy() for x in inputs]
+        moved[position][place] += step
+        up = function(*moved)
+        moved[position][place] -= 2 * step
+        numeric[place] = (up - function(*moved)) / (2 * step)
+    return numeric
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", range(3))
 def test_value_and_gradient_equal_loops(name, seed):
@@ -101,13 +113,7 @@ def test_value_and_gradient_equal_loops(name, seed):
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, by_hand(*inputs, **hyper), rtol=1e-12)
         for position, gradient in zip(positions, gradients):
-            numeric, step = np.zeros_like(inputs[position]), 1e-5
-            for place in np.ndindex(numeric.shape):
-                moved = [x.copy() for x in inputs]
-                moved[position][place] += step
-                up = by_hand(*moved, **hyper)
-                moved[position][place] -= 2 * step
-                numeric[place] = (up - by_hand(*moved, **hyper)) / (2 * step)
+            numeric = numeric_gradient(lambda *x: by_hand(*x, **hyper), inputs, position)
             np.testing.assert_allclose(gradient, numeric, rtol=1e-6, atol=1e-8)
 
 
