@@ -1,10 +1,10 @@
-"""Every method on Fashion-MNIST with one small backbone: the settings of the table in docs/methods.md.
+"""Every method on Fashion-MNIST with one small backbone: the settings of benchmarks/methods.py.
 
     ssl-jax pretrain --config=methods_fashion_mnist:byol --workdir=runs/byol         2 CPU cores, minutes
     python benchmarks/methods.py                                                    all of them, tuned, three seeds
 
 Heads are smaller than in the papers, as the backbone is. SGD for the ResNet and AdamW for the ViT that some methods
-need; the learning rate, and the temperature where there is one, were tuned for each method with five trials.
+need; benchmarks/methods.py tunes the learning rate, and the temperature where there is one, with five trials each.
 """
 
 from ssl_jax.config import default
