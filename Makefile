@@ -2,17 +2,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint clean
+.PHONY: demo test test-slow check lint clean
 
 demo: $(VENV)/installed  ## pretrain on Fashion-MNIST without labels, then compare few-label accuracy with training from scratch
 	@BIN=$(BIN) scripts/find_fashion_mnist.sh
 	$(BIN)/ssl-jax study --config=configs/study_fashion_mnist.py:demo --workdir=runs/demo
 
-test: $(VENV)/installed-test  ## all tests
+test: $(VENV)/installed-test  ## the tests
 	$(BIN)/python -m pytest
 
-check: $(VENV)/installed-dev lint  ## lint, types, tests
-	$(BIN)/python -m pytest
+test-slow: $(VENV)/installed-test  ## those that take long and seldom find what the others don't
+	$(BIN)/python -m pytest -m slow
+
+check: lint test test-slow  ## lint, types, all tests
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -293,7 +293,7 @@ def test_too_many_damaged_headers(damaged):
 def test_too_many_damaged_files_found_later(damaged):
     words = "20 files unreadable", "config.data.max_bad_share=0.2", "and"
     fails(folder(damaged, max_bad_share=0.2), *words)
-    with pytest.raises(UserError, match="5 of 20 files unreadable"):
+    with pytest.raises(UserError, match=r"[56] of 20 files unreadable.*allowed: .*=0.2$"):  # two threads read at a time
         list(stream(open_source(folder(damaged, max_bad_share=0.2)), batch=17, seed=0, start=0, stop=1, workers=2))
 
 

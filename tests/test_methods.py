@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Images, tiny_config, tiny_encoder
+from tiny import Images, tiny_config
 
 from ssl_jax import checkpoint, trainer
 from ssl_jax.augment import make_views
@@ -21,30 +21,23 @@ METHODS = method_names()
 TARGETS = ["byol", "looc", "dino", "moco", "moco_v3", "tico"]
 
 
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch):
-    encoder = tiny_encoder()
-
-    def build_small(model, *shape):
-        return build(model, *shape) if model.name.startswith("vit") else encoder
-
-    monkeypatch.setattr(trainer, "build", build_small)
-
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 STARTED = {}  # what was compiled once serves all tests of a method; the newest only, as programs take memory
 
 
 def start(config, source, devices=1):
     """(initial state, jitted step, mesh)"""
-    key = repr((config, source.images.shape, source.labels is None, devices))
-    if key not in STARTED:
+    key = repr((config, source.images.shape, source.labels is None))
+    if (key, devices) not in STARTED:
         setup = trainer.set_up(config, source)
         mesh = make_mesh(devices, config.train.batch)
-        state = jax.device_put(trainer.init_state(setup, config.train.seed), replicated(mesh))
-        STARTED[key] = state, jax.jit(trainer.make_step(setup, config, mesh)), mesh
+        state = STARTED[key, 1][0] if (key, 1) in STARTED else trainer.init_state(setup, config.train.seed)
+        state = jax.device_put(state, replicated(mesh))
+        STARTED[key, devices] = state, jax.jit(trainer.make_step(setup, config, mesh)), mesh
         if len(STARTED) > 6:
             del STARTED[next(iter(STARTED))]
-    return STARTED[key]
+    return STARTED[key, devices]
 
 
 def batch_of(config, source, step, mesh):
@@ -114,14 +107,16 @@ def test_jit_equals_no_jit(name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, float(jnp.abs(b).max())))
 
 
+@pytest.mark.parametrize("devices", [4, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
-def test_one_two_and_four_devices_agree(name):
-    # The loss of MoCo v3 is four times an InfoNCE (2 T, two directions): the same steps need a quarter of the rate.
-    config, source = tiny_config(name, **{"optim__lr": 0.0125} if name == "moco_v3" else {}), Images()
+def test_one_and_many_devices_agree(name, devices):
+    # Smaller steps where rounding grows faster: MoCo v3's loss is four times an InfoNCE (2 T, two directions), TiCo's
+    # covariance counts rho = 8 times, and NNCLR's nearest neighbour may change with the last bit.
+    slower = name in ("moco_v3", "tico", "nnclr")
+    config, source = tiny_config(name, **{"optim__lr": 0.0125} if slower else {}), Images()
     _, one = train(config, source, 20, devices=1)
-    for devices in (2, 4):
-        _, many = train(config, source, 20, devices=devices)
-        np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+    _, many = train(config, source, 20, devices=devices)
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -206,8 +201,6 @@ def test_odd_batches_and_channels(name):
         extra = {"method__bn_groups": 1 if batch % 2 else 2} if name in ("moco", "looc") else {}
         config, source = tiny_config(name, train__batch=batch, **extra), Images(channels=channels)
         traced(config, source)
-    _, losses = train(config, source, 2)
-    assert np.all(np.isfinite(losses))
 
 
 def traced(config, source):

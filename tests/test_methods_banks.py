@@ -13,18 +13,14 @@ from ssl_jax.errors import UserError
 from ssl_jax.methods import moco
 from ssl_jax.transforms import target_of
 
-
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch):
-    encoder = tiny_encoder()
-    monkeypatch.setattr(trainer, "build", lambda model, channels, size: encoder)
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 def steps(config, count):
     """For each step: what forward gives, its input, the state before and after it, and the metrics."""
     source, setup = Images(), trainer.set_up(config, Images())
     state, step_fn, mesh = start(config, source)
-    augment, forward = make_views(setup.views, setup.method.shares), jax.jit(setup.method.forward)
+    augment, forward = jax.jit(make_views(setup.views, setup.method.shares)), jax.jit(setup.method.forward)
     for step in range(count):
         # The random numbers of `make_step`.
         key_views, key_forward = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), step))
@@ -193,32 +189,3 @@ def test_settings_are_checked():
     ):
         with pytest.raises(UserError, match=words):
             trainer.set_up(tiny_config(name, **{f"method__{key}": value}), Images())
-
-
-# What provokes each collapse, beside the tiny config's settings, and when it is there. At T = 100, no key is likelier
-# than another.
-PROVOKED = {
-    "instance_discrimination": (150, {"optim__weight_decay": 5.0}),
-    "nnclr": (0, {"method__temperature": 100.0}),
-    "looc": (0, {"method__temperature": 100.0}),
-}
-
-
-@pytest.mark.parametrize("name", PROVOKED)
-def test_collapse_is_named_and_a_healthy_run_is_silent(name):
-    """By the trainer's rule: a sign that stands for 50 steps in a row."""
-
-    first, changes = PROVOKED[name]
-
-    def said(**changes):
-        config = tiny_config(name, train__duration="200 steps", **changes)
-        state, step_fn, mesh = start(config, Images())
-        collapsed = trainer.set_up(config, Images()).method.collapsed
-        found = []
-        for step in range(first + trainer.COLLAPSED):
-            state, metrics = step_fn(state, batch_of(config, Images(), step, mesh))
-            found.append(collapsed({k: float(v) for k, v in metrics.items()}))
-        return found[first:]
-
-    assert not all(said())
-    assert all(said(**changes))

@@ -60,6 +60,7 @@ def test_a_recipe_says_what_was_published_and_sets_keys_that_exist(file, name):
         assert key in recipe, "left to a default that may change"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file", "name"), TRACED.values())
 def test_a_recipe_is_traced_at_full_size(file, name):
     config = resolve(FILES[file]["get_config"](name))

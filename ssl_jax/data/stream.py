@@ -92,5 +92,7 @@ def stream(
             index = np.array(order(seed, examples, batch, step))
             made = {**next(images), "index": index}
             yield made if labels is None else {**made, "label": labels[index]}
+    except UserError as error:
+        raise UserError(str(error).partition("\n")[0]) from None  # without what grain adds about its traceback
     finally:
         images.close()  # ends the threads, also when the caller stops early
