@@ -62,7 +62,7 @@ def test_disk_and_memory_give_the_same_pairs(photos):
 
 
 @pytest.mark.parametrize("engine", ["memory", "disk"])
-@pytest.mark.parametrize("method", ["simclr", "byol"])
+@pytest.mark.parametrize("method", ["simclr", pytest.param("byol", marks=pytest.mark.slow)])
 def test_two_view_methods_train_on_pairs(photos, method, engine, tmp_path):
     config = tiny_config(method, data__engine=engine, train__batch=4, train__duration="3 steps", eval__every="0 steps")
     trainer.fit(config, tmp_path / "run", source(photos, "folder"))

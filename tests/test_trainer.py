@@ -101,7 +101,7 @@ def test_killed_at_any_moment_it_ends_bit_identical(uninterrupted, tmp_path):
     assert (workdir / weights).read_bytes() == (uninterrupted / weights).read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signals_save_and_ask_for_requeue(uninterrupted, tmp_path, number):
     workdir = tmp_path / "run"
     process = start(workdir)

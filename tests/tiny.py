@@ -15,7 +15,7 @@ SMALL = {
     "centre_momentum": 0.0, "teacher_temperature": 0.01, "warmup_temperature": 0.01,
 }  # fmt: skip
 # At their own temperatures, rounding of the steps here grows too fast, and Z of a bank of 8 numbers a row is far off.
-TEMPERATURE = {"instance_discrimination": 0.5, "nnclr": 0.2}
+TEMPERATURE = {"instance_discrimination": 0.5, "nnclr": 0.5}
 # Views that a method cannot do without: cells of 4 px for tiles; a warp to predict.
 VIEWS = {
     "jigsaw": {"augment.size": 12},

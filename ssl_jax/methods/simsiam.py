@@ -44,8 +44,8 @@ def make(config, encoder, run):
 
     def collapsed(metrics):
         rank = metrics["projection_rank"]
-        words = f"projection_rank {rank:.3f}: all projections lie on one line; likely cause: no stop-gradient, or a "
-        return words + "learning rate too high" if rank < 1.1 else ""
+        words = f"projection_rank {rank:.3f}: projections lie near one line; likely cause: no stop-gradient, or a "
+        return words + "learning rate too high" if rank < 1.2 else ""
 
     # A predictor whose rate does not decay follows the projections better (section 4.2).
     return Method(init_of(network), forward, loss, constant_lr=frozenset({"predictor"}), collapsed=collapsed)
