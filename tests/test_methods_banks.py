@@ -96,7 +96,7 @@ def test_nnclr_finds_neighbours_of_one_view_for_the_other_and_remembers_the_firs
         for z, prediction in zip(outputs["z"], reversed(outputs["prediction"])):
             for i, own in enumerate(unit(z)):
                 neighbour = max(queue, key=lambda row, own=own: row @ own)
-                terms.append(found(neighbour, prediction, i, 0.2))
+                terms.append(found(neighbour, prediction, i, config.method.temperature))
         np.testing.assert_allclose(metrics["loss"], np.mean(terms), rtol=1e-4)
         remembered = by_age(before.extra) if remembered is None else remembered
         remembered = np.concatenate([remembered, unit(outputs["z"][0])])[-24:]
