@@ -20,15 +20,22 @@ from ssl_jax.transforms import freeze, target_of, track_target
 pytestmark = pytest.mark.usefixtures("small_networks")
 
 
+FORWARD = {}  # what was compiled once
+
+
 def outputs_of(config, state, step):
     """What the method's forward gives in this step of `make_step`, from the same random numbers."""
-    source, setup = Images(), trainer.set_up(config, Images())
+    source = Images()
+    if repr(config) not in FORWARD:
+        setup = trainer.set_up(config, source)
+        FORWARD[repr(config)] = setup.method, jax.jit(make_views(setup.views)), jax.jit(setup.method.forward)
+    method, augment, forward = FORWARD[repr(config)]
     key_views, key_forward = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), step))
     batch = batch_of(config, source, step, start(config, source)[2])
-    views, drawn = jax.jit(make_views(setup.views))(key_views, batch["image"])
+    views, drawn = augment(key_views, batch["image"])
     inputs = {"views": views, "drawn": drawn}
     target = target_of(state.opt_state)
-    return setup.method, setup.method.forward(state.params, target, state.extra, inputs, key_forward)[0], inputs
+    return method, forward(state.params, target, state.extra, inputs, key_forward)[0], inputs
 
 
 @pytest.mark.parametrize("name", ["tico", "dino", "swav"])

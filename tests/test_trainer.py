@@ -142,6 +142,7 @@ def test_two_processes_in_one_folder(tmp_path):
     assert done.returncode == 2 and "another process is working in this folder" in done.stderr
 
 
+@pytest.mark.slow
 def test_full_disk_while_training_is_one_line_and_can_be_resumed(tmp_path):
     """No file may grow beyond 3 kB after the first save: metrics or a checkpoint hit it."""
     script = (
