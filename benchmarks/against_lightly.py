@@ -1,13 +1,14 @@
-"""ssl_jax beside lightly 1.6.0 (PyTorch) on Fashion-MNIST: kNN accuracy and time of an epoch, method by method, on the CPU.
+"""ssl_jax beside lightly 1.6.0 (PyTorch) on Fashion-MNIST and a CPU: kNN accuracy and time of an epoch, by method.
 
     python -m venv peer && peer/bin/pip install torch==2.14.1 torchvision==0.29.1 lightly==1.6.0
     python benchmarks/against_lightly.py --peer=peer/bin/python [--methods=simclr,byol] [--seeds=3] [--epochs=2]
 
 Every run is a process, `ssl-jax pretrain` or benchmarks/lightly_peer.py, and the two take turns. The peer reads its
-settings from the resolved config of ours: images, views, batch, epochs, SGD with Nesterov, rate, warm-up, cosine, weight
-decay, sizes of heads, temperatures, momentum. The numbers of parameters are compared before the first run. One function
-judges both: kNN on the 10,000 test images, all training images used vote. A finished run is a line of
-benchmarks/results/against_lightly.csv and is not run again; the table is benchmarks/results/against_lightly.md.
+settings from the resolved config of ours: images, views, batch, epochs, SGD with Nesterov, rate, warm-up, cosine,
+weight decay, sizes of heads, temperatures, momentum. The numbers of parameters are compared before the first run. One
+function judges both: kNN on the 10,000 test images, all training images used vote. A finished run is a line of
+benchmarks/results/against_lightly.csv and is not run again; the table is benchmarks/results/against_lightly.md. What
+is equal and what is not: benchmarks/README.md.
 """
 
 import argparse

@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch_resnet import resnet
-from torchvision import transforms as T
+from torchvision import transforms
 
 TIMED = 10  # steps whose median is the time of a step alone
 
@@ -241,15 +241,15 @@ class Pictures(Dataset):
         return self.transform(Image.fromarray(self.images[index]))
 
 
-def view_of(view: dict, run: SimpleNamespace) -> T.Compose:
-    jitter = T.ColorJitter(brightness=view["brightness"], contrast=view["contrast"])
-    return T.Compose(
+def view_of(view: dict, run: SimpleNamespace) -> transforms.Compose:
+    jitter = transforms.ColorJitter(brightness=view["brightness"], contrast=view["contrast"])
+    return transforms.Compose(
         [
-            T.RandomResizedCrop(view["size"], scale=view["crop_scale"], ratio=view["crop_ratio"]),
-            T.RandomHorizontalFlip(view["flip"]),
-            T.RandomApply([jitter], p=view["jitter_prob"]),
-            T.ToTensor(),
-            T.Normalize(run.mean, run.std),
+            transforms.RandomResizedCrop(view["size"], scale=view["crop_scale"], ratio=view["crop_ratio"]),
+            transforms.RandomHorizontalFlip(view["flip"]),
+            transforms.RandomApply([jitter], p=view["jitter_prob"]),
+            transforms.ToTensor(),
+            transforms.Normalize(run.mean, run.std),
         ]
     )
 
