@@ -168,7 +168,7 @@ class Bench:
         found, made = json.loads((folder / "result.json").read_text()), np.load(folder / "embeddings.npz")
         measured = result(found["epochs"], wall - found["after"])
         knn = self.knn(made["train"], made["test"])
-        return measured | {"knn": knn, "loss": found["losses"][-1], "step_s": round(found["step"], 4)}
+        return measured | {"knn": knn, "loss": found["loss"], "step_s": round(found["step"], 4)}
 
     def run(self) -> None:
         args = self.args

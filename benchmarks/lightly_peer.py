@@ -116,7 +116,7 @@ class BYOL(WithTarget):
         with torch.no_grad():
             targets = [self.target(view) for view in views]
         # The paper's scale, 2 - 2 cos in both directions: SGD with one rate for both libraries needs one scale.
-        return 2 * (self.criterion(predictions[0], targets[1]) + self.criterion(predictions[1], targets[0]))
+        return 4 + 2 * (self.criterion(predictions[0], targets[1]) + self.criterion(predictions[1], targets[0]))
 
 
 class SimSiam(Peer):
@@ -311,17 +311,16 @@ def train(run: SimpleNamespace, model: Peer) -> None:
         num_workers=run.workers,
         persistent_workers=run.workers > 0,
     )
-    seconds, losses, step = [], [], 0
+    seconds, step = [], 0
     for _ in range(run.epochs):
-        began, total = time.perf_counter(), torch.zeros(())
+        began = time.perf_counter()
         for views in loader:
-            total += train_step(model, optimizer, views, step).sum()  # SwaVLoss has shape [1]
+            loss = train_step(model, optimizer, views, step)
             step += 1
         seconds.append(time.perf_counter() - began)
-        losses.append(float(total) / run.epoch_steps)
-        print(f"{run.method.name}: epoch {len(seconds)}, {seconds[-1]:.1f} s, loss {losses[-1]:.4f}", flush=True)
-        if not math.isfinite(losses[-1]):
-            sys.exit(f"{run.method.name}: loss is {losses[-1]}")
+        print(f"{run.method.name}: epoch {len(seconds)}, {seconds[-1]:.1f} s, loss {loss.item():.4f}", flush=True)
+        if not math.isfinite(loss.item()):
+            sys.exit(f"{run.method.name}: loss is {loss.item()}")
     began = time.perf_counter()
     np.savez(out / "embeddings.npz", train=embed(model, data["train"]), test=embed(model, data["test"]))
     embedding, alone = time.perf_counter() - began, []
@@ -330,7 +329,13 @@ def train(run: SimpleNamespace, model: Peer) -> None:
         train_step(model, optimizer, views, step - 1)
         alone.append(time.perf_counter() - start)
     after = time.perf_counter() - began
-    result = {"epochs": seconds, "losses": losses, "step": statistics.median(alone), "embed": embedding, "after": after}
+    result = {
+        "epochs": seconds,
+        "loss": loss.item(),
+        "step": statistics.median(alone),
+        "embed": embedding,
+        "after": after,
+    }
     (out / "result.json").write_text(json.dumps(result))
 
 
