@@ -46,7 +46,6 @@ SAME = ("images", "epochs", "batch", "cores")  # runs that differ in these are n
 ALL = {"optim.vector_lr": 1.0, "optim.weight_decay_end": -1.0, "eval.every": "0 steps", "eval.online_probe": False}
 FOR = {"moco": {"method.bn_groups": 1}, "swav": {"method.queue": 0}}
 DRAWN = ("size", "crop_scale", "crop_ratio", "flip", "jitter_prob", "brightness", "contrast")  # of views, by both
-RATES = {}
 GUESS = {"ssl_jax": 1000, "lightly": 500}  # images/s on two cores, for the estimate before the first run
 
 
@@ -64,8 +63,6 @@ def flags(method: str, seed: int, args: argparse.Namespace) -> list[str]:
     }
     if method == "swav":
         settings["method.freeze_steps"] = steps // 10
-    if method in RATES:
-        settings["optim.lr"] = RATES[method]
     return [f"--config.{key}={value}" for key, value in settings.items()]
 
 
@@ -76,6 +73,8 @@ def settings_of(config: Config, setup: Setup, args: argparse.Namespace, folder: 
     widths, depths, _ = ARCHITECTURES[config.model.name]
     mean, std = normalization(config.model, 1)
     optim = config.optim
+    if optim.name != "sgd" or optim.schedule != "cosine":
+        sys.exit(f"benchmarks/lightly_peer.py trains by SGD with a cosine; config.optim: {optim}")
     for view in setup.views:
         rest = dataclasses.replace(view, **{key: getattr(View(), key) for key in DRAWN})
         if rest != View():
