@@ -46,7 +46,7 @@ SAME = ("images", "epochs", "batch", "cores")  # runs that differ in these are n
 ALL = {"optim.vector_lr": 1.0, "optim.weight_decay_end": -1.0, "eval.every": "0 steps", "eval.online_probe": False}
 FOR = {"moco": {"method.bn_groups": 1}, "swav": {"method.queue": 0}}
 DRAWN = ("size", "crop_scale", "crop_ratio", "flip", "jitter_prob", "brightness", "contrast")  # of views, by both
-GUESS = {"ssl_jax": 1000, "lightly": 500}  # images/s on two cores, for the estimate before the first run
+GUESS = {"ssl_jax": 500, "lightly": 700}  # images/s on two cores with AVX2, for the estimate before the first run
 
 
 def flags(method: str, seed: int, args: argparse.Namespace) -> list[str]:
