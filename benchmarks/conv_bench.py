@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch import nn
+from torch_resnet import resnet
 
 from ssl_jax.config import Model
 from ssl_jax.models import build_encoder
@@ -28,34 +28,11 @@ CASES = (
 )
 
 
-class Block(nn.Module):
-    def __init__(self, inputs, features, stride):
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(inputs, features, 3, stride, 1, bias=False), nn.BatchNorm2d(features), nn.ReLU(inplace=True)),
-            *(nn.Conv2d(features, features, 3, 1, 1, bias=False), nn.BatchNorm2d(features)),
-        )
-        around = (nn.Conv2d(inputs, features, 1, stride, bias=False), nn.BatchNorm2d(features))
-        self.around = nn.Identity() if stride == 1 and inputs == features else nn.Sequential(*around)
-
-    def forward(self, x):
-        return torch.relu(self.body(x) + self.around(x))
-
-
 def torch_net(name, stem, channels):
     """The same layers in PyTorch; basic blocks only."""
     widths, depths, _ = ARCHITECTURES[name]
-    size, stride = (5, 2) if name == "resnet_thin" else (7, 2) if stem == "imagenet" else (3, 1)
-    first = nn.Conv2d(channels, widths[0], size, stride, size // 2, bias=False)
-    layers = [first, nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)]
-    if stem == "imagenet":
-        layers.append(nn.MaxPool2d(3, 2, 1))
-    before = widths[0]
-    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        for i in range(depth):
-            layers.append(Block(before, width, 2 if stage and i == 0 else 1))
-            before = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    first = (5, 2) if name == "resnet_thin" else (7, 2) if stem == "imagenet" else (3, 1)
+    return resnet(channels, widths, depths, stem=first, pool=stem == "imagenet")
 
 
 def torch_step(name, stem, x):

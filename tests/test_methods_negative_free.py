@@ -107,6 +107,17 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
         np.testing.assert_allclose(value, want, rtol=1e-5, err_msg=str(step))
 
 
+def test_swav_without_a_queue_is_saved_and_assigns_each_batch_alone(tmp_path):
+    config = tiny_config("swav", method__queue=0, train__duration="6 steps", eval__every="0 steps")
+    encoder = trainer.fit(config, tmp_path / "run", Images())
+    assert encoder.about["step"] == 6
+    state, step_fn, mesh = start(config, Images())
+    outputs = outputs_of(config, state, 0)[1]
+    q = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in outputs["scores"][:2]]
+    loss = step_fn(state, batch_of(config, Images(), 0, mesh))[1]["loss"]
+    np.testing.assert_allclose(loss, losses.swav(outputs["scores"], q, temperature=0.1), rtol=1e-5)
+
+
 def test_dino_exports_the_teacher_and_freezes_its_last_layer_for_an_epoch():
     """48 images in batches of 16: the epoch has 3 steps."""
     config = tiny_config("dino")

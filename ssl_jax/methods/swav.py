@@ -45,7 +45,9 @@ def make(config, encoder, run):
         rng_net, rng_prototypes = jax.random.split(rng)
         params, extra = init_of(network)(rng_net, views)
         prototypes = normalize(jax.random.normal(rng_prototypes, (config.prototypes, config.out)))
-        extra |= {"queue": jnp.zeros((2, config.queue, config.out)), "step": jnp.zeros([], jnp.int32)}
+        extra["step"] = jnp.zeros([], jnp.int32)
+        if config.queue:  # an array without elements cannot be saved
+            extra["queue"] = jnp.zeros((2, config.queue, config.out))
         return {**params, "prototypes": prototypes}, extra
 
     def forward(params, target, extra, batch, rng):
@@ -71,18 +73,21 @@ def make(config, encoder, run):
     def loss(outputs, extra, batch):
         del batch
         scores = jax.lax.stop_gradient(outputs["scores"][:2])
-        remembered = jax.lax.stop_gradient(extra["queue"] @ outputs["prototypes"].T)
-        full = extra["step"] * len(scores[0]) >= config.queue
-        begun = extra["step"] >= config.queue_start * run.steps
-        use = full & begun & (config.queue > 0)
-        q = [jax.lax.cond(use, assign, lambda s, r: assign(s, r[:0]), *pair) for pair in zip(scores, remembered)]
+        if config.queue:
+            remembered = jax.lax.stop_gradient(extra["queue"] @ outputs["prototypes"].T)
+            full = extra["step"] * len(scores[0]) >= config.queue
+            use = full & (extra["step"] >= config.queue_start * run.steps)
+            q = [jax.lax.cond(use, assign, lambda s, r: assign(s, r[:0]), *pair) for pair in zip(scores, remembered)]
+        else:
+            q = [assign(s, s[:0]) for s in scores]
         return swav(outputs["scores"], q, temperature=config.temperature), entropies(q)
 
     def after(params, extra, outputs, step):
         """Prototypes are unit vectors again; the newest features come first in the queue, the oldest leave it."""
-        queue = jnp.concatenate([outputs["z"], extra["queue"]], axis=1)[:, : config.queue]
-        params = {**params, "prototypes": normalize(params["prototypes"])}
-        return params, {**extra, "queue": queue, "step": step + 1}
+        extra = {**extra, "step": step + 1}
+        if config.queue:
+            extra["queue"] = jnp.concatenate([outputs["z"], extra["queue"]], axis=1)[:, : config.queue]
+        return {**params, "prototypes": normalize(params["prototypes"])}, extra
 
     return Method(
         init,
