@@ -27,7 +27,7 @@ from ssl_jax.evaluate import finetune, interval, knn_predict, linear_probe, metr
 from ssl_jax.run import read_lines
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SHORT = "60000 examples"  # of a trial
+SHORT = "20000 examples"  # of a trial
 LABELS = 250
 SCORES = ("knn", "linear", "finetune")
 

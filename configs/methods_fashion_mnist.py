@@ -43,7 +43,7 @@ def get_config(method="simclr"):
     else:
         config.optim.update({"name": "sgd", "lr": 0.1, "lr_batch": 256, "nesterov": True, "weight_decay": 1e-4})
     config.optim.warmup = "50 steps"
-    config.train.update({"batch": 256, "duration": "3 epochs"})
+    config.train.update({"batch": 128, "duration": "2 epochs"})
     config.update_from_flattened_dict(FOR.get(method, {}))
     return config
 
