@@ -61,6 +61,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
 def start(workdir: Path, config: Config) -> None:
     """Makes the run folder, or checks that an existing one belongs to the same config.
 
+    A run that ended before its first step leaves nothing that another config could spoil: its config is replaced.
     Raises UserError if the folder holds something else or another config, naming the keys that differ.
     """
     made = json.loads(json.dumps(to_json(config)))
@@ -68,11 +69,14 @@ def start(workdir: Path, config: Config) -> None:
         # A run of an earlier version lacks the keys that came later: they are at their defaults.
         saved = to_json(resolve(from_json(read_config(workdir))))
         changed = differences(json.loads(json.dumps(saved)), made)
-        if changed:
+        begun = (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
+        if changed and begun:
             raise UserError(
                 f"--workdir={workdir}: holds a run of another config ({'; '.join(changed)}); "
                 "allowed: the same config, which continues it, or another folder"
             )
+        if changed:
+            write_json(workdir / "config.json", made)
         return
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; allowed: a folder, new or of an earlier run")
