@@ -30,7 +30,11 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     ),
     "study": (
         "compare methods over label counts and seeds (can be stopped and continued)",
-        {"config": (..., CONFIG), "workdir": (..., "study folder to make or to continue")},
+        {
+            "config": (..., CONFIG),
+            "workdir": (..., "study folder to make or to continue"),
+            "cells": ("", "K/N: only share K of N of the cells, K from 1 to N; 0/N: only the pretraining"),
+        },
     ),
     "finetune": (
         "train a classifier from labelled images, starting from an encoder",

@@ -3,9 +3,11 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax import run
-from ssl_jax.config import Config, Data, default, from_json, merge, method_module, method_names, resolve
+from ssl_jax.config import Config, Data, default, from_json, method_module, method_names, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, rebuild
-from ssl_jax.errors import NoPartError, UserError, unknown
+from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
 
 
 def start_jax() -> None:
@@ -103,31 +105,56 @@ def evaluate(
     return made
 
 
-def study(config: ConfigDict, workdir: str) -> None:
-    """Pretrains every arm that needs it in workdir/pretrain/<arm>, then runs the cells; see `ssl_jax.study`."""
-    from ssl_jax.report.html import write_report
-    from ssl_jax.study import from_scratch, run_study
-    from ssl_jax.trainer import fit
+def study(config: ConfigDict, workdir: str, cells: str = "") -> None:
+    """Pretrains every arm that needs it in workdir/pretrain/<arm>, then runs the cells; see `ssl_jax.study`.
 
-    resolved, folder = resolve(config), Path(workdir)
-    if not resolved.study.arms:
-        raise UserError("config.study.arms: empty; allowed: a mapping of arms, as in configs/study_fashion_mnist.py")
-    with run.lock(folder):
+    cells: "0/N" pretrains only, and several such processes divide the arms among them; "K/N" runs the K-th share of the
+    cells from finished encoders (SystemExit(75), "try again later", if one is missing). "" does what is left of both,
+    and writes the tables.
+    """
+    from ssl_jax import study as of
+    from ssl_jax.report.html import write_report
+    from ssl_jax.trainer import REQUEUE, fit
+
+    resolved, folder, part = resolve(config), Path(workdir), _part(cells)
+    needed = of.pretrainings(resolved)  # a mistake in any arm is told before the first one trains
+    with run.lock(folder, shared=part is not None):
         run.record_environment(folder)
+        homes = {(arm, i): folder / "pretrain" / (f"{arm}-{i + 1}" if i else arm) for arm, i in needed}
+        unfinished = [home for home in homes.values() if not (home / "encoder" / "encoder.json").is_file()]
+        if part and part[0] and unfinished:
+            print(f"ssl-jax: {unfinished[0]}: not pretrained yet; first run the same with --cells=0/{part[1]}")
+            raise SystemExit(REQUEUE)
         train = open_source(resolved.data)
         size, channels = min(train.shape[:2]), train.shape[2]
+        if part and not part[0]:
+            for place, made in needed.items():
+                try:
+                    fit(made, homes[place], train)
+                except BusyError:
+                    print(f"{homes[place]}: left to the process that is working on it")
+            return
 
-        def get_encoder(arm: str, arm_config: Config, seed: int) -> Encoder:
-            if from_scratch(resolved.study.arms[arm]):
-                return random_encoder(arm_config.model, size, channels, seed)
-            return fit(arm_config, folder / "pretrain" / arm, train)
+        def get_encoder(arm: str, arm_config: Config, number: int) -> Encoder:
+            if of.from_scratch(resolved.study.arms[arm]):
+                return random_encoder(arm_config.model, size, channels, number)
+            return fit(needed[arm, number], homes[arm, number], train)
 
-        for changes in resolved.study.arms.values():
-            merge(resolved, changes)  # a mistake in any arm is told before the first one trains
-        test = open_source(dataclasses.replace(resolved.study.test, size=size, channels=channels))
-        run_study(resolved, folder, get_encoder=get_encoder, train=train, test=test, log=print)
-        print((folder / "summary.md").read_text())
-        print(f"report: {write_report(folder)}")
+        test = open_source(dataclasses.replace(of.data_of_test(resolved), size=size, channels=channels))
+        given: Any = {"get_encoder": get_encoder, "train": train, "test": test, "part": part}
+        of.run_study(resolved, folder, **given, log=functools.partial(print, flush=True))
+        if not part:
+            print((folder / "summary.md").read_text())
+            print(f"report: {write_report(folder)}")
+
+
+def _part(cells: str) -> tuple[int, int] | None:
+    if not cells:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", cells)
+    if not found or not 0 <= int(found[1]) <= int(found[2]) or found[2] == "0":
+        raise UserError(f"--cells={cells}: allowed: K/N with K from 1 to N, or 0/N, which pretrains only")
+    return int(found[1]), int(found[2])
 
 
 def finetune(

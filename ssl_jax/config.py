@@ -156,7 +156,8 @@ class Study:
     protocol: str = "finetune"  # finetune or linear
     labels: tuple[int, ...] = (50, 100, 250, 1000)
     seeds: int = 5
-    test: Data = field(default_factory=lambda: Data(split="test"))
+    pretrainings: int = 1  # of each arm that pretrains, with seeds of their own; the study's seeds take turns
+    test: Data = field(default_factory=lambda: Data(name="", split="test"))  # without a name: a split of config.data
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ AT_LEAST_1 = (
     "finetune.steps",
     "finetune.batch",
     "study.seeds",
+    "study.pretrainings",
     "eval.knn_k",
     "data.workers",
 )

@@ -208,7 +208,10 @@ def test_study_folder(tmp_path):
     assert "No result yet" in text_of(write_report(tmp_path))
     config = configs.to_json(configs.resolve(configs.default("byol")))
     config["study"]["arms"] = {"byol": {"optim": {"lr": 0.1}}, "scratch": {}}
-    write_json(tmp_path / "study.json", {"config": config})
+    config["study"]["test"]["split"] = "val"
+    write_json(tmp_path / "config.json", config)
+    about = {"train_images": 1200, "test_images": 300, "phantom": {"seed": 3}}
+    write_json(tmp_path / "study.json", about)
     (tmp_path / "summary.csv").write_text("arm,labels,mean\n<byol>,50,0.7012345\nscratch,50,0.65\n")
     table = "| arm | 50 labels | 1,000 labels |\n|---|---|---|\n| <byol> | 70.1 ± 0.5 | – |"
     (tmp_path / "summary.md").write_text(f"# Study\n\nTop-1 & <more>.\n\n{table}\n\nbyol: better.\n")
@@ -219,6 +222,8 @@ def test_study_folder(tmp_path):
     assert sections(page) == ["Result", *pictures, "All metrics", "Pretraining of byol", "Configuration"]
     text = text_of(page)
     assert "byol, scratch on fashion_mnist (train): finetune with 50, 100, 250, 1,000 labels, 5 draws" in text
+    assert "tested on fashion_mnist (val). 1,200 and 300 images." in text
+    assert "Label-efficiency study on phantom images" in text and text.count("Phantoms: ") == 2
     assert "Top-1 & <more>. arm 50 labels 1,000 labels <byol> 70.1 ± 0.5 – byol: better." in text
     assert "<byol> 50 0.7012" in text and "byol on a resnet18" in text and "config.study.arms.byol.optim.lr 0.1" in text
     assert page.read_text().count("data:image/png") == 2

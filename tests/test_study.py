@@ -15,7 +15,8 @@ from ssl_jax.config import Augment, Data, Finetune, Study, default, resolve
 from ssl_jax.data.source import from_array
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import metrics, nested_subset
-from ssl_jax.study import class_gains, from_scratch, run_study, summarise, verdicts
+from ssl_jax.report.tables import class_gains, summarise, verdicts
+from ssl_jax.study import from_scratch, run_study
 
 ARMS = {"scratch": {}, "good": {"train": {"seed": 1}}}
 NAMES = ["coat", "bag", "boot"]

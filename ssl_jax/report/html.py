@@ -60,9 +60,8 @@ def write_report(workdir: Path, out: Path | None = None) -> Path:
     """
     folder = Path(workdir)
     out = Path(out) if out else folder / "report.html"
-    study = (folder / "summary.csv").is_file() or any((folder / "pretrain").glob("*/config.json"))
-    run = (folder / "config.json").is_file() or not study
-    made = _run_page(read_run(folder)) if run else _study_page(folder)
+    study = (folder / "study.json").is_file() or any((folder / "pretrain").glob("*/config.json"))
+    made = _study_page(folder) if study else _run_page(read_run(folder))
     # A file name that is not UTF-8 must not cost the report.
     write_bytes(out, made.encode("utf-8", "backslashreplace"))
     return out
@@ -108,31 +107,40 @@ def _run_page(run: Run) -> str:
 
 
 def _study_page(folder: Path) -> str:
-    environment, about = read_json(folder / "environment.json"), folder / "study.json"
-    config = json.loads(about.read_text())["config"] if about.is_file() else None
-    summary = folder / "summary.md"
+    environment, about = read_json(folder / "environment.json"), read_json(folder / "study.json")
+    config, phantom = read_json(folder / "config.json"), about.get("phantom")
+    summary, of = folder / "summary.md", "Phantoms: " if phantom else ""
     unfinished = note("No result yet: the study has not come so far; the same command continues it.")
+    words = "from left to right: how frequent each class is, and its gain at each number of labels"
     sections = [
         ("Result", markdown(summary.read_text()) if summary.is_file() else unfinished),
-        ("Score against labels", picture(folder / "curve.png", "Test score against the number of labels.")),
-        ("Gain by class", picture(folder / "gain_by_class.png", "Gain of each class against its frequency.")),
+        ("Score against labels", picture(folder / "curve.png", f"{of}Test score against the number of labels.")),
+        ("Gain by class", picture(folder / "gain_by_class.png", f"{of}Gain of each class, {words}.")),
         ("All metrics", fold("summary.csv", _csv_table(folder / "summary.csv"))),
+        ("All classes", fold("classes.csv", _csv_table(folder / "classes.csv"))),
     ]
     for path in sorted((folder / "pretrain").glob("*/config.json")):
         run = read_run(path.parent)
         sections.append((f"Pretraining of {path.parent.name}", _verdict(run, None) + _curves(run)))
     sections.append(("Configuration", _configuration(config) if config else ""))
     sections += [("Environment", _environment(environment)), ("Commands", _commands(environment))]
-    return page("Label-efficiency study", f"Study folder {folder.absolute().name}", _design(config), sections)
+    title = f"Label-efficiency study{' on phantom images' if phantom else ''}"
+    return page(title, f"Study folder {folder.absolute().name}", _design(config, about), sections)
 
 
-def _design(config: Mapping[str, Any] | None) -> str:
-    if config is None:
+def _design(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    if not config:
         return ""
     study = config["study"]
+    test = (
+        study["test"]
+        if study["test"]["name"]
+        else {**config["data"], **{k: study["test"][k] for k in ("split", "limit")}}
+    )
     words = f"{', '.join(study['arms'])} on {_data_name(config['data'])}: {study['protocol']} with "
     words += f"{', '.join(f'{n:,}' for n in study['labels'])} labels, {study['seeds']} draws of each, tested on "
-    return f"<p>{escape(words + _data_name(study['test']))}.</p>"
+    counts = f" {about['train_images']:,} and {about['test_images']:,} images." if about else ""
+    return f"<p>{escape(f'{words}{_data_name(test)}.{counts}')}</p>"
 
 
 # What the run did, in words.
