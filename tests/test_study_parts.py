@@ -5,10 +5,9 @@ import dataclasses
 import json
 
 import pytest
-from test_cli import ssl_jax
-from test_study import _config, _run, _tables
+from toy_study import toy_config, toy_run, toy_tables
 
-from ssl_jax import run, study
+from ssl_jax import cli, run, study
 from ssl_jax.config import Data, Study
 from ssl_jax.encoder import export, load_encoder, random_encoder
 
@@ -28,20 +27,20 @@ def test_parts_are_the_whole_and_share_the_long_cells():
 
 
 def test_parts_together_write_the_tables_of_one_process(tmp_path):
-    config = _config(labels=(6, 12), seeds=2, finetune={"lr": (1e-2,), "steps": 3})
-    _run(config, tmp_path / "whole")
+    config = toy_config(labels=(6, 12), seeds=2, finetune={"lr": (1e-2,), "steps": 3})
+    toy_run(config, tmp_path / "whole")
     for k in (2, 3, 1):
-        asked, lines, rows = _run(config, tmp_path / "parts", part=(k, 3))
+        asked, lines, rows = toy_run(config, tmp_path / "parts", part=(k, 3))
         assert len(lines) in (2, 3) and rows == [] and not (tmp_path / "parts" / "summary.csv").exists()
         assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
-    _, lines, _ = _run(config, tmp_path / "parts")
+    _, lines, _ = toy_run(config, tmp_path / "parts")
     assert len(lines) == 8 and all("(reused)" in line for line in lines)
-    assert _tables(tmp_path / "parts") == _tables(tmp_path / "whole")
+    assert toy_tables(tmp_path / "parts") == toy_tables(tmp_path / "whole")
 
 
 def test_seeds_take_turns_with_the_pretrainings(tmp_path):
-    config = _config(labels=(6,), seeds=3, pretrainings=2, finetune={"lr": (1e-2,), "steps": 2})
-    asked, _, _ = _run(config, tmp_path)
+    config = toy_config(labels=(6,), seeds=3, pretrainings=2, finetune={"lr": (1e-2,), "steps": 2})
+    asked, _, _ = toy_run(config, tmp_path)
     assert asked == [("good", 0), ("good", 1), ("scratch", 0), ("scratch", 1), ("scratch", 2)]
     needed = study.pretrainings(config)
     assert {key: made.train.seed for key, made in needed.items()} == {("good", 0): 1, ("good", 1): 2}
@@ -52,7 +51,7 @@ def test_seeds_take_turns_with_the_pretrainings(tmp_path):
 
 
 def test_the_test_data_are_another_split_of_the_same_data():
-    config = _config()
+    config = toy_config()
     config = dataclasses.replace(config, data=Data(name="csv", path="x.csv", limit=7, pairs="person", size=32))
     made = study.data_of_test(config)
     assert made == Data(name="csv", path="x.csv", split="test", size=32)
@@ -63,7 +62,7 @@ def test_the_test_data_are_another_split_of_the_same_data():
 def test_figures_and_words_say_phantom(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "phantom.json").write_text('{"phantom": true, "seed": 3, "patients": 7}')
-    config = _config(labels=(6,), seeds=1, finetune={"lr": (1e-2,), "steps": 2})
+    config = toy_config(labels=(6,), seeds=1, finetune={"lr": (1e-2,), "steps": 2})
     for path in (tmp_path / "data", tmp_path / "data" / "train.csv", tmp_path / "else", ""):
         found = study.phantom(Data(name="chexpert", path=str(path)))
         assert (found is not None) == ("data" in str(path).split("/")[-2:])
@@ -72,7 +71,7 @@ def test_figures_and_words_say_phantom(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **_: titles.update([text.split()[0]]))
         patch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **_: titles.update([text.split()[0]]))
-        _run(config, tmp_path / "study")
+        toy_run(config, tmp_path / "study")
     assert titles["Phantoms:"] == 3  # two titles of the curve, one of the gains
     assert "about patients they tell nothing" in (tmp_path / "study" / "summary.md").read_text()
     assert json.loads((tmp_path / "study" / "study.json").read_text())["phantom"]["seed"] == 3
@@ -110,21 +109,21 @@ def test_tasks_of_an_array_share_a_folder(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "out"
     args = ("study", f"--config={tmp_path / 'study.py'}", f"--workdir={folder}")
     for wrong in ("3/2", "1/0", "-1/2", "one"):
-        assert ssl_jax(*args, f"--cells={wrong}") == 2
+        assert cli.main([*args, f"--cells={wrong}"]) == 2
         assert "allowed: K/N with K from 1 to N" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
-        ssl_jax(*args, "--cells=1/2")
+        cli.main([*args, "--cells=1/2"])
     assert stopped.value.code == 75 and "first run the same with --cells=0/2" in capsys.readouterr().out
     with run.lock(folder / "pretrain" / "simclr"):  # a task pretrains this one; the other is left
-        assert ssl_jax(*args, "--cells=0/2") == 0
+        assert cli.main([*args, "--cells=0/2"]) == 0
     assert "simclr: left to the process that is working on it" in capsys.readouterr().out
     assert {p.name for p in (folder / "pretrain").iterdir() if (p / "encoder").is_dir()} == {"simclr-2"}
-    assert ssl_jax(*args, "--cells=0/2") == 0 and ssl_jax(*args, "--cells=1/2") == 0
+    assert cli.main([*args, "--cells=0/2"]) == 0 and cli.main([*args, "--cells=1/2"]) == 0
     with run.lock(folder, shared=True):  # another task at work: it may go on beside us, but not be summed up
-        assert ssl_jax(*args, "--cells=2/2") == 0
-        assert ssl_jax(*args) == 2
+        assert cli.main([*args, "--cells=2/2"]) == 0
+        assert cli.main([*args]) == 2
     assert "another process is working in this folder" in capsys.readouterr().err
-    assert ssl_jax(*args) == 0
+    assert cli.main([*args]) == 0
     told = capsys.readouterr().out
     assert told.count("(reused)") == 4 and "report.html" in told
     page = (folder / "report.html").read_text()

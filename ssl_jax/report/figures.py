@@ -123,9 +123,8 @@ def gain_by_class(
         what = f"gain in {METRIC_NAMES[metric]} over {baseline}, points"
         figure.supxlabel(what if lines else "share of the training images, %", fontsize=10)
         figure.supylabel("" if lines else what, fontsize=10)
-        figure.suptitle(
-            f"{of}{arms[0]} against {baseline}" if len(arms) == 1 else of.strip(": "), x=0.01, ha="left", fontsize=11
-        )
+        title = f"{arms[0]} against {baseline}" if len(arms) == 1 else "Gain by class"
+        figure.suptitle(f"{of}{title}", x=0.01, ha="left", fontsize=11)
         if len(arms) > 1:
             figure.legend(
                 *axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(arms), frameon=False

@@ -121,7 +121,7 @@ def _classes(cells: Sequence[Cell], baseline: str, share: Mapping[str, float]) -
         if np.isnan(low):
             verdict = ", on one seed"
         elif low <= 0 <= high:
-            verdict = f" ({low:+.2f} to {high:+.2f}): rare classes gain neither more nor less"
+            verdict = f" ({low:+.2f} to {high:+.2f}): no such tendency is shown"
         else:
             verdict = f" ({low:+.2f} to {high:+.2f}): {'rare' if high < 0 else 'frequent'} classes gain more"
         said.append(f"{what}{verdict}.")
