@@ -9,6 +9,7 @@ from ssl_jax.errors import UserError, unknown
 
 CONFIG = "config file, name[:argument] or path/to/file.py[:argument]; then --config.section.key=value"
 RUN = "run folder, made by `ssl-jax pretrain`"
+OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # take --config.key=value without a --config
 DATA = "folder of images, .csv or .npz file, fashion_mnist, or tfds:NAME"
 
 # command: (one line, {flag: (default, help)}); a default of ... marks a flag that must be given
@@ -83,8 +84,10 @@ def usage(command: str | None = None) -> str:
         f"  --{name:9} {text}" + ("" if default is ... or default == "" else f" (default {default})")
         for name, (default, text) in flags.items()
     ]
-    if "workdir" in flags and "config" not in flags and command in ("evaluate", "finetune"):
+    if command in ("evaluate", "finetune"):
         shown.append("  --config.finetune.KEY=VALUE changes how classifiers are trained")
+    if command in OVERRIDES:
+        shown.append("  --config.data.KEY=VALUE changes how the data are read")
     needed = " ".join(f"--{n}=..." for n, (d, _) in flags.items() if d is ...)
     return "\n".join([f"usage: ssl-jax {command} {needed}", f"\n{line}\n", *shown])
 
@@ -205,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.start_jax()
         if "config" in values:
             values["config"] = load_config(values["config"], overrides)
-        elif argv[0] in ("evaluate", "finetune"):
+        elif argv[0] in OVERRIDES:
             values["overrides"] = overrides
         elif overrides:
             raise UserError(f"{overrides[0]}: `ssl-jax {argv[0]}` takes no config")

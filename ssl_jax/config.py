@@ -144,6 +144,8 @@ class Finetune:
     head: str = "probe"  # probe: start the head from a linear probe; zero
     batch_norm: str = "train"  # train: statistics of the batch; frozen: those of pretraining
     validation: float = 0.2  # share of the labels held out to choose; then all labels train the final model
+    class_weights: str = "none"  # of the loss: none, or balanced, the kinds of labels weigh the same together
+    sensitivity: float = 0.9  # multi-label: at which each class's threshold is chosen on the labels held out
     augment: Augment = field(default_factory=lambda: Augment(preset="light"))
 
 
@@ -196,6 +198,7 @@ CHOICES = {
     "optim.schedule": ("cosine", "constant", "step"),
     "finetune.head": ("probe", "zero"),
     "finetune.batch_norm": ("train", "frozen"),
+    "finetune.class_weights": ("none", "balanced"),
     "study.protocol": ("finetune", "linear"),
 }
 AT_LEAST_1 = (
@@ -397,6 +400,8 @@ def _check_values(config: Config) -> None:
     for key in NOT_NEGATIVE:
         if get(key) < 0:
             raise UserError(f"config.{key}={get(key)}: allowed: 0 or more")
+    if not 0 < config.finetune.sensitivity <= 1:
+        raise UserError(f"config.finetune.sensitivity={config.finetune.sensitivity}: allowed: above 0, at most 1")
     for key in ("train.duration", "train.log_every", "train.save_every", "optim.warmup", "eval.every"):
         to_steps(get(key), 1000, 10, f"config.{key}")
 

@@ -22,11 +22,12 @@ import jax
 import numpy as np
 
 from ssl_jax.config import Config, Data, Finetune, Study, merge, to_json
+from ssl_jax.data.labelled import labelled_part
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.evaluate.finetune import finetune, predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.metrics import metrics
-from ssl_jax.evaluate.subsets import nested_subset
+from ssl_jax.evaluate.subsets import labelled, nested_subset
 from ssl_jax.report.summary import write_all, write_tables
 from ssl_jax.report.tables import Cell, Row
 from ssl_jax.run import write_json, write_npz
@@ -140,8 +141,9 @@ def run_study(
     if (workdir / "checkpoints").exists():
         raise UserError(f"--workdir={workdir}: holds a pretraining run; allowed: a new folder, or that of a study")
     arms, places = arms_of(config), plan(study, part)
-    train.labels_as(train.classes, "config.data")
-    test, test_labels = _labelled(train, test)
+    labelled_part(train, train, "config.data")
+    test, test_labels = labelled_part(test, train, "config.study.test")
+    _check_judged(test_labels)
     drawn = _draw(train, study, places)
     _write_about(config, workdir, train, test, test_labels)
 
@@ -158,7 +160,7 @@ def run_study(
         if cell is None:
             cell, scores = judge.run(place, encoder, digest, given)
             _save(path, cell | {"key": key}, scores, drawn.draws[place.labels, place.seed])
-            note = clock.tick(cell["seconds"])
+            note, cell = clock.tick(cell["seconds"]), json.loads(path.read_text())  # as it will be found again
         else:
             note = clock.skip()
         cells.append(cell)
@@ -213,7 +215,7 @@ class _Judge:
     def run(self, place: Place, encoder: "Encoder", digest: str, given: Labelled) -> tuple[Cell, np.ndarray]:
         began = time.monotonic()
         (images, labels, groups), count = given, len(self.classes)
-        how: Any = {"classes": count, "seed": place.seed} | ({} if groups is None else {"groups": groups})
+        how: Any = {"classes": count, "seed": place.seed, "groups": groups}
         chosen: dict[str, Any]
         if self.protocol == "linear":
             if digest not in self.features:
@@ -257,35 +259,21 @@ class _Clock:
 
 def _draw(train: "Source", study: Study, places: Sequence[Place]) -> Drawn:
     """The draws that `places` need; only the images that are in one of them are decoded."""
-    labels, groups, counts = np.asarray(train.labels), getattr(train, "groups", None), study.labels
+    labels, groups, counts = np.asarray(train.labels), train.groups, study.labels
     if not counts:
         raise UserError("config.study.labels: empty; allowed: at least one label count")
-    most = int(_known(labels).sum())
+    most = len(labelled(labels))
     if not 1 <= min(counts) <= max(counts) <= most:
         raise UserError(f"config.study.labels={tuple(counts)}: allowed: 1 to {most}, the labelled images there are")
-    grouped = {} if groups is None else {"groups": groups}
     wanted = dict.fromkeys((p.labels, p.seed) for p in places)
-    draws = {(n, seed): nested_subset(labels, n, seed, **grouped) for n, seed in wanted}
+    draws = {(n, seed): nested_subset(labels, n, seed, groups) for n, seed in wanted}
     used = np.unique(np.concatenate(list(draws.values())))
     return Drawn(used, train.take(used).arrays(), labels[used], None if groups is None else groups[used], draws)
 
 
-def _known(labels: np.ndarray) -> np.ndarray:
-    """Which images have a label, bool [N], of labels int [N] or float [N, K]."""
-    return labels >= 0 if labels.ndim == 1 else ~np.isnan(labels).all(axis=1)
-
-
-def _labelled(train: "Source", test: "Source") -> tuple["Source", np.ndarray]:
-    """The test images that have a label, and these labels as train's classes count them."""
-    labels = test.labels_as(train.classes, "config.study.test")
-    if labels.ndim != np.asarray(train.labels).ndim:
-        raise UserError("config.study.test: one label an image here, several there; allowed: the kind of config.data")
-    known = np.flatnonzero(_known(labels))
-    if not len(known):
-        raise UserError("config.study.test: no image has a label; allowed: labelled test images")
-    if labels.ndim == 2 and not any(len(np.unique(c[~np.isnan(c)] > 0.5)) == 2 for c in labels.T):
+def _check_judged(labels: np.ndarray) -> None:
+    if labels.ndim == 2 and not ((labels >= 0.5).any(axis=0) & (labels < 0.5).any(axis=0)).any():
         raise UserError("config.study.test: no class has images with and without it; allowed: at least one such class")
-    return test.take(known), labels[known]
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -321,8 +309,7 @@ def _save(path: Path, cell: Cell, scores: np.ndarray, indices: np.ndarray) -> No
 
 
 def _write_about(config: Config, workdir: Path, train: "Source", test: "Source", test_labels: np.ndarray) -> None:
-    labels, groups = np.asarray(train.labels), getattr(test, "groups", None)
-    groups = np.arange(len(test)) if groups is None else groups
+    labels, groups = np.asarray(train.labels), np.arange(len(test)) if test.groups is None else test.groups
     truth = {"labels": test_labels, "classes": np.array(train.classes)}
     write_npz(workdir / "test.npz", **truth, names=np.array(test.names), groups=groups)
     share = dict(zip(train.classes, _shares(labels, len(train.classes)), strict=True))

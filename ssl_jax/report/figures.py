@@ -169,3 +169,29 @@ def _save(figure, path: Path) -> None:
     packed = io.BytesIO()
     figure.savefig(packed, format="png")
     write_bytes(path, packed.getvalue())
+
+
+def reliability(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "Reliability") -> None:
+    """Share of positives against the probability that was given, and how many predictions each point stands for.
+
+    rows: of `evaluate.reliability`. Without any: no file.
+    """
+    if not rows:
+        return
+    with _figure(2, width=3.7, height=3.5) as (figure, (left, right)):
+        left.plot([0, 1], [0, 1], color=BASELINE, linewidth=1.2, label="perfect")
+        left.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], "o-", color=COLORS[0], markersize=4.5)
+        left.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability", ylabel="share of positives")
+        left.set_title(title)
+        left.legend(frameon=False, loc="upper left")
+        right.bar(
+            [r["low"] for r in rows],
+            [r["count"] for r in rows],
+            width=[r["high"] - r["low"] for r in rows],
+            align="edge",
+            color=COLORS[0],
+            alpha=0.6,
+        )
+        right.set(xlim=(0, 1), yscale="log", xlabel="predicted probability", ylabel="predictions")
+        right.set_title("How often each is given")
+        _save(figure, path)

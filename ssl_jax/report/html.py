@@ -96,6 +96,7 @@ def _run_page(run: Run) -> str:
         ("Views", _views(run.folder)),
         ("Evaluation", _evaluations(run)),
         ("Confusion", _confusion(newest) if newest else ""),
+        ("Classes", _classes(newest) if newest else ""),
         ("Nearest neighbours", _neighbours(sample) if sample else missing),
         ("Embedding map", _map(sample) if sample else ""),
         ("Configuration", _configuration(run.config)),
@@ -276,6 +277,26 @@ def _confusion(evaluation: Mapping[str, Any]) -> str:
     return note(words) + _matrix(shares, classes) + fold("Per class", by_class, folded=len(classes) > MOST_CELLS)
 
 
+def _classes(evaluation: Mapping[str, Any]) -> str:
+    """Table of an evaluation on several labels an image: means over its seeds."""
+    each = evaluation["per_seed"]
+    if not all("ap" in seed for seed in each):
+        return ""
+
+    def mean(metric: str, name: str) -> str:
+        values = [seed[metric][name] for seed in each if name in seed[metric]]
+        return f"{np.mean(values):.4f}" if values else "–"
+
+    rows = [
+        [name, f"{each[0]['known'][name]:,}", f"{n:,}", mean("auc", name), mean("ap", name)]
+        for name, n in each[0]["support"].items()
+    ]
+    words = (
+        f"{evaluation['protocol']}, {evaluation['labels']} labels, {evaluation['test']}; means over {len(each)} draws."
+    )
+    return note(words) + table(["class", "known", "positives", "AUC", "average precision"], rows, first_number=1)
+
+
 def _matrix(shares: np.ndarray, classes: Sequence[str]) -> str:
     if len(classes) > MOST_CELLS:
         return f'<img class="heat" alt="confusion matrix, true class downwards" src="{plots.heat(shares)}">'
@@ -305,7 +326,7 @@ def _sample(run: Run) -> Sample:
     images = np.stack([source.load(int(i)) for i in chosen])
     features = encoder.embed(images, batch=min(256, count))
     features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    labels = None if source.labels is None else np.asarray(source.labels)[chosen]
+    labels = None if source.labels is None or source.multilabel else np.asarray(source.labels)[chosen]
     return Sample(images, features, [source.names[i] for i in chosen], labels, list(source.classes), len(source))
 
 

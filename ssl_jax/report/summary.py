@@ -42,9 +42,11 @@ def write_all(workdir: Path, cells: Sequence[Cell], baseline: str) -> list[Row]:
     """The tables again, with those that need every cell: gains by class, differences over patients; the figures."""
     cells, about = _sorted(cells), read_json(workdir / "study.json")
     rows, metric, share = write_tables(workdir, cells, baseline), main_metric(cells), about["share"]
+    arms = list(dict.fromkeys(c["arm"] for c in cells))
     of = "Phantoms: " if about["phantom"] else ""
     by_class = "recall" if metric == "top1" else "auc"
     gains, patients = class_gains(cells, baseline, by_class), _patients(workdir, cells, baseline)
+    gains.sort(key=lambda g: (arms.index(g["arm"]), g["labels"], about["classes"].index(g["class"])))
     if gains:
         write_csv(workdir / "classes.csv", [g | {"share": share[g["class"]]} for g in gains])
     if patients:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.evaluate.metrics import interval, paired
+from ssl_jax.evaluate.uncertainty import bootstrap_by_group
 from ssl_jax.run import write_bytes
 
 METRICS = ("top1", "balanced_accuracy", "macro_auc", "top5", "macro_ap", "brier")
@@ -111,8 +112,6 @@ def over_patients(
     images alone, REPEATS times. An AUC is the share of pairs, one image with the finding and one without, that are in
     order; so all of it can be read from one table of pairs a class. It grows with N^2: none above MOST_TESTED images.
     """
-    from ssl_jax.evaluate import bootstrap_by_group
-
     if len(labels) > MOST_TESTED:
         return []
     positive, negative = labels >= 0.5, labels < 0.5
@@ -126,7 +125,7 @@ def over_patients(
             for c in classes
         }
 
-        def difference(chosen: np.ndarray, gain: Mapping[int, np.ndarray] = gain) -> float:
+        def difference(chosen: np.ndarray, gain: Mapping[Any, np.ndarray] = gain) -> float:
             drawn = []
             for c, pairs in gain.items():
                 mine, others = (np.cumsum(x[:, c])[chosen[x[chosen, c]]] - 1 for x in (positive, negative))
