@@ -67,6 +67,16 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         "one self-contained HTML page about a run or a study",
         {"workdir": (..., "run or study folder"), "out": ("", ".html file; default: report.html in the folder")},
     ),
+    "phantom": (
+        "draw chest radiographs with known findings, in CheXpert's layout, to try things out on",
+        {
+            "out": (..., "folder to make, or to finish"),
+            "patients": (10_000, "training patients, about two images each"),
+            "seed": (0, "random seed; patient i of a seed is always the same"),
+            "size": (128, "side of the images, px"),
+            "test": (300, "test images, with clean labels"),
+        },
+    ),
     "methods": ("list the methods: name, one line, source, needs", {}),
 }
 

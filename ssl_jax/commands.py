@@ -292,6 +292,16 @@ def views(config: ConfigDict, out: str, images: int = 6) -> None:
     print(f"views: {out}")
 
 
+def phantom(out: str, patients: int = 10_000, seed: int = 0, size: int = 128, test: int = 300) -> None:
+    from ssl_jax.phantom import write
+    from ssl_jax.progress import counting
+
+    with counting("phantoms", "images") as progress:
+        numbers = {"patients": patients, "seed": seed, "size": size, "test": test}
+        count = write(Path(out), **numbers, workers=os.cpu_count() or 1, progress=progress)
+    print(f"{count} phantom radiographs: {out}")
+
+
 def report(workdir: str, out: str = "") -> None:
     from ssl_jax.report.html import write_report
 

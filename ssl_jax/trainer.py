@@ -232,7 +232,7 @@ class _Loop:
             title += f" (from step {start})" if start else ""
             previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
             try:
-                with Progress(total, start, title) as self.progress:
+                with Progress(total, start, title, note="compiling") as self.progress:
                     self._steps(start, total)
             finally:
                 for number, handler in previous.items():
