@@ -206,7 +206,9 @@ def finetune(
         print("\n".join(table(about["test"])))
         if about["test"]["left_out"]:
             print(f"  left out, not to be judged on the test data: {', '.join(about['test']['left_out'])}")
-        reliability(about["test"]["reliability"], folder / "reliability.png")
+        made_up = any((place / "phantom.json").is_file() for place in (Path(test), Path(test).parent))
+        title = "Phantoms: reliability" if made_up else "Reliability"
+        reliability(about["test"]["reliability"], folder / "reliability.png", title=title)
     print(f"classifier: {out}")
     return about
 
@@ -397,7 +399,8 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
         columns["patient"] = source.groups.tolist()
     if not multilabel:
         columns["predicted"] = [classes[i] for i in odds.argmax(axis=1)]
-    rows = [[*about, *(f"{v:.6f}" for v in p)] for *about, p in zip(*columns.values(), odds, strict=True)]
+    # Every digit: rounded, probabilities near 0 and 1 would tie, and their AUC and thresholds would not be the same.
+    rows = [[*about, *p] for *about, p in zip(*columns.values(), odds.tolist(), strict=True)]
     _write_csv(path, [*columns, *classes], rows)
 
 
