@@ -343,7 +343,7 @@ def _data(text: str, flag: str, like: Data) -> Data:
     elif text.startswith("tfds:"):
         name, place = "tfds", text.removeprefix("tfds:")
     elif path.is_dir():
-        name, place = "chexpert" if (path / "train.csv").is_file() else "folder", text
+        name, place = "chexpert" if _is_chexpert(path) else "folder", text
     elif path.is_file() and path.suffix.lower() in kinds:
         name, place = kinds[path.suffix.lower()], text
     else:
@@ -351,6 +351,15 @@ def _data(text: str, flag: str, like: Data) -> Data:
         allowed = "a folder, a .csv, .tsv or .npz file, fashion_mnist, tfds:NAME"
         raise UserError(f"{flag}={text}: {found}; allowed: {allowed}")
     return dataclasses.replace(like, name=name, path=place, split="train", limit=0, pairs="")
+
+
+def _is_chexpert(folder: Path) -> bool:
+    """Whether a folder has CheXpert's layout, by the header of its train.csv: others have a table of that name, too."""
+    table = folder / "train.csv"
+    if not table.is_file():
+        return False
+    with table.open(encoding="utf-8", errors="replace") as file:
+        return "Frontal/Lateral" in file.readline()
 
 
 def _open_test(encoder: Encoder, config: Config, test: str, data: str) -> Source:

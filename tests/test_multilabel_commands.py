@@ -160,6 +160,17 @@ def test_test_data_of_another_kind_are_told_before_training(encoder, opened, tmp
     assert "fine-tuning" not in capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
+def test_folders_are_told_apart_by_their_tables(tmp_path, encoder, opened):
+    """The fake knows no folder: what counts is what it was asked for."""
+    for name, table in (("chexpert", "Path,Sex,Age,Frontal/Lateral,AP/PA\n"), ("folder", "image_id,label\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.csv").write_text(table)
+        commands.evaluate(str(encoder), "knn", test=str(tmp_path / name))
+        asked, split = opened[0][-1]
+        assert (asked.name, split) == (name, "test" if name == "chexpert" else "all")
+        assert (asked.size, asked.channels) == (18, 1)
+
+
 def test_labels_of_other_columns_come_in_the_order_of_the_training_data():
     made = source(20, 0, classes=["bottom", "top"]).labels_as(CLASSES, "here")
     np.testing.assert_array_equal(made[:, [0, 2]], source(20, 0).labels[:, [0, 2]])
