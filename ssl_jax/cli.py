@@ -10,7 +10,7 @@ from ssl_jax.errors import UserError, unknown
 CONFIG = "config file, name[:argument] or path/to/file.py[:argument]; then --config.section.key=value"
 RUN = "run folder, made by `ssl-jax pretrain`"
 OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # take --config.key=value without a --config
-DATA = "folder of images, .csv or .npz file, fashion_mnist, or tfds:NAME"
+DATA = "folder of images or with CheXpert's tables, .csv or .npz file, fashion_mnist, or tfds:NAME"
 
 # command: (one line, {flag: (default, help)}); a default of ... marks a flag that must be given
 COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {

@@ -234,7 +234,9 @@ def finetune(
         print("\n".join(table(about["test"])))
         if about["test"]["left_out"]:
             print(f"  left out, not to be judged on the test data: {', '.join(about['test']['left_out'])}")
-        reliability(about["test"]["reliability"], folder / "reliability.png")
+        made_up = any((place / "phantom.json").is_file() for place in (Path(test), Path(test).parent))
+        title = "Phantoms: reliability" if made_up else "Reliability"
+        reliability(about["test"]["reliability"], folder / "reliability.png", title=title)
     print(f"classifier: {out}")
     return about
 
@@ -356,7 +358,7 @@ def _data(text: str, flag: str, like: Data) -> Data:
     elif text.startswith("tfds:"):
         name, place = "tfds", text.removeprefix("tfds:")
     elif path.is_dir():
-        name, place = "chexpert" if (path / "train.csv").is_file() else "folder", text
+        name, place = "chexpert" if _is_chexpert(path) else "folder", text
     elif path.is_file() and path.suffix.lower() in kinds:
         name, place = kinds[path.suffix.lower()], text
     else:
@@ -364,6 +366,15 @@ def _data(text: str, flag: str, like: Data) -> Data:
         allowed = "a folder, a .csv, .tsv or .npz file, fashion_mnist, tfds:NAME"
         raise UserError(f"{flag}={text}: {found}; allowed: {allowed}")
     return dataclasses.replace(like, name=name, path=place, split="train", limit=0, pairs="")
+
+
+def _is_chexpert(folder: Path) -> bool:
+    """Whether a folder has CheXpert's layout, by the header of its train.csv: others have a table of that name, too."""
+    table = folder / "train.csv"
+    if not table.is_file():
+        return False
+    with table.open(encoding="utf-8", errors="replace") as file:
+        return "Frontal/Lateral" in file.readline()
 
 
 def _open_test(encoder: Encoder, config: Config, test: str, data: str) -> Source:
@@ -412,7 +423,8 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
         columns["patient"] = source.groups.tolist()
     if not multilabel:
         columns["predicted"] = [classes[i] for i in odds.argmax(axis=1)]
-    rows = [[*about, *(f"{v:.6f}" for v in p)] for *about, p in zip(*columns.values(), odds, strict=True)]
+    # Every digit: rounded, probabilities near 0 and 1 would tie, and their AUC and thresholds would not be the same.
+    rows = [[*about, *p] for *about, p in zip(*columns.values(), odds.tolist(), strict=True)]
     _write_csv(path, [*columns, *classes], rows)
 
 

@@ -97,6 +97,19 @@ def test_confusion_is_that_of_the_newest_evaluation(tmp_path):
     assert "coat 10 0.0 % – 0.0 % 0.5000 bag & <b>belt</b> (100.0 %)" in text
 
 
+def test_several_labels_an_image_have_a_table_instead(tmp_path):
+    folder = make_run(tmp_path)
+    add_evaluation(folder)
+    path = folder / "evaluation" / "linear-30.json"
+    labels = np.array([[1, 0, 0], [0, 1, np.nan], [1, np.nan, 0]])
+    each = metrics(np.array([[2.0, 0, 0], [0, 1, 0], [-1, 0, 0]]), labels, CLASSES)
+    write_json(path, {**json.loads(path.read_text()), "per_seed": [each] * 2, "mean": {"macro_auc": 0.75}})
+    page = write_report(folder)
+    assert "Classes" in sections(page) and "Confusion" not in sections(page)
+    # Class, known, positives, AUC, average precision: of two positives one is above the only negative.
+    assert "bag & <b>belt</b> 3 2 0.5000 0.8333 cost $5 2 1 1.0000 1.0000 coat 2 0 – –" in text_of(page)
+
+
 def test_names_are_escaped(tmp_path):
     folder = make_run(tmp_path, path="<i>x</i> & y")
     add_evaluation(folder)

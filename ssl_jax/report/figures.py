@@ -181,7 +181,7 @@ def reliability(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "
     with _figure(2, width=3.7, height=3.5) as (figure, (left, right)):
         left.plot([0, 1], [0, 1], color=BASELINE, linewidth=1.2, label="perfect")
         left.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], "o-", color=COLORS[0], markersize=4.5)
-        left.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability", ylabel="share of positives")
+        left.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share of positives")
         left.set_title(title)
         left.legend(frameon=False, loc="upper left")
         right.bar(
@@ -192,6 +192,6 @@ def reliability(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "
             color=COLORS[0],
             alpha=0.6,
         )
-        right.set(xlim=(0, 1), yscale="log", xlabel="predicted probability", ylabel="predictions")
+        right.set(xlim=(0, 1.02), yscale="log", ylim=(0.5, None), xlabel="predicted probability", ylabel="predictions")
         right.set_title("How often each is given")
         _save(figure, path)

@@ -288,8 +288,8 @@ def _classes(evaluation: Mapping[str, Any]) -> str:
         return f"{np.mean(values):.4f}" if values else "–"
 
     rows = [
-        [name, f"{each[0]['known'][name]:,}", f"{n:,}", mean("auc", name), mean("ap", name)]
-        for name, n in each[0]["support"].items()
+        [name, *(f"{each[0][n][name]:,}" for n in ("known", "support")), mean("auc", name), mean("ap", name)]
+        for name in evaluation["classes"]
     ]
     words = (
         f"{evaluation['protocol']}, {evaluation['labels']} labels, {evaluation['test']}; means over {len(each)} draws."
