@@ -33,9 +33,7 @@ class Data:
     blank: str = "auto"  # several labels: what nothing becomes: ignore (auto of csv) or zeros (auto of chexpert)
     frontal: str = "frontal"  # chexpert: frontal, lateral or all
     group: str = ""  # csv: column that says whose image it is; such images are never parted
-    pairs: str = (
-        ""  # says which images show one object: folder (folder), patient (chexpert), a column (csv), a key (npz)
-    )
+    pairs: str = ""  # says which images show one object: folder, patient (chexpert), a column (csv) or a key (npz)
     max_bad_share: float = 0.01  # share of unreadable files that is skipped; above it, an error
     engine: str = "auto"  # memory: decode once, gather on the device; disk: grain, each step; auto: by memory_gb
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto
