@@ -22,13 +22,22 @@ from ssl_jax.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Data:
-    name: str = "fashion_mnist"  # fashion_mnist, folder, csv, npz, tfds or synthetic
+    name: str = "fashion_mnist"  # fashion_mnist, folder, csv, chexpert, npz, tfds or synthetic
     path: str = ""  # folder, .csv, .npz; the TFDS data set's name for tfds; empty: the usual places for fashion_mnist
     split: str = "train"  # train, test, val or all; any TFDS split
     size: int = 0  # images are resized to size x size px when read; 0: as they are (arrays), 224 (image files)
     channels: int = 0  # 1 or 3; 0: as in the data (arrays), 3 (image files)
     limit: int = 0  # use only the first N images; 0: all
-    pairs: str = ""  # what tells which images show the same object: "folder" (folder), a column (csv), a key (npz)
+    labels: tuple[str, ...] = ()  # csv: label columns, two or more for several labels an image; chexpert: observations,
+    # or "study", "competition"; empty: label, class or target (csv), all fourteen (chexpert)
+    uncertain: str = (
+        "ignore"  # several labels an image: what -1 becomes: ignore, zeros, ones, smooth_zeros, smooth_ones
+    )
+    blank: str = "auto"  # and what nothing becomes: ignore (auto of csv) or zeros (auto of chexpert)
+    frontal: str = "frontal"  # chexpert: frontal, lateral or all
+    group: str = ""  # csv: column that says whose image it is; such images are never parted
+    pairs: str = ""  # what tells which images show the same object: "folder" (folder), a column (csv), a key (npz),
+    # "patient" (chexpert)
     max_bad_share: float = 0.01  # share of unreadable files that is skipped; above it, an error
     engine: str = "auto"  # memory: decode once, gather on the device; disk: grain, each step; auto: by memory_gb
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto
@@ -185,9 +194,12 @@ SECTIONS: dict[str, type] = {
 # A run that is resumed must agree on these; the others are read only when its encoder is judged.
 TRAINING = ("method", "data", "augment", "model", "optim", "train", "eval")
 CHOICES = {
-    "data.name": ("fashion_mnist", "folder", "csv", "npz", "tfds", "synthetic"),
+    "data.name": ("fashion_mnist", "folder", "csv", "chexpert", "npz", "tfds", "synthetic"),
     "data.engine": ("auto", "memory", "disk"),
     "data.channels": (0, 1, 3),
+    "data.uncertain": ("ignore", "zeros", "ones", "smooth_zeros", "smooth_ones"),
+    "data.blank": ("auto", "ignore", "zeros"),
+    "data.frontal": ("frontal", "lateral", "all"),
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet_thin", "vit_tiny", "vit_small", "vit_base"),
     "model.stem": ("auto", "imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),

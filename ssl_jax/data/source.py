@@ -233,7 +233,7 @@ def from_array(
         [str(i) for i in range(len(images))],
         shape,
         load,
-        labels=None if labels is None else labels.astype(np.int32),
+        labels=None if labels is None else labels.astype(np.float32 if labels.ndim == 2 else np.int32),
         classes=classes,
         objects=None if objects is None else same_object(objects[: data.limit or None], where, data.pairs),
         array=images if unchanged else None,

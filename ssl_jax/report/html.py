@@ -161,6 +161,8 @@ def _verdict(run: Run, sample: Sample | None) -> str:
     tested = run.tested[-1] if run.tested else {}
     if "knn_accuracy" in tested:
         tiles.append(("kNN accuracy", percent(tested["knn_accuracy"]), "training images held out"))
+    if "knn_auc" in tested:
+        tiles.append(("kNN macro AUC", f"{tested['knn_auc']:.3f}", "training images held out"))
     if "probe_accuracy" in last:
         tiles.append(("probe accuracy", percent(last["probe_accuracy"]), "online, on augmented batches"))
     tiles.append(("embedding std", number(last["embedding_std"]), state))
@@ -209,7 +211,11 @@ def _curves(run: Run) -> str:
         kept = [line for line in lines if key in line]
         return [line["step"] * per_step for line in kept], [line[key] for line in kept]
 
-    accuracy = {"kNN": series(run.tested, "knn_accuracy"), "online probe": series(run.lines, "probe_accuracy")}
+    accuracy = {
+        "kNN": series(run.tested, "knn_accuracy"),
+        "kNN, macro AUC": series(run.tested, "knn_auc"),
+        "online probe": series(run.lines, "probe_accuracy"),
+    }
     own = [key for key in run.lines[-1] if key not in COMMON]  # what only this method reports
     charts = {
         "Loss": {"loss": series(run.lines, "loss")},
