@@ -134,17 +134,18 @@ def test_tasks_of_an_array_share_a_folder(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "arms"),
     [
-        ("study_chexpert", ["supervised", "triplet", "moco"]),
-        ("study_chexpert:phantom", ["supervised", "triplet", "moco"]),
-        ("study_chexpert:phantom,byol", ["supervised", "byol"]),
+        ("study_chexpert", ["moco", "triplet"]),
+        ("study_chexpert:phantom", ["moco", "triplet"]),
+        ("study_chexpert:phantom,byol", ["byol"]),
     ],
 )
 def test_the_config_for_chest_x_rays(spec, arms):
     made = resolve(load_config(spec, ["--config.data.path=DIR"]))
-    assert list(made.study.arms) == arms and study.data_of_test(made).path == "DIR"
+    assert [p.arm for p in study.plan(made.study)[:3]][: len(arms) + 1] == ["supervised", *arms]
+    assert study.data_of_test(made).path == "DIR"
     assert study.from_scratch(made.study.arms["supervised"]) and made.data.labels == ("study",)
     pretrained = study.pretrainings(made)
-    assert [key for key in pretrained] == [(arm, 0) for arm in arms[1:]]
+    assert [key for key in pretrained] == [(arm, 0) for arm in arms]
     for (arm, _), of in pretrained.items():
         assert of.method_name == arm and of.model.name == "resnet18" and of.augment.preset == "chest_xray"
     assert made.study.labels[0] == 250 and made.study.seeds == 10
