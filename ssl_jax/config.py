@@ -28,16 +28,12 @@ class Data:
     size: int = 0  # images are resized to size x size px when read; 0: as they are (arrays), 224 (image files)
     channels: int = 0  # 1 or 3; 0: as in the data (arrays), 3 (image files)
     limit: int = 0  # use only the first N images; 0: all
-    labels: tuple[str, ...] = ()  # csv: label columns, two or more for several labels an image; chexpert: observations,
-    # or "study", "competition"; empty: label, class or target (csv), all fourteen (chexpert)
-    uncertain: str = (
-        "ignore"  # several labels an image: what -1 becomes: ignore, zeros, ones, smooth_zeros, smooth_ones
-    )
-    blank: str = "auto"  # and what nothing becomes: ignore (auto of csv) or zeros (auto of chexpert)
+    labels: tuple[str, ...] = ()  # columns (csv), observations, "study" or "competition" (chexpert); empty: the usual
+    uncertain: str = "ignore"  # a label -1 among several: ignore, zeros, ones, smooth_zeros or smooth_ones
+    blank: str = "auto"  # no label among several: ignore, zeros or auto (csv: ignore, chexpert: zeros)
     frontal: str = "frontal"  # chexpert: frontal, lateral or all
     group: str = ""  # csv: column that says whose image it is; such images are never parted
-    pairs: str = ""  # what tells which images show the same object: "folder" (folder), a column (csv), a key (npz),
-    # "patient" (chexpert)
+    pairs: str = ""  # what tells images of one object: "folder" (folder), "patient" (chexpert), a column, a key (npz)
     max_bad_share: float = 0.01  # share of unreadable files that is skipped; above it, an error
     engine: str = "auto"  # memory: decode once, gather on the device; disk: grain, each step; auto: by memory_gb
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto
