@@ -431,7 +431,8 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
 def _readable(encoder: Encoder, data: str, config: Config) -> Source:
     """All files that can be read, however few; the source names the others."""
     wanted = encoder.data(_data(data, "--data", config.data))
-    source = open_source(dataclasses.replace(wanted, max_bad_share=1.0), "all")
+    # Columns of labels that the training data had may be missing here, and are not needed.
+    source = open_source(dataclasses.replace(wanted, labels=(), max_bad_share=1.0), "all")
     source.arrays()
     good = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in is another file's image
     return source if len(good) == len(source) else source.take(good)
