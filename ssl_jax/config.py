@@ -33,6 +33,8 @@ class Data:
     engine: str = "auto"  # memory: decode once, gather on the device; disk: grain, each step; auto: by memory_gb
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto
     workers: int = 2  # threads that decode files
+    cache: str = ""  # folder for decoded images, made once and then read instead of the files; empty: none
+    window: str = "auto"  # which values of a DICOM become black and white: auto (its own window, else percentile), percentile
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ CHOICES = {
     "data.name": ("fashion_mnist", "folder", "csv", "npz", "tfds", "synthetic"),
     "data.engine": ("auto", "memory", "disk"),
     "data.channels": (0, 1, 3),
+    "data.window": ("auto", "percentile"),
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet_thin", "vit_tiny", "vit_small", "vit_base"),
     "model.stem": ("auto", "imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),

@@ -63,6 +63,10 @@ def from_files(files: Sequence[File], classes: Sequence[str], data: Data, where:
             raise UserError(f"{printable(good[index].path)!r}: {error.strerror}; it was there at the start") from error
         return image.decode(content, size, channels)
 
+    if data.cache:
+        from ssl_jax.data.cache import cached
+
+        load = cached([file.path for file in good], load, (size, size, channels), data)
     number = {name: i for i, name in enumerate(classes)}
     return Source(
         [file.name for file in good],

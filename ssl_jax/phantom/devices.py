@@ -52,7 +52,7 @@ def skin(chest: Chest, rng: np.random.Generator) -> np.ndarray:
             image += dense * soft_step(1 - chest.canvas.blob(side * x, y + rng.uniform(-0.02, 0.02), 0.03, 0.03), 0.5)
     for _ in range(int(rng.choice((0, 0, 0, 1, 3)))):
         at = chest.canvas.blob(rng.uniform(-0.7, 0.7), rng.uniform(-0.6, 0.6), 0.028, 0.028)
-        image += rng.uniform(0.3, 0.8) * soft_step(1 - at, 0.3) * soft_step(at - rng.choice((-1, 0.25)), 0.2)
+        image += rng.uniform(0.3, 0.8) * soft_step(1 - at, 0.3) * soft_step(at - float(rng.choice((-1, 0.25))), 0.2)
     return image
 
 

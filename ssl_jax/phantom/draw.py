@@ -34,8 +34,9 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
         shift=(pose["shift_x"], pose["shift_y"]),
     )
     margin = study.margin
-    places = {name: patient.rng(PLACES, number) for number, name in enumerate(findings.DRAW)}
     amounts = {name: findings.amount_of(name, margin[name]) for name in findings.DRAW}
+    # Where a finding is stays the same in all studies of a patient.
+    places = {name: patient.rng(PLACES, i) for i, name in enumerate(findings.DRAW) if amounts[name]}
     side = findings.atelectasis_side(patient.rng(PLACES, list(findings.DRAW).index("Atelectasis")))
     lift = 0.07 * amounts["Atelectasis"]
     chest = anatomy.make_chest(
@@ -43,8 +44,8 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
         person,
         rotation=pose["rotation"],
         # The shadow of the heart grows with its size, and when the patient lies.
-        heart=0.05 * np.clip(margin["Cardiomegaly"], -2.5, 1.5) + 0.05 + 0.02 * study.ap,
-        mediastinum=0.02 * np.clip(margin["Enlarged Cardiomediastinum"], -2.5, 1.5) + 0.03,
+        heart=0.05 * min(max(margin["Cardiomegaly"], -2.5), 1.5) + 0.05 + 0.02 * study.ap,
+        mediastinum=0.02 * min(max(margin["Enlarged Cardiomediastinum"], -2.5), 1.5) + 0.03,
         lifted=(lift * (side < 0), lift * (side > 0)),
         rng=patient.rng(PERSON, 1),
     )
@@ -52,9 +53,7 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
     density -= person["lung"] * chest.lung - chest.vessels
     density += person["grain"] * canvas.cloud(patient.rng(PERSON, 3), size // 3) * chest.lung + skin(chest, rng)
     changes = {
-        name: np.float32(1) * findings.DRAW[name](chest, amount, places[name])
-        for name, amount in amounts.items()
-        if amount
+        name: findings.DRAW[name](chest, amounts[name], place) for name, place in places.items()
     }
     if margin["Support Devices"] > 0:
         changes["Support Devices"] = support_devices(chest, margin, patient.rng(DEVICES, study.number))

@@ -41,7 +41,7 @@ def consolidation(chest: Chest, amount: float, rng: np.random.Generator) -> np.n
     x, y = chest.in_lung(side, rng.uniform(0.35, 0.7), rng.uniform(0.25, 0.85))
     radius = rng.uniform(0.13, 0.2) * (0.7 + 0.5 * amount)
     ragged = chest.canvas.blob(x, y, radius, radius * rng.uniform(0.7, 1.1)) + 0.35 * chest.canvas.cloud(rng, 14)
-    fissure = (chest.canvas.y - y) * rng.choice((-1, 1)) + rng.uniform(-0.2, 0.2) * (chest.canvas.x - x)
+    fissure = (chest.canvas.y - y) * int(rng.choice((-1, 1))) + rng.uniform(-0.2, 0.2) * (chest.canvas.x - x)
     patch = soft_step(1 - ragged, 0.5) * soft_step(fissure + 0.35 * radius, 0.02)
     airways: list[Curve] = []
     for angle in rng.uniform(-0.7, 0.7, 3):

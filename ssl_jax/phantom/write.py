@@ -127,9 +127,12 @@ def _one_thread() -> None:
     threadpool_limits(1)
 
 
+_patient = functools.lru_cache(maxsize=1)(make_patient)  # for the images of one patient
+
+
 def _write_chunk(out: Path, seed: int, size: int, chunk: list[Item]) -> int:
     for part, number, visit, view in chunk:
-        patient = make_patient(seed, part, number)
+        patient = _patient(seed, part, number)
         study = patient.studies[visit]
         place = _place(patient, study, view)
         path = out / f"{place}.jpg"
