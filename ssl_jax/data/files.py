@@ -61,7 +61,7 @@ def from_files(files: Sequence[File], classes: Sequence[str], data: Data, where:
             content = good[index].path.read_bytes()
         except OSError as error:  # the disk's fault, not the file's: a stand-in would make the run depend on the disk
             raise UserError(f"{printable(good[index].path)!r}: {error.strerror}; it was there at the start") from error
-        return image.decode(content, size, channels)
+        return image.decode(content, size, channels, data.window)
 
     if data.cache:
         from ssl_jax.data.cache import cached

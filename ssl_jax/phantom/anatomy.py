@@ -19,6 +19,7 @@ PERSON: dict[str, tuple[float, float]] = {
     "left_lower": (0.0, 0.09),  # the left dome below the right one
     "mediastinum": (0.085, 0.13),  # half-width
     "knob": (0.05, 0.10),  # radius of the aortic knob
+    "heart_x": (-0.03, 0.04),
     "heart_tilt": (0.3, 1.2),
     "heart_tall": (0.28, 0.38),
     "lung": (0.85, 1.1),  # what a lung takes away
@@ -38,7 +39,7 @@ PERSON: dict[str, tuple[float, float]] = {
     "collar": (0.06, 0.16),  # clavicles
     "collar_y": (-0.72, -0.58),
     "collar_tilt": (-0.16, 0.10),
-    "vessels": (0.10, 0.24),
+    "vessels": (0.08, 0.28),
     "hilum_y": (-0.12, 0.04),
     "breast": (0.06, 0.2),
     "breast_x": (0.4, 0.52),
@@ -50,7 +51,7 @@ PERSON: dict[str, tuple[float, float]] = {
 # What varies between images of a patient.
 POSE: dict[str, tuple[float, float]] = {
     "turn": (-6.0, 6.0),  # degrees
-    "scale": (0.92, 1.14),
+    "scale": (0.88, 1.15),
     "stretch": (0.92, 1.12),
     "shift_x": (-0.09, 0.09),
     "shift_y": (-0.05, 0.13),
@@ -119,10 +120,10 @@ def make_chest(
     level = np.where(left, np.float32(p["base"] + p["left_lower"] - lifted[1]), np.float32(p["base"] - lifted[0]))
     dome = level + np.float32(p["dome"]) * bow**2 * 1.2 - y
     # Ventricle: a tilted ellipse to the left; atrium: a smaller one, whose edge is the right border of the heart.
-    a, b = x - np.float32(0.13 + 0.5 * heart + rotation), y - np.float32(p["base"] - 0.16)
+    a, b = x - np.float32(0.13 + p["heart_x"] + 0.5 * heart + rotation), y - np.float32(p["base"] - 0.16)
     across, down = a - np.float32(p["heart_tilt"]) * 0.4 * b, b + np.float32(p["heart_tilt"]) * 0.25 * a
     ventricle = (across / np.float32(0.25 + heart)) ** 2 + (down / np.float32(p["heart_tall"])) ** 2
-    atrium = canvas.blob(-0.04 - 0.3 * heart + rotation, p["base"] - 0.2, 0.15 + 0.4 * heart, p["heart_tall"] * 0.9)
+    atrium = canvas.blob(p["heart_x"] - 0.04 - 0.3 * heart + rotation, p["base"] - 0.2, 0.15 + 0.4 * heart, p["heart_tall"] * 0.9)
     heart_map = soft_step(1 - np.sqrt(np.minimum(ventricle, atrium)), 0.2)
     narrow = np.float32(p["mediastinum"] + mediastinum) * (1 + 0.35 * np.clip(y + 0.1, -0.5, 0.6) ** 2)
     knob = np.sqrt(canvas.blob(0.08 + 0.5 * mediastinum, p["hilum_y"] - 0.27, p["knob"] + 0.03, p["knob"] + 0.04))

@@ -43,8 +43,8 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
         canvas,
         person,
         rotation=pose["rotation"],
-        # The shadow of the heart grows with its size, and when the patient lies.
-        heart=0.05 * min(max(margin["Cardiomegaly"], -2.5), 1.5) + 0.05 + 0.02 * study.ap,
+        # What counts is the heart against the chest; its shadow is larger, too, when the patient lies.
+        heart=0.33 * (person["width"] - 0.78) + 0.04 * min(max(margin["Cardiomegaly"], -2.5), 1.5) + 0.045 + 0.02 * study.ap,
         mediastinum=0.02 * min(max(margin["Enlarged Cardiomediastinum"], -2.5), 1.5) + 0.03,
         lifted=(lift * (side < 0), lift * (side > 0)),
         rng=patient.rng(PERSON, 1),

@@ -21,7 +21,7 @@ def edema(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
     for _ in range(14):
         x, y = chest.in_lung(int(rng.choice((-1, 1))), rng.uniform(0.75, 0.97), rng.uniform(0.65, 0.98))
         septa.append((np.array([x, x - 0.09 * np.sign(x)]), np.array([y, y + rng.uniform(-0.02, 0.02)]), 1.0))
-    return amount * (0.30 * haze * chest.lung + 0.9 * chest.vessels + 0.09 * chest.canvas.lines(septa, 0.006))
+    return amount * (0.22 * haze * chest.lung + 0.7 * chest.vessels + 0.09 * chest.canvas.lines(septa, 0.006))
 
 
 def pleural_effusion(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
