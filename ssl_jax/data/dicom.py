@@ -72,7 +72,9 @@ def decode(content: bytes, window: str) -> np.ndarray:
         raise
     except Exception as error:
         more = f"damaged, or it needs: pip install {compressed}" if compressed else "damaged"
-        raise UnreadableError(f"DICOM ({_syntax(header)}) that can't be decoded ({type(error).__name__}): {more}") from None
+        raise UnreadableError(
+            f"DICOM ({_syntax(header)}) that can't be decoded ({type(error).__name__}): {more}"
+        ) from None
     shade = 1 - shade if kind == "MONOCHROME1" else shade
     return (shade * 255).round().astype(np.uint8)
 

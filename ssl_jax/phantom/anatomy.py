@@ -30,7 +30,7 @@ PERSON: dict[str, tuple[float, float]] = {
     "rib_dip": (-0.16, -0.02),
     "rib_fall": (0.25, 0.55),
     "rib_width": (0.34, 0.5),  # of the gap
-    "rib": (0.08, 0.22),
+    "rib": (0.10, 0.24),
     "front_rib": (0.02, 0.10),
     "front_fall": (0.25, 0.5),
     "spine": (0.06, 0.22),
@@ -123,7 +123,9 @@ def make_chest(
     a, b = x - np.float32(0.13 + p["heart_x"] + 0.5 * heart + rotation), y - np.float32(p["base"] - 0.16)
     across, down = a - np.float32(p["heart_tilt"]) * 0.4 * b, b + np.float32(p["heart_tilt"]) * 0.25 * a
     ventricle = (across / np.float32(0.25 + heart)) ** 2 + (down / np.float32(p["heart_tall"])) ** 2
-    atrium = canvas.blob(p["heart_x"] - 0.04 - 0.3 * heart + rotation, p["base"] - 0.2, 0.15 + 0.4 * heart, p["heart_tall"] * 0.9)
+    atrium = canvas.blob(
+        p["heart_x"] - 0.04 - 0.3 * heart + rotation, p["base"] - 0.2, 0.15 + 0.4 * heart, p["heart_tall"] * 0.9
+    )
     heart_map = soft_step(1 - np.sqrt(np.minimum(ventricle, atrium)), 0.2)
     narrow = np.float32(p["mediastinum"] + mediastinum) * (1 + 0.35 * np.clip(y + 0.1, -0.5, 0.6) ** 2)
     knob = np.sqrt(canvas.blob(0.08 + 0.5 * mediastinum, p["hilum_y"] - 0.27, p["knob"] + 0.03, p["knob"] + 0.04))
@@ -200,9 +202,12 @@ def bones_and_body(chest: Chest, female: bool, rng: np.random.Generator) -> np.n
     image -= 0.22 * trachea
     image += ribs(chest) + front_ribs(chest)
     line = np.float32(p["collar_y"]) + np.float32(p["collar_tilt"]) * chest.side - 0.12 * chest.side**2
-    image += np.float32(p["collar"]) * soft_step(0.032 - np.abs(y - line), 0.03) * soft_step(
-        0.85 - chest.side, 0.05
-    ) * soft_step(chest.side - 0.08, 0.03)
+    image += (
+        np.float32(p["collar"])
+        * soft_step(0.032 - np.abs(y - line), 0.03)
+        * soft_step(0.85 - chest.side, 0.05)
+        * soft_step(chest.side - 0.08, 0.03)
+    )
     if female:
         for side in (-1, 1):
             disc = chest.canvas.blob(side * p["breast_x"], p["breast_y"], 0.33, 0.27)

@@ -45,7 +45,7 @@ class Canvas:
         place = (np.arange(dots) + 0.5) / dots
         where = begin[:, :, None] * (1 - place) + end[:, :, None] * place
         weight = np.broadcast_to((density * length / dots)[:, None], where.shape[1:])
-        sigma = max(width * self.pixel, 0.45)
+        sigma = _rounded(max(width * self.pixel, 0.45))
         peak = np.sqrt(2 * np.pi) * sigma  # a blurred line of one unit a pixel has its maximum at 1 / peak
         return self.blur(self._splat(where.reshape(2, -1), weight.reshape(-1)), sigma) * np.float32(peak)
 
@@ -68,7 +68,7 @@ class Canvas:
 
     def blur(self, image: np.ndarray, sigma: float) -> np.ndarray:
         """Gaussian blur, sigma in pixels; edges repeat."""
-        kernel = _blur_matrix(self.size, round(sigma * 16) / 16)
+        kernel = _blur_matrix(self.size, _rounded(sigma))
         return kernel @ image @ kernel.T
 
     def cloud(self, rng: np.random.Generator, cells: int) -> np.ndarray:
@@ -86,6 +86,11 @@ def soft_step(distance: np.ndarray, softness: float) -> np.ndarray:
     made = distance * np.float32(1 / softness)
     made += np.float32(0.5)
     return made.clip(0, 1, out=made)
+
+
+def _rounded(sigma: float) -> float:
+    """To sixteenths, so that few different matrices are made."""
+    return round(sigma * 16) / 16
 
 
 @functools.lru_cache(maxsize=256)

@@ -44,7 +44,10 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
         person,
         rotation=pose["rotation"],
         # What counts is the heart against the chest; its shadow is larger, too, when the patient lies.
-        heart=0.33 * (person["width"] - 0.78) + 0.04 * min(max(margin["Cardiomegaly"], -2.5), 1.5) + 0.045 + 0.02 * study.ap,
+        heart=0.33 * (person["width"] - 0.78)
+        + 0.04 * min(max(margin["Cardiomegaly"], -2.5), 1.5)
+        + 0.045
+        + 0.02 * study.ap,
         mediastinum=0.02 * min(max(margin["Enlarged Cardiomediastinum"], -2.5), 1.5) + 0.03,
         lifted=(lift * (side < 0), lift * (side > 0)),
         rng=patient.rng(PERSON, 1),
@@ -52,9 +55,7 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
     density = anatomy.bones_and_body(chest, patient.female, patient.rng(PERSON, 2))
     density -= person["lung"] * chest.lung - chest.vessels
     density += person["grain"] * canvas.cloud(patient.rng(PERSON, 3), size // 3) * chest.lung + skin(chest, rng)
-    changes = {
-        name: findings.DRAW[name](chest, amounts[name], place) for name, place in places.items()
-    }
+    changes = {name: findings.DRAW[name](chest, amounts[name], place) for name, place in places.items()}
     if margin["Support Devices"] > 0:
         changes["Support Devices"] = support_devices(chest, margin, patient.rng(DEVICES, study.number))
     density += sum(changes.values())
