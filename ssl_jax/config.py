@@ -34,7 +34,7 @@ class Data:
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto
     workers: int = 2  # threads that decode files
     cache: str = ""  # folder for decoded images, made once and then read instead of the files; empty: none
-    window: str = "auto"  # which values of a DICOM become black and white: auto (its own window, else percentile), percentile
+    window: str = "auto"  # black and white of a DICOM: auto (its own window, else percentiles) or percentile
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,8 @@ def test_damage_on_the_disk_is_noticed_and_repaired(photos, caplog):
 
 def test_unreadable_files_are_told_as_without(photos, decoded):
     whole = (photos / "07.jpg").read_bytes()
-    (photos / "07.jpg").write_bytes(whole[: len(whole) // 2])  # the header is sound
-    with pytest.raises(UserError, match="'07.jpg': .*Truncated"):
+    (photos / "07.jpg").write_bytes(whole[:-40])  # the header is sound
+    with pytest.raises(UserError, match="'07.jpg': .*truncated"):
         opened(photos).arrays()
     plain, cached = (opened(photos, cache=c, max_bad_share=0.1) for c in ("", str(photos.parent / "cache")))
     count = len(decoded)

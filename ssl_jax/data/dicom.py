@@ -18,15 +18,15 @@ from ssl_jax.errors import UserError
 
 MARK = b"DICM"  # bytes 128 to 131
 PERCENTILES = (0.5, 99.5)  # of the pixels: black and white, where a file has no window of its own
-TAGS = (
-    "SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns NumberOfFrames BitsAllocated BitsStored "
-    "HighBit PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept ModalityLUTSequence WindowCenter "
-    "WindowWidth VOILUTFunction VOILUTSequence ExtendedOffsetTable ExtendedOffsetTableLengths "
-    "RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor "
-    "RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData "
-    "SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData "
-    "SegmentedBluePaletteColorLookupTableData PixelData FloatPixelData DoubleFloatPixelData"
-).split()
+TAGS = """
+    SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns NumberOfFrames BitsAllocated BitsStored
+    HighBit PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept ModalityLUTSequence WindowCenter
+    WindowWidth VOILUTFunction VOILUTSequence ExtendedOffsetTable ExtendedOffsetTableLengths
+    RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor
+    RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData
+    SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
+    SegmentedBluePaletteColorLookupTableData PixelData FloatPixelData DoubleFloatPixelData
+"""
 # What to install for a family of transfer syntaxes, by a word of the name.
 PLUGINS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
@@ -123,10 +123,10 @@ def _eight_bits(pixels: np.ndarray, bits: int = 0) -> np.ndarray:
 
 
 def _read(file: Any, **options: bool) -> Any:
-    """The tags TAGS of a file."""
+    """The tags TAGS of a file, no others."""
     pydicom = _pydicom()
     try:
-        header = pydicom.dcmread(file, specific_tags=TAGS, **options)
+        header = pydicom.dcmread(file, specific_tags=TAGS.split(), **options)
     except OSError as error:
         raise UnreadableError(error.strerror or "damaged DICOM") from None
     except Exception as error:

@@ -66,12 +66,14 @@ def from_files(files: Sequence[File], classes: Sequence[str], data: Data, where:
     if data.cache:
         from ssl_jax.data.cache import cached
 
-        load = cached([file.path for file in good], load, (size, size, channels), data)
+        read = cached([file.path for file in good], load, (size, size, channels), data)
+    else:
+        read = load
     number = {name: i for i, name in enumerate(classes)}
     return Source(
         [file.name for file in good],
         (size, size, channels),
-        load,
+        read,
         labels=np.array([number.get(file.label or "", -1) for file in good], np.int32) if classes else None,
         classes=classes,
         objects=same_object([file.object for file in good], where, data.pairs) if data.pairs else None,

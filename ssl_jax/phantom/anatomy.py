@@ -4,6 +4,7 @@ Densities are what a structure adds to the logarithm of the attenuation; a lung 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def draw_range(rng: np.random.Generator, ranges: dict[str, tuple[float, float]])
     return {name: float(rng.uniform(*between)) for name, between in ranges.items()}
 
 
-def rib_cage(y: np.ndarray, p: dict[str, float]) -> np.ndarray:
+def rib_cage(y: Any, p: dict[str, float]) -> np.ndarray:
     """Half-width of the rib cage at a height."""
     rise = np.clip((y - p["top"]) / np.float32(p["base"] + 0.1 - p["top"]), 0, 1)
     return np.float32(p["width"]) * (1 - (1 - rise) ** np.float32(p["shape"])) ** np.float32(0.6)
@@ -110,7 +111,7 @@ def make_chest(
     lifted: tuple[float, float],
     rng: np.random.Generator,
 ) -> Chest:
-    """heart: half-width beyond the usual; mediastinum: the same; lifted: how much the right and left dome are raised."""
+    """heart: half-width beyond the usual; mediastinum: the same; lifted: how far the right and left dome are raised."""
     x, y = canvas.x, canvas.y
     middle = np.float32(p["bend"]) * np.sin(3 * y) + np.float32(rotation) * (y + 0.3)
     offset = x - middle

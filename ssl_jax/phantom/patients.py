@@ -119,7 +119,7 @@ def _study(rng: np.random.Generator, causes: np.ndarray, own: np.ndarray, number
 
     causes, own = today(causes), today(own)
     margin = {}
-    for (name, (share, loads)), chance in zip(DRAWN.items(), own, strict=True):
+    for (name, (_, loads)), chance in zip(DRAWN.items(), own, strict=True):
         explained = sum(load * causes[cause] for cause, load in loads.items())
         rest = np.sqrt(1 - sum(load**2 for load in loads.values()))
         margin[name] = float(explained + rest * chance) - THRESHOLD[name]
@@ -130,7 +130,7 @@ def _study(rng: np.random.Generator, causes: np.ndarray, own: np.ndarray, number
 
 
 def _report(rng: np.random.Generator, study: Study) -> dict[str, float]:
-    """Labels as from a report: hedged where the finding is doubtful, silent about most that is absent, at times wrong."""
+    """Labels as from a report: hedged where a finding is doubtful, silent about most that is absent, at times wrong."""
     labels, chance = {}, rng.random((len(OBSERVATIONS), 3))
     for (name, margin), (hedge, silence, error) in zip(study.margins.items(), chance, strict=True):
         if name == "No Finding":

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,20 +54,19 @@ def write(
         if not low <= value <= high:
             raise UserError(f"--{name}={value}: allowed: {low} to {high}")
     _begin(out, {"phantom": True, "version": VERSION, "seed": seed, "patients": patients, "size": size, "test": test})
-    items, rows = [], ([], [])
-    for part, images in enumerate(((range(1, patients + 1), None), (range(FIRST_TEST, LAST + 1), test))):
-        for patient, study, view in itertools.islice(_images(seed, part, images[0]), images[1]):
-            items.append((part, patient.number, study.number - 1, view))
-            rows[part].append(_row(patient, study, view))
+    train = _images(seed, 0, range(1, patients + 1))
+    valid = itertools.islice(_images(seed, 1, range(FIRST_TEST, LAST + 1)), test)
+    tables = [[(_item(*image), _row(*image)) for image in images] for images in (train, valid)]
+    items = [item for table in tables for item, _ in table]
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
     done = 0
     for count in _run(functools.partial(_write_chunk, out, seed, size), chunks, workers):
         done += count
         if progress:
             progress(done, len(items))
-    for folder, lines in zip(FOLDERS, rows, strict=True):  # last: a folder with its tables is complete
+    for folder, table in zip(FOLDERS, tables, strict=True):  # last: a folder with its tables is complete
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(row for _, row in table)])
         _put(out / f"{folder}.csv", text.getvalue().encode())
     return len(items)
 
@@ -93,6 +91,10 @@ def _images(seed: int, part: int, numbers: Iterable[int]) -> Iterator[tuple[Pati
         for study in patient.studies:
             for view in range(1, study.views + 1):
                 yield patient, study, view
+
+
+def _item(patient: Patient, study: Study, view: int) -> Item:
+    return patient.part, patient.number, study.number - 1, view
 
 
 def _row(patient: Patient, study: Study, view: int) -> list[str]:
