@@ -14,7 +14,16 @@ import matplotlib.pyplot as plt
 from ssl_jax.phantom import Patient, draw, make_patient
 
 OUT = Path(__file__).with_name("phantom.jpg")
-SHOWN = ("Lung Lesion", "Fracture", "Pneumothorax", "Atelectasis", "Pneumonia", "Edema", "Pleural Effusion", "Cardiomegaly")
+SHOWN = (
+    "Lung Lesion",
+    "Fracture",
+    "Pneumothorax",
+    "Atelectasis",
+    "Pneumonia",
+    "Edema",
+    "Pleural Effusion",
+    "Cardiomegaly",
+)
 
 
 def first_with(name: str) -> Patient:

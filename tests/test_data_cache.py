@@ -115,6 +115,18 @@ def test_damage_on_the_disk_is_noticed_and_repaired(photos, caplog):
     assert not caplog.messages
 
 
+def test_damage_and_a_file_that_changed_since(photos, caplog):
+    """The image comes from the file as it is now, and the next opening puts it into the cache."""
+    source = opened(photos)
+    images = store(photos) / "images.u8"
+    images.write_bytes(images.read_bytes()[: 29 * 64])
+    put(photos / "29.jpg", 99)
+    fresh = opened(photos, cache="").load(29)
+    np.testing.assert_array_equal(source.load(29), fresh)
+    np.testing.assert_array_equal(opened(photos).load(29), fresh)
+    assert len([m for m in caplog.messages if "damaged" in m]) == 1
+
+
 def test_unreadable_files_are_told_as_without(photos, decoded):
     whole = (photos / "07.jpg").read_bytes()
     (photos / "07.jpg").write_bytes(whole[:-40])  # the header is sound

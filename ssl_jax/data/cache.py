@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_jax.config import Data
+from ssl_jax.data.files import printable
 from ssl_jax.data.source import UnreadableError
 from ssl_jax.errors import UserError
 from ssl_jax.progress import counting
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
 
 
 def cached(
-    paths: Sequence[Path], decode: Callable[[int], np.ndarray], shape: tuple[int, int, int], data: Data
+    paths: Sequence[Path | str], decode: Callable[[int], np.ndarray], shape: tuple[int, int, int], data: Data
 ) -> Callable[[int], np.ndarray]:
     """`decode` (index of a path -> uint8 [H,W,C], or UnreadableError) by way of the store in the folder data.cache.
 
@@ -70,9 +71,10 @@ def cached(
             raise UnreadableError(str(entry.check))
         image = store.read(entry)
         if image is None:
-            log.warning("%r: damaged in the cache, decoded again", os.fsencode(names[index]).decode(errors="replace"))
+            log.warning("%r: damaged in the cache, decoded again", printable(names[index]))
             image = decode(index)
-            store.write(image, entry.place)
+            if _check(image) == entry.check:  # else the file has changed since
+                store.write(image, entry.place)
         return image
 
     return load
@@ -104,6 +106,10 @@ def _fill(
             images = pool.map(attempt, group)
             store.add([(names[i], *(stamps[i] or (0, 0)), image) for i, image in zip(group, images, strict=True)])
             progress(start + len(group), len(missing))
+
+
+def _check(image: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(image))
 
 
 def _stamp(name: str) -> tuple[int, int] | None:
@@ -169,7 +175,7 @@ class Store:
             else:
                 place = known.place if known and known.place >= 0 else self._places
                 self.write(image, place)
-                entry = Entry(size, changed, place, zlib.crc32(np.ascontiguousarray(image)))
+                entry = Entry(size, changed, place, _check(image))
             self._note(name, entry)
             lines.append(json.dumps([name, *entry]) + "\n")
         with self._lines.open("a") as file:
