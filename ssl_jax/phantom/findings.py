@@ -33,7 +33,7 @@ def pleural_effusion(chest: Chest, amount: float, rng: np.random.Generator) -> n
     amounts = np.where(chest.left, np.float32(left), np.float32(right))
     near_wall = np.clip(1 - chest.wall / np.float32(0.5), 0, 1)
     # The angle is a little blunt in some healthy people, and sharp in some with fluid.
-    height = amounts * (0.2 * amounts - 0.02 + 0.2 * near_wall**3) + np.float32(rng.uniform(-0.06, 0.02)) * near_wall
+    height = amounts * (0.18 * amounts - 0.03 + 0.17 * near_wall**3) + np.float32(rng.uniform(-0.09, 0.04)) * near_wall
     fluid = soft_step(height - chest.dome, 0.05) * soft_step(chest.wall, 0.04) * (amounts > 0)
     return fluid * chest.lung * np.float32(0.75 * chest.person["lung"])
 
@@ -95,17 +95,18 @@ def lung_lesion(chest: Chest, amount: float, rng: np.random.Generator) -> np.nda
 
 
 def pneumothorax(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """Air between wall and lung: no vessels, a little darker, and the thin edge of the lung."""
+    """Air between wall and lung: no vessels, darker, and the thin edge of the lung, which is denser for it."""
     left = bool(rng.random() < 0.5)
     top = chest.person["top"]
     down = np.clip((chest.canvas.y - top) / np.float32(rng.uniform(0.7, 1.3)), 0, 1)
-    gap = (0.06 + 0.2 * amount) * (1 - down**2)
+    gap = (0.08 + 0.24 * amount) * (1 - down**2)
     apex = chest.canvas.y - np.float32(top + 0.1 + 0.45 * amount * rng.uniform(0.4, 1))  # the lung sinks from the top
     beyond = np.minimum(chest.wall - 0.02 - gap, apex)  # negative in the air
     here = (chest.left == left) & (gap > 0.02)
     edge = soft_step(0.010 - np.abs(beyond), 0.016)
     air = soft_step(-beyond, 0.02)
-    return here * chest.lung * (0.18 * edge - air * (0.12 + 0.9 * chest.vessels))
+    collapsed = soft_step(beyond, 0.02) * 0.06
+    return here * chest.lung * (0.18 * edge + collapsed - air * (0.16 + 0.9 * chest.vessels))
 
 
 def pleural_other(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
@@ -120,23 +121,23 @@ def pleural_other(chest: Chest, amount: float, rng: np.random.Generator) -> np.n
 
 
 def fracture(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """One to three neighbouring ribs broken: a gap, the outer part displaced, and a bruise at the wall."""
+    """Three to five neighbouring ribs broken: a gap, the outer part displaced, and a bruise at the wall."""
     p, side = chest.person, int(rng.choice((-1, 1)))
     x, y = chest.in_lung(side, rng.uniform(0.6, 0.92), rng.uniform(0.2, 0.85))
     r = np.minimum(np.abs(chest.canvas.x) / np.float32(p["width"]), 1.3)
     rib = np.floor(rib_phase(chest, r))
     row, column = np.unravel_index(np.argmin(chest.canvas.blob(x, y, 1, 1)), rib.shape)
-    broken = np.abs(rib - rib[row, column]) <= int(rng.integers(0, 2))
+    broken = np.abs(rib - rib[row, column]) <= int(rng.integers(1, 3))
     outward = chest.canvas.x * side - np.float32(abs(x))
     near = broken & (outward > -0.08) & (outward < 0.28) & (np.abs(chest.canvas.y - y) < 0.4)
-    step = np.float32((0.3 + 0.3 * amount) * p["rib_gap"] * rng.choice((-1, 1)))
+    step = np.float32((0.4 + 0.3 * amount) * p["rib_gap"] * rng.choice((-1, 1)))
     moved = ribs(chest, step * np.exp(-np.clip(outward, 0, 1) / 0.15) * (outward > 0) * near)
     gap = 1 - soft_step(0.018 - np.abs(outward), 0.012) * near
-    bruise = soft_step(0.05 + 0.03 * amount - chest.wall, 0.04) * np.exp(
+    bruise = soft_step(0.08 + 0.04 * amount - chest.wall, 0.04) * np.exp(
         -(((chest.canvas.y - y) / np.float32(0.13)) ** 2)
     )
     here = soft_step(chest.wall, 0.03) * (chest.left == (side > 0))
-    return moved * gap - ribs(chest) + (0.15 + 0.2 * amount) * bruise * here
+    return moved * gap - ribs(chest) + (0.25 + 0.25 * amount) * bruise * here
 
 
 DRAW: dict[str, Draw] = {
