@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,16 +123,28 @@ def _run(work: Callable[[list[Item]], int], chunks: list[list[Item]], workers: i
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    # Spawned: a fork would copy the threads' locks of a parent in which JAX runs.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+    # Spawned: a fork would copy the locks of a parent in which JAX runs threads.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         yield from pool.map(work, chunks)
 
 
-def _one_thread() -> None:
-    """The processes share the cores already; matrices of this size gain nothing from threads."""
+def _start_worker() -> None:
+    import multiprocessing
+    import signal
+    import threading
+
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(1)
+    threadpool_limits(1)  # the processes share the cores already; matrices of this size gain nothing from threads
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the work
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a parent that is killed tells nobody
 
 
 _patient = functools.lru_cache(maxsize=1)(make_patient)  # for the images of one patient
