@@ -43,8 +43,8 @@ def test_area_by_hand():
     assert kept(angle=180.0) == kept(flip=True) == 1
     # Enlarged twice about the centre, rows and columns 5 to 14 remain.
     assert kept(zoom=2.0) == 0
-    assert kept(corners=[[-3.0, 0.0], [17.0, 0.0], [17.0, 20.0], [-3.0, 20.0]]) == pytest.approx(1 / 4)  # a shift
-    assert kept(corners=[[-20.0, 0.0], [20.0, 0.0], [20.0, 20.0], [-20.0, 20.0]]) == 0  # the right half fills the view
+    assert kept(corners=[[-3.0, 0.0], [16.0, 0.0], [16.0, 19.0], [-3.0, 19.0]]) == pytest.approx(1 / 4)  # a shift
+    assert kept(corners=[[-19.0, 0.0], [19.0, 0.0], [19.0, 19.0], [-19.0, 19.0]]) == 0  # the right half fills the view
 
 
 def test_crop_against_boxes_counted_by_slicing():
@@ -91,10 +91,8 @@ def test_contrast_of_known_factors():
     images = (80 + levels * masks).astype(np.uint8)[..., None]
     measure = audit_lesions._Contrast(images, as_lesions(masks), size)
     np.testing.assert_allclose(measure.before[:2], 90 / 255, rtol=1e-5)
-    dark = audit_lesions._contrasts(
-        measure.images, measure.inside, measure.around, {"order": jnp.zeros((1, 1), int), "brightness": jnp.array([0.5])},
-        View(size=size),
-    )  # fmt: skip
+    half = {"order": jnp.zeros((1, 1), int), "brightness": jnp.array([0.5])}
+    dark = audit_lesions._contrasts(measure.images, measure.inside, measure.around, half, View(size=size))
     np.testing.assert_allclose(np.asarray(dark)[:2, 0] / measure.before[:2], 0.5, rtol=1e-5)
     kept = measure(View(size=size, blur=1.0, blur_sigma=(2.0, 2.0)), 0)
     assert kept[0].max() < 0.6 < kept[1].min() < 1 and np.isnan(kept[2]).all()
