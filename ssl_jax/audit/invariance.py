@@ -4,13 +4,12 @@ moved      how far a transform moves the embedding: cosine distance between embe
            divided by the mean distance between different images. 0: ignored; 1: as far as to another image.
 readable   how well the transform's parameters (angle, box, factor, whether flipped, ...) can be read from frozen
            embeddings by a linear model, on images it has not seen. 1: exactly, 0: not at all. Parameters: R2 of a
-           ridge regression; yes or no: accuracy of a logistic regression above chance.
+           ridge regression; yes or no: accuracy of a logistic regression, on a scale from the more frequent answer (0) to 1.
 
 The two are not the same: an embedding that hardly moves may still move in one direction that tells the parameter.
-Source of the questions: https://arxiv.org/abs/2008.05659 (LooC), section 4.
+That views make an encoder blind to what they change is the starting point of https://arxiv.org/abs/2008.05659 (LooC).
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +21,7 @@ from ssl_jax.audit.ladder import Transform, alone, bare, draw_many, in_numbers, 
 from ssl_jax.augment.views import Parameters
 from ssl_jax.config import View
 from ssl_jax.encoder import Encoder
+from ssl_jax.evaluate.linear import linear_probe
 
 BATCH = 256
 DRAWS = 4  # of each image, from which parameters are read
@@ -109,25 +109,20 @@ def readable(encoder: Encoder, images: np.ndarray, transform: Transform, name: s
 def read(features: np.ndarray, targets: np.ndarray, held: np.ndarray, switch: bool) -> float:
     """Targets [N, P] from features [N, D] by a linear model: fitted where not `held`, judged where `held` (bool [N]).
 
-    R2, averaged over the targets; for a switch (P = 1, 0 or 1) 2 x accuracy - 1. Both are cut at 0.
+    R2, cut at 0 and averaged over the targets; for a switch (P = 1, 0 or 1) accuracy above chance.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression, RidgeCV
+    from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score
     from threadpoolctl import threadpool_limits
 
+    if switch:
+        answer = (targets[:, 0] > 0.5).astype(np.int32)
+        scores = linear_probe(features[~held], answer[~held], classes=2).scores(features[held])
+        right, chance = (scores.argmax(axis=1) == answer[held]).mean(), np.bincount(answer[held]).max() / held.sum()
+        return max(0.0, float((right - chance) / (1 - chance))) if chance < 1 else 0.0
     mean, std = features[~held].mean(axis=0), features[~held].std(axis=0)
     scaled = (features - mean) / np.maximum(std, 1e-6 * max(float(std.max()), 1e-12))
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        if switch:
-            answer = targets[:, 0] > 0.5
-            if len(np.unique(answer[~held])) < 2:
-                return 0.0
-            model = LogisticRegression(C=0.01, max_iter=500).fit(scaled[~held], answer[~held])
-            score = 2 * model.score(scaled[held], answer[held]) - 1
-        else:
-            model = RidgeCV(RIDGE).fit(scaled[~held], targets[~held])
-            predicted = model.predict(scaled[held]).reshape(targets[held].shape)
-            score = r2_score(targets[held], predicted)
-    return max(0.0, float(score))
+    with threadpool_limits(1):
+        model = RidgeCV(RIDGE).fit(scaled[~held], targets[~held])
+    predicted = model.predict(scaled[held]).reshape(targets[held].shape)
+    return float(r2_score(targets[held], predicted, multioutput="raw_values").clip(0).mean())

@@ -24,7 +24,7 @@ from ssl_jax.config import View
 
 ENOUGH = 0.5  # of a lesion: a view that keeps less does not show it
 ALLOWED = 0.05  # share of views without the lesion, of the worst class, up to which a config passes
-AREA_DRAWS, CONTRAST_DRAWS = 256, 16  # of each view; all lesions are looked at in the same draws
+AREA_DRAWS, CONTRAST_DRAWS = 256, 32  # of each view; all lesions are looked at in the same draws
 FAINT = 5 / 255  # contrast below which a lesion can't be told from its surroundings to begin with
 RING = 3  # width of the ring, px; or a quarter of the lesion's diameter, if that is more
 ALL = "all"

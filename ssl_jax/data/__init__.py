@@ -13,7 +13,7 @@ from ssl_jax.errors import UserError, unknown
 
 __all__ = ["SOURCES", "Partners", "Source", "open_source", "order", "stream"]
 
-SOURCES = ("csv", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
+SOURCES = ("csv", "factors", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
 
 
 def open_source(data: Data, split: str | None = None) -> Source:

@@ -46,13 +46,13 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
                     axes.set_xticks(x, [f"{r['strength']:g}" for r in mine])
             axes.set_title(f"{name} ({'area' if TRANSFORMS[name].moves else 'contrast'})")
             axes.set_xlabel(TRANSFORMS[name].unit or TRANSFORMS[name].key, fontsize=9)
-            axes.set_ylim(-4, 104)
+        panels[0].set_ylim(-4, 1.08 * max(10, *(100 * r[k] for r in rows for k in ("lost", "disagree"))))
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel("% of views that keep less than half", fontsize=10)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=min(4, 2 + len(classes)), frameon=False)
+        figure.legend(*handles, loc="outside lower center", ncols=min(4, 3 + len(classes)), frameon=False)
         _save(figure, path)
 
 
@@ -86,7 +86,7 @@ def profile(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
             for row, shade in zip(mine, shades, strict=True):
                 left.errorbar(row["moved"], y, xerr=row["half"], fmt="o", color=COLORS[0], alpha=shade, markersize=6)
         left.axvline(1, color=BASELINE, linewidth=1.2)
-        left.text(1, len(order) - 0.45, "another image", color=BASELINE, fontsize=8, ha="center", va="bottom")
+        left.text(1.02, len(order) - 0.5, "another image", color=BASELINE, fontsize=8, va="center")
         left.set_yticks(place, [_range(name, by_name[name]) for name in order])
         left.set_xlabel("how far the embedding moves (1: to another image)")
         left.set_title("ignored  ←  → felt", pad=14)

@@ -76,7 +76,7 @@ def view_sheet(
     if kinds:
         height += 0.4
     if title:
-        axes.set_title(title, loc="left", fontsize=11)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     axes.set(xlim=(0, x), ylim=(height, 0))
     axes.axis("off")
     figure.set_size_inches(1.3 * x + (1.6 if names else 0.2), 1.3 * height + 1)
