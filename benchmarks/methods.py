@@ -32,9 +32,11 @@ LABELS = 250
 SCORES = ("knn", "linear", "finetune")
 
 
-def pretrain(method: str, seed: int, settings: dict, workdir: Path, *flags: str) -> dict:
+def pretrain(
+    method: str, seed: int, settings: dict, workdir: Path, *flags: str, config: str = "methods_fashion_mnist"
+) -> dict:
     """One run. Minutes and memory are those of its whole process, compiling included."""
-    command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config=methods_fashion_mnist:{method}"]
+    command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config={config}:{method}"]
     command += [f"--workdir={workdir}", f"--config.train.seed={seed}", *flags]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
     began = time.monotonic()

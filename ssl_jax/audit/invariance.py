@@ -4,7 +4,7 @@ moved      how far a transform moves the embedding: cosine distance between embe
            divided by the mean distance between different images. 0: ignored; 1: as far as to another image.
 readable   how well the transform's parameters (angle, box, factor, whether flipped, ...) can be read from frozen
            embeddings by a linear model, on images it has not seen. 1: exactly, 0: not at all. Parameters: R2 of a
-           ridge regression; yes or no: accuracy of a logistic regression, on a scale from the more frequent answer (0) to 1.
+           ridge regression; yes or no: accuracy of a logistic regression, where 0 is the more frequent answer's.
 
 The two are not the same: an embedding that hardly moves may still move in one direction that tells the parameter.
 That views make an encoder blind to what they change is the starting point of https://arxiv.org/abs/2008.05659 (LooC).
