@@ -231,6 +231,12 @@ def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> Non
     print(f"views: {out}")
 
 
+def report(workdir: str, out: str = "") -> None:
+    from ssl_jax.report.html import write_report
+
+    print(f"report: {write_report(Path(workdir), Path(out) if out else None)}")
+
+
 def audit(
     lesions: bool = False,
     invariance: bool = False,
@@ -254,12 +260,6 @@ def audit(
         command.lesions(config, masks, out, images)
     if invariance:
         command.invariance(config or None, workdir, data, out, images)
-
-
-def report(workdir: str, out: str = "") -> None:
-    from ssl_jax.report.html import write_report
-
-    print(f"report: {write_report(Path(workdir), Path(out) if out else None)}")
 
 
 def methods() -> None:
