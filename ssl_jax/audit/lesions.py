@@ -24,6 +24,7 @@ from ssl_jax.config import View
 
 ENOUGH = 0.5  # of a lesion: a view that keeps less does not show it
 ALLOWED = 0.05  # share of views without the lesion, of the worst class, up to which a config passes
+MANY = 5  # lesions of a class that can decide whether a config passes
 AREA_DRAWS, CONTRAST_DRAWS = 256, 32  # of each view; all lesions are looked at in the same draws
 FAINT = 5 / 255  # contrast below which a lesion can't be told from its surroundings to begin with
 RING = 3  # width of the ring, px; or a quarter of the lesion's diameter, if that is more
@@ -93,8 +94,12 @@ def by_class(kept: Sequence[np.ndarray], names: Sequence[str]) -> list[Row]:
 
 
 def worst(rows: Sequence[Row]) -> Row:
-    """The row of the config as a whole with the largest share lost, over classes and measures."""
-    return max((r for r in rows if r["transform"] == "config" and r["class"] != ALL), key=lambda r: r["lost"])
+    """The row of the config as a whole with the largest share lost, over measures and classes of MANY or more lesions.
+
+    Where no class has so many, over all.
+    """
+    given = [row for row in rows if row["transform"] == "config" and row["class"] != ALL]
+    return max([row for row in given if row["lesions"] >= MANY] or given, key=lambda row: row["lost"])
 
 
 def verdict(rows: Sequence[Row]) -> str:

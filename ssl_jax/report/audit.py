@@ -24,10 +24,11 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
 
     rows = [row for row in rows if row["transform"] != "config"]
     names = list(dict.fromkeys(row["transform"] for row in rows))
-    suffering = {c: max(r["lost"] for r in rows if r["class"] == c) for c in {r["class"] for r in rows} - {"all"}}
-    classes = sorted(suffering, key=lambda c: (-suffering[c], c))[:MOST_CLASSES]
-    if len(suffering) == 1:
-        classes = []
+    suffering: dict[str, float] = {}
+    for row in rows:
+        suffering[row["class"]] = suffering.get(row["class"], 0) + row["lost"]
+    del suffering["all"]
+    classes = sorted(suffering, key=lambda c: -suffering[c])[:MOST_CLASSES] if len(suffering) > 1 else []
     columns = min(5, len(names))
     lines = -(-len(names) // columns)
     with matplotlib.rc_context(STYLE):
