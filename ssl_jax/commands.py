@@ -209,6 +209,7 @@ def embed(workdir: str, data: str, out: str) -> None:
 
 
 def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> None:
+    from ssl_jax.audit.command import phantom
     from ssl_jax.audit.masks import find_lesions, open_masks
     from ssl_jax.augment import resolve as resolve_views
     from ssl_jax.report.sheet import view_sheet
@@ -225,7 +226,7 @@ def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> Non
     drawn = resolve_views(resolved.augment, 2, min(source.shape[:2]))
     preset = resolved.augment.preset
     changed = resolved.augment.override or resolved.augment.second
-    title = f"preset {preset}{', changed' * bool(changed)}"
+    title = f"{phantom(resolved.data)}images, preset {preset}{', changed' * bool(changed)}"
     loaded = np.stack([source.load(i) for i in chosen])
     view_sheet(loaded, drawn, Path(out), seed=seed, outlines=outlines, title=title)
     print(f"views: {out}")
