@@ -1,14 +1,15 @@
 """ssl_jax beside lightly 1.6.0 (PyTorch) on Fashion-MNIST and a CPU: kNN accuracy and time of an epoch, by method.
 
     python -m venv peer && peer/bin/pip install torch==2.14.1 torchvision==0.29.1 lightly==1.6.0
-    python benchmarks/against_lightly.py --peer=peer/bin/python [--methods=simclr,byol] [--seeds=3] [--epochs=2]
+    python benchmarks/against_lightly.py --peer=peer/bin/python [--methods=simclr,byol] [--seeds=3] [--epochs=3]
+    python benchmarks/against_lightly.py --peer=peer/bin/python --images=4096 --seeds=1      times, on an idle machine
 
 Every run is a process, `ssl-jax pretrain` or benchmarks/lightly_peer.py, and the two take turns. The peer reads its
-settings from the resolved config of ours: images, views, batch, epochs, SGD with Nesterov, rate, warm-up, cosine,
-weight decay, sizes of heads, temperatures, momentum. The numbers of parameters are compared before the first run. One
-function judges both: kNN on the 10,000 test images, all training images used vote. A finished run is a line of
-benchmarks/results/against_lightly.csv and is not run again; the table is benchmarks/results/against_lightly.md. What
-is equal and what is not: benchmarks/README.md.
+settings from the resolved config of ours: images, views, batch, epochs, AdamW, rate, warm-up, cosine, weight decay,
+sizes of heads, temperatures, momentum. The numbers of parameters are compared before the first run. One function
+judges both: kNN on the 10,000 test images, all training images used vote. A finished run is a line of
+benchmarks/results/against_lightly.csv and is not run again; the table is benchmarks/results/against_lightly.md. With
+--shared the machine may do other work: then no times are recorded. What is equal and what is not: benchmarks/README.md.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from methods import add, rows
 
+from ssl_jax.augment import PRESETS
 from ssl_jax.cli import load_config
 from ssl_jax.config import Config, Data, Model, View, resolve
 from ssl_jax.data import open_source
@@ -40,10 +42,12 @@ HERE = Path(__file__).resolve().parent
 CSV, TABLE = HERE / "results" / "against_lightly.csv", HERE / "results" / "against_lightly.md"
 METHODS = ("simclr", "moco", "byol", "simsiam", "barlow_twins", "vicreg", "swav", "dino", "tico")
 FLOOR = "random weights"
-SAME = ("images", "epochs", "batch", "cores")  # runs that differ in these are not compared
+SAME = ("images", "epochs", "batch", "cores", "shared")  # runs that differ in these are not compared
 # What lightly's building blocks cannot follow is switched off here: statistics of BatchNorm in parts of the batch,
-# SwAV's queue, rates and decays of a LARS or AdamW recipe.
-ALL = {"optim.vector_lr": 1.0, "optim.weight_decay_end": -1.0, "eval.every": "0 steps", "eval.online_probe": False}
+# SwAV's queue. Views are those of the preset alone.
+ALL = {"eval.every": "0 steps", "eval.online_probe": False}
+ALL |= {f"augment.{key}": getattr(PRESETS["grayscale"][0], key) for key in ("jitter_prob", "brightness", "contrast")}
+ALL |= {f"augment.{key}": 0.0 for key in ("blur", "solarize", "rotate")}
 FOR = {"moco": {"method.bn_groups": 1}, "swav": {"method.queue": 0}}
 DRAWN = ("size", "crop_scale", "crop_ratio", "flip", "jitter_prob", "brightness", "contrast")  # of views, by both
 GUESS = {"ssl_jax": 500, "lightly": 700}  # images/s on two cores with AVX2, for the estimate before the first run
@@ -73,8 +77,8 @@ def settings_of(config: Config, setup: Setup, args: argparse.Namespace, folder: 
     widths, depths, _ = ARCHITECTURES[config.model.name]
     mean, std = normalization(config.model, 1)
     optim = config.optim
-    if optim.name != "sgd" or optim.schedule != "cosine":
-        sys.exit(f"benchmarks/lightly_peer.py trains by SGD with a cosine; config.optim: {optim}")
+    if optim.name != "adamw" or optim.schedule != "cosine":
+        sys.exit(f"benchmarks/lightly_peer.py trains by AdamW with a cosine; config.optim: {optim}")
     for view in setup.views:
         rest = dataclasses.replace(view, **{key: getattr(View(), key) for key in DRAWN})
         if rest != View():
@@ -89,7 +93,7 @@ def settings_of(config: Config, setup: Setup, args: argparse.Namespace, folder: 
         "mean": mean,
         "std": std,
         "constant_lr": sorted(setup.method.constant_lr),
-        "peak": optim.lr * args.batch / optim.lr_batch,
+        "peak": optim.lr * (args.batch / optim.lr_batch if optim.lr_batch else 1),
         "warmup": int(optim.warmup.split()[0]),
         "steps": setup.steps,
         "epoch_steps": setup.steps // args.epochs,
@@ -187,6 +191,8 @@ class Bench:
                 found = {"epoch_s": "", "other_s": "", "knn": self.judge(encoder), "loss": "", "step_s": ""}
             else:
                 found = (self.ours if side == "ssl_jax" else self.lightly)(method, seed)
+            if args.shared:
+                found |= {"epoch_s": "", "other_s": "", "step_s": ""}
             add(CSV, {"side": side, "method": method, "seed": seed, **self.setting, **found})
             TABLE.write_text(table())
 
@@ -222,15 +228,11 @@ def part(setting: dict[str, str], found: list[dict[str, str]]) -> str:
     def percent(values: list[float]) -> str:
         return shown(*interval([100 * v for v in values])) if values else ""
 
+    timed = bool(of("lightly", next((m for m in METHODS if of("lightly", m, "knn")), ""), "epoch_s"))
     head = ["method", "seeds", "kNN ssl_jax, %", "kNN lightly, %", "difference"]
-    head += [
-        "s/epoch ssl_jax",
-        "s/epoch lightly",
-        "ratio",
-        "lightly's steps alone, s/epoch",
-        "other s ssl_jax",
-        "other s lightly",
-    ]
+    if timed:
+        head += ["s/epoch ssl_jax", "s/epoch lightly", "ratio", "lightly's steps alone, s/epoch"]
+        head += ["other s ssl_jax", "other s lightly"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method in METHODS:
         ours, theirs = of("ssl_jax", method, "knn"), of("lightly", method, "knn")
@@ -238,13 +240,13 @@ def part(setting: dict[str, str], found: list[dict[str, str]]) -> str:
         if not seeds:
             continue
         apart = shown(*(100 * x for x in paired(ours[:seeds], theirs[:seeds])), sign="+")
-        times = [statistics.median(of(side, method, "epoch_s")) for side in ("ssl_jax", "lightly")]
-        steps = int(setting["images"]) // int(setting["batch"]) * statistics.median(of("lightly", method, "step_s"))
-        other = [statistics.median(of(side, method, "other_s")) for side in ("ssl_jax", "lightly")]
         cells = [f"`{method}`", str(seeds), percent(ours), percent(theirs), apart]
-        cells += (
-            [f"{t:.1f}" for t in times] + [f"{times[0] / times[1]:.2f}", f"{steps:.1f}"] + [f"{t:.0f}" for t in other]
-        )
+        if timed:
+            times = [statistics.median(of(side, method, "epoch_s")) for side in ("ssl_jax", "lightly")]
+            steps = int(setting["images"]) // int(setting["batch"]) * statistics.median(of("lightly", method, "step_s"))
+            other = [statistics.median(of(side, method, "other_s")) for side in ("ssl_jax", "lightly")]
+            cells += [f"{t:.1f}" for t in times] + [f"{times[0] / times[1]:.2f}", f"{steps:.1f}"]
+            cells += [f"{t:.0f}" for t in other]
         lines.append("| " + " | ".join(cells) + " |")
     told = f"{setting['images']} images, {setting['epochs']} epochs, batch {setting['batch']}, {setting['cores']} cores"
     floor = percent(of("ssl_jax", FLOOR, "knn"))
@@ -259,12 +261,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peer", default="peer/bin/python", help="python of the environment with lightly")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--images", type=int, default=60000, help="the first of the training images")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--images", type=int, default=10000, help="the first of the training images")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=2, help="of each side; they never run at once")
     parser.add_argument("--workers", type=int, default=2, help="processes of lightly's DataLoader")
+    parser.add_argument("--shared", action="store_true", help="the machine does other work too: record no times")
     parser.add_argument("--workdir", type=Path, default=Path("runs/against_lightly"))
     args = parser.parse_args()
     for method in args.methods.split(","):

@@ -115,7 +115,7 @@ class BYOL(WithTarget):
         predictions = [self.predictor(self.online(view)) for view in views]
         with torch.no_grad():
             targets = [self.target(view) for view in views]
-        # The paper's scale, 2 - 2 cos in both directions: SGD with one rate for both libraries needs one scale.
+        # The paper's scale, 2 - 2 cos in both directions, so that losses can be compared.
         return 4 + 2 * (self.criterion(predictions[0], targets[1]) + self.criterion(predictions[1], targets[0]))
 
 
@@ -254,8 +254,8 @@ def view_of(view: dict, run: SimpleNamespace) -> transforms.Compose:
     )
 
 
-def make_optimizer(model: Peer, run: SimpleNamespace) -> torch.optim.SGD:
-    """SGD with lightly's rule of what decays: all but biases and norms, or everything."""
+def make_optimizer(model: Peer, run: SimpleNamespace) -> torch.optim.AdamW:
+    """AdamW with lightly's rule of what decays: all but biases and norms, or everything."""
     o, groups = run.optim, []
     for name, module in model.named_children():
         for number, params in enumerate(get_weight_decay_parameters([module])):
@@ -263,7 +263,7 @@ def make_optimizer(model: Peer, run: SimpleNamespace) -> torch.optim.SGD:
             trained = [p for p in params if p.requires_grad]
             if trained:
                 groups.append({"params": trained, "weight_decay": decay, "constant": name in run.constant_lr})
-    return torch.optim.SGD(groups, lr=0.0, momentum=o.momentum, nesterov=o.nesterov)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(o.momentum, o.b2))
 
 
 def rate(step: int, run: SimpleNamespace) -> float:
@@ -273,7 +273,7 @@ def rate(step: int, run: SimpleNamespace) -> float:
     return run.peak * (1 + math.cos(math.pi * (step - run.warmup) / (run.steps - run.warmup))) / 2
 
 
-def train_step(model: Peer, optimizer: torch.optim.SGD, views: list[Tensor], step: int) -> Tensor:
+def train_step(model: Peer, optimizer: torch.optim.AdamW, views: list[Tensor], step: int) -> Tensor:
     run = model.run
     for group in optimizer.param_groups:
         group["lr"] = run.peak if group["constant"] else rate(step, run)

@@ -62,7 +62,7 @@ SENSITIVE = {
 SETS = {"factors": "accuracy", "phantom": "ROC AUC"}
 ATTRIBUTES = ("shape", "colour", "texture", "orientation")
 RANDOM = "random weights"
-NO_SCORES = ("method", "views", "seed", "examples", "minutes", "images_per_s", "peak_gb")
+NO_SCORES = ("method", "views", "seed", "examples", "cpu_minutes", "peak_gb")
 
 
 def settings(args: argparse.Namespace, method: str, views: str) -> dict:
@@ -209,7 +209,7 @@ def main() -> None:
             continue
         judge = judge or Judge(args)
         if method == RANDOM:
-            took = {"minutes": "", "images_per_s": "", "peak_gb": ""}
+            took = {"cpu_minutes": "", "peak_gb": ""}
             encoder = judge.random(seed)
         else:
             folder = args.workdir / f"{args.set}-{args.examples}" / f"{method}-{views.replace(' ', '_')}-{seed}"

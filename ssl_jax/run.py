@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Config, differences, from_json, resolve, to_json
-from ssl_jax.errors import UserError
+from ssl_jax.errors import BusyError, UserError
 
 PACKAGES = ("ssl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 
@@ -34,7 +34,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of several hosts may write the same file: their numbers are the same now and then.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -61,6 +62,7 @@ def read_config(workdir: Path) -> dict[str, Any]:
 def start(workdir: Path, config: Config) -> None:
     """Makes the run folder, or checks that an existing one belongs to the same config.
 
+    A run that ended before its first step leaves nothing that another config could spoil: its config is replaced.
     Raises UserError if the folder holds something else or another config, naming the keys that differ.
     """
     made = json.loads(json.dumps(to_json(config)))
@@ -68,11 +70,14 @@ def start(workdir: Path, config: Config) -> None:
         # A run of an earlier version lacks the keys that came later: they are at their defaults.
         saved = to_json(resolve(from_json(read_config(workdir))))
         changed = differences(json.loads(json.dumps(saved)), made)
-        if changed:
+        begun = (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
+        if changed and begun:
             raise UserError(
                 f"--workdir={workdir}: holds a run of another config ({'; '.join(changed)}); "
                 "allowed: the same config, which continues it, or another folder"
             )
+        if changed:
+            write_json(workdir / "config.json", made)
         return
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; allowed: a folder, new or of an earlier run")
@@ -82,8 +87,11 @@ def start(workdir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder; the operating system lifts the lock of a killed one."""
+def lock(workdir: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keeps a second process out of the folder; the operating system lifts the lock of a killed one.
+
+    shared: others that share may enter, nobody else. Raises BusyError if the folder is taken.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("w")
@@ -91,9 +99,9 @@ def lock(workdir: Path) -> Iterator[None]:
         raise UserError(f"--workdir={workdir}: cannot be made ({error.strerror})") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"--workdir={workdir}: another process is working in this folder") from None
+            raise BusyError(f"--workdir={workdir}: another process is working in this folder") from None
         yield
 
 

@@ -53,8 +53,8 @@ def test_table_and_figure_against_numbers_by_hand(tmp_path):
     lines += [("natural without crop", 1, 0.9, 0.6), ("crop alone", 0, 0.3, 0.5)]
     for views, seed, shape, colour in lines:
         about = {"method": "moco", "views": views, "seed": seed, "examples": 100}
-        study.add(path, about | {"shape": shape, "colour": colour, "minutes": 1})
-    study.add(path, about | {"examples": 999, "shape": 0, "colour": 0, "minutes": 1})  # of another budget
+        study.add(path, about | {"shape": shape, "colour": colour, "cpu_minutes": 1})
+    study.add(path, about | {"examples": 999, "shape": 0, "colour": 0, "cpu_minutes": 1})  # of another budget
     text = study.table(path, 100, "accuracy")
     assert "| moco | crop alone | 1 | 30.0 | 50.0 | 40.0 |" in text
     # 50 and 70: mean 60, standard deviation 14.1, t of one degree of freedom 12.706: 12.706 x 14.142 / 1.414 = 127.1

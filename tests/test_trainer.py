@@ -133,6 +133,17 @@ def test_another_config_in_the_same_folder_is_refused(uninterrupted):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_run_that_never_began_may_be_corrected(tmp_path):
+    """A mistake found before the first step (a warm-up too long, say) does not bind the folder to its config."""
+    run.start(tmp_path / "run", tiny_config("simclr"))
+    right = dataclasses.replace(tiny_config("simclr"), train=dataclasses.replace(tiny_config("simclr").train, batch=8))
+    run.start(tmp_path / "run", right)
+    assert run.read_config(tmp_path / "run")["train"]["batch"] == 8
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="train.batch: 8 -> "):
+        run.start(tmp_path / "run", tiny_config("simclr"))
+
+
 def test_two_processes_in_one_folder(tmp_path):
     process = start(tmp_path / "run", duration="4000 steps")
     wait_for(process, tmp_path / "run", 1)

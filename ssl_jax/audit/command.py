@@ -13,19 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from ssl_jax import run
-from ssl_jax.config import Config, Data, from_json, resolve
+from ssl_jax.config import Config, Data, resolve
 from ssl_jax.data import Source, open_source
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, started_from
 from ssl_jax.errors import UserError
+from ssl_jax.study import phantom
 
 LEAST = 8  # images for the audit of an encoder
 Row = dict[str, Any]
 
 
-def phantom(data: Data) -> str:
+def kind(data: Data) -> str:
     """ "phantom " for drawn radiographs, which every figure made of them has to say; else nothing."""
-    path = Path(data.path).expanduser()
-    return "phantom " if any((place / "phantom.json").is_file() for place in (path, path.parent)) else ""
+    return "phantom " if phantom(data) else ""
 
 
 def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
@@ -49,7 +49,7 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
     with console.status("") as status:
         rows = audit(np.stack([loaded[lesion.image] for lesion in found]), found, views, seed, status.update)
     name = resolved.augment.preset
-    title = f"What transforms do to {len(found)} {phantom(resolved.data)}lesions. Config ({name}) {verdict(rows)}"
+    title = f"What transforms do to {len(found)} {kind(resolved.data)}lesions. Config ({name}) {verdict(rows)}"
     _write(folder / "lesions.csv", rows)
     lesion_curves(rows, folder / "lesions.png", title)
     _print_lesions(rows)
@@ -79,16 +79,19 @@ def invariance(config: ConfigDict | None, workdir: str, data: str, out: str, ima
 
 def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, Source, str]:
     """(encoder, images, what they are): of a run folder or, by a config alone, with random or with imported weights."""
-    from ssl_jax.commands import _data
+    from ssl_jax.commands import _data, _settings
 
     if workdir:
         encoder, folder = load_encoder(workdir), Path(workdir)
-        wanted = _data(data, "--data") if data else (config or resolve(from_json(run.read_config(folder)))).data
+        settings = config or _settings(folder, ())
+        if not config and not data:
+            run.read_config(folder)  # or there is no run, and nothing says which images
+        wanted = _data(data, "--data", settings.data) if data else settings.data
         name = f"{encoder.about.get('method', 'encoder')} ({folder.name})"
-        return encoder, open_source(encoder.data(wanted)), f"{name}, on {phantom(wanted)}images"
+        return encoder, open_source(encoder.data(wanted)), f"{name}, on {kind(wanted)}images"
     if config is None:
         raise UserError("--workdir: missing; allowed: a run folder, or --config for random or imported weights")
-    wanted = _data(data, "--data") if data else config.data
+    wanted = _data(data, "--data", config.data) if data else config.data
     source = open_source(wanted)
     size, channels = config.augment.override.get("size") or min(source.shape[:2]), source.shape[2]
     encoder = random_encoder(config.model, size, channels, config.train.seed)
@@ -97,7 +100,7 @@ def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, S
         imported = started_from(encoder.network, config.model.init)
         params, stats = imported.init(jax.random.key(0), jax.numpy.zeros((1, size, size, channels)))
         encoder, name = encoder._replace(params=params, stats=stats), Path(config.model.init).name
-    return encoder, source, f"{name}, on {phantom(wanted)}images"
+    return encoder, source, f"{name}, on {kind(wanted)}images"
 
 
 def _folder(out: str) -> Path:

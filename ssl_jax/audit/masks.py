@@ -1,6 +1,5 @@
 """Where the lesions of an image are: masks or boxes, brought into the pixels that the image is read in."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 
 from ssl_jax.config import Data
 from ssl_jax.data import Source
+from ssl_jax.data.table import read_table
 from ssl_jax.errors import UserError
 
 LESION = "lesion"  # the class where a mask or a box names none
@@ -159,28 +159,21 @@ def _below(name: str, data: Data) -> Path:
 
 def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
     """Path -> (class, left, top, right, bottom) of its boxes."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--masks={where}: {error}") from error
-    header = lines[0] if lines else ""
-    rows = csv.reader(lines, delimiter=max(",\t;", key=header.count))
-    columns = [name.strip().lower() for name in next(rows, [])]
-    for name in COLUMNS:
-        if name not in columns:
-            raise UserError(f"--masks={where}: no column {name!r}; needed: {', '.join(COLUMNS)}, and class if known")
+    table = read_table(path, f"--masks={where}")
+    missing = [name for name in COLUMNS if table.find([name]) is None]
+    if missing:
+        raise UserError(f"--masks={where}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}, and class if known")
+    at, kind = [table.find([name]) or 0 for name in COLUMNS], table.find(["class"])
     boxes: dict[str, list[tuple[str, float, float, float, float]]] = {}
-    for row in filter(any, rows):
-        at = f"--masks={where} (line {rows.line_num})"
-        if len(row) != len(columns):
-            raise UserError(f"{at}: {len(row)} values; the header has {len(columns)} columns")
-        cells = dict(zip(columns, (value.strip() for value in row), strict=True))
+    for number, row in enumerate(table.rows):
+        image, *corners = (row[column].strip() for column in at)
         try:
-            left, top, right, bottom = (float(cells[name]) for name in COLUMNS[1:])
+            left, top, right, bottom = map(float, corners)
         except ValueError as error:
-            raise UserError(f"{at}: {error}; allowed: numbers, px") from error
+            raise table.fail(number, f"{error}; allowed: numbers, px") from error
         if not (left < right and top < bottom):
             box = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
-            raise UserError(f"{at}: {box}; allowed: left < right, top < bottom")
-        boxes.setdefault(cells["path"], []).append((cells.get("class") or LESION, left, top, right, bottom))
+            raise table.fail(number, f"{box}; allowed: left < right, top < bottom")
+        name = row[kind].strip() if kind is not None else ""
+        boxes.setdefault(image, []).append((name or LESION, left, top, right, bottom))
     return boxes
