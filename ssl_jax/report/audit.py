@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.audit.ladder import TRANSFORMS
+from ssl_jax.audit import ladder
 from ssl_jax.report.figures import BASELINE, COLORS, STYLE, _save
 
 PANEL = (2.7, 2.3)  # inches
@@ -45,8 +45,8 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
                     style = {"color": BASELINE, "label": "pair disagrees (all)"}
                     axes.plot(x, [100 * r["disagree"] for r in mine], "--", **style)
                     axes.set_xticks(x, [f"{r['strength']:g}" for r in mine])
-            axes.set_title(f"{name} ({'area' if TRANSFORMS[name].moves else 'contrast'})")
-            axes.set_xlabel(TRANSFORMS[name].unit or TRANSFORMS[name].key, fontsize=9)
+            axes.set_title(f"{name} ({'area' if ladder.TRANSFORMS[name].moves else 'contrast'})")
+            axes.set_xlabel(ladder.TRANSFORMS[name].unit or ladder.TRANSFORMS[name].key, fontsize=9)
         panels[0].set_ylim(-4, 1.08 * max(10, *(100 * r[k] for r in rows for k in ("lost", "disagree"))))
         for axes in panels[len(names) :]:
             axes.axis("off")
