@@ -42,11 +42,11 @@ SCORES = ("knn", "linear", "finetune")
 FLOORS = ("random weights", "random ViT", "from scratch")
 
 
-def pretrain(method: str, seed: int, settings: dict, workdir: Path) -> dict:
+def pretrain(method: str, seed: int, settings: dict, workdir: Path, config: str = "methods_fashion_mnist") -> dict:
     """One run. Minutes of all its cores together and memory are those of its whole process, compiling included."""
     if not (workdir / "encoder" / "encoder.json").exists():
         shutil.rmtree(workdir, ignore_errors=True)  # what an interrupted process left: its minutes would be missing
-    command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config=methods_fashion_mnist:{method}"]
+    command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config={config}:{method}"]
     command += [f"--workdir={workdir}", f"--config.train.seed={seed}"]
     command += [f"--config.{key}={value}" for key, value in {**QUIET, **settings}.items()]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

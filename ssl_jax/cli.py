@@ -11,6 +11,7 @@ CONFIG = "config file, name[:argument] or path/to/file.py[:argument]; then --con
 RUN = "run folder, made by `ssl-jax pretrain`"
 OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # take --config.key=value without a --config
 DATA = "folder of images or with CheXpert's tables, .csv or .npz file, fashion_mnist, or tfds:NAME"
+MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png), or table of boxes (path,left,top,right,bottom,class)"
 
 # command: (one line, {flag: (default, help)}); a default of ... marks a flag that must be given
 COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
@@ -61,7 +62,25 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     ),
     "views": (
         "a picture of what a config's transforms do to your images",
-        {"config": (..., CONFIG), "out": ("views.png", ".png file to write"), "images": (6, "number of images")},
+        {
+            "config": (..., CONFIG),
+            "out": ("views.png", ".png file to write"),
+            "images": (6, "number of images"),
+            "masks": ("", f"{MASKS}; outlines are drawn, of images that have some"),
+        },
+    ),
+    "audit": (
+        "choose transforms: what they do to lesions (--lesions), or what an encoder ignores (--invariance)",
+        {
+            "lesions": (False, "how often views of a --config lose a lesion; needs --masks"),
+            "invariance": (False, "how far transforms move the embeddings of --workdir, and whether it shows them"),
+            "config": ("", f"{CONFIG}; for --invariance without --workdir: random or imported weights (config.model)"),
+            "masks": ("", MASKS),
+            "workdir": ("", RUN),
+            "data": ("", f"for --invariance, images, if not the run's own: {DATA}"),
+            "out": ("audit", "folder for a table and a picture"),
+            "images": (200, "number of images"),
+        },
     ),
     "report": (
         "one self-contained HTML page about a run or a study",
@@ -91,7 +110,7 @@ def usage(command: str | None = None) -> str:
         )
     line, flags = COMMANDS[command]
     shown = [
-        f"  --{name:9} {text}" + ("" if default is ... or default == "" else f" (default {default})")
+        f"  --{name:9} {text}" + ("" if default is ... or default in ("", False) else f" (default {default})")
         for name, (default, text) in flags.items()
     ]
     if command in ("evaluate", "finetune"):
@@ -108,7 +127,8 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
 
     values, table = flags.FlagValues(), COMMANDS[command][1]
     for name, (default, text) in table.items():
-        define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
+        kinds: dict[type, Any] = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer}
+        define = kinds.get(type(default), flags.DEFINE_string)
         define(name, None if default is ... else default, text, flag_values=values)
     overrides = _overrides(argv)
     rest = [a for a in argv if a not in overrides]
@@ -216,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         _tell_warnings()
         commands.start_jax()
-        if "config" in values:
+        if values.get("config"):
             values["config"] = load_config(values["config"], overrides)
         elif argv[0] in OVERRIDES:
             values["overrides"] = overrides

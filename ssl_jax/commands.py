@@ -281,16 +281,28 @@ def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> N
     print(f"{len(features)} embeddings of {features.shape[1]} dimensions: {out}")
 
 
-def views(config: ConfigDict, out: str, images: int = 6) -> None:
+def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> None:
+    from ssl_jax.audit.command import kind
+    from ssl_jax.audit.masks import find_lesions, open_masks
     from ssl_jax.augment import resolve as resolve_views
     from ssl_jax.report.sheet import view_sheet
 
-    resolved = resolve(config)
+    resolved, count = resolve(config), max(1, images)
+    seed = resolved.train.seed
     source = open_source(dataclasses.replace(resolved.data, cache=""))  # a few images: no reason to decode all
-    chosen = np.random.default_rng(resolved.train.seed).permutation(len(source))[: max(1, images)]
+    chosen: Sequence[int] = np.random.default_rng(seed).permutation(len(source))[:count].tolist()
+    outlines = None
+    if masks:
+        lesions, _ = find_lesions(source, open_masks(masks, source, resolved.data), count, seed)
+        chosen = list(dict.fromkeys(lesion.image for lesion in lesions))
+        outlines = [{e.name: e.mask for e in lesions if e.image == i} for i in chosen]
     # Every method draws its views from the same two; one-view methods use the first.
     drawn = resolve_views(resolved.augment, 2, min(source.shape[:2]))
-    view_sheet(np.stack([source.load(int(i)) for i in chosen]), drawn, Path(out), seed=resolved.train.seed)
+    preset = resolved.augment.preset
+    changed = resolved.augment.override or resolved.augment.second
+    title = f"{kind(resolved.data)}images, preset {preset}{', changed' * bool(changed)}"
+    loaded = np.stack([source.load(i) for i in chosen])
+    view_sheet(loaded, drawn, Path(out), seed=seed, outlines=outlines, title=title)
     print(f"views: {out}")
 
 
@@ -308,6 +320,31 @@ def report(workdir: str, out: str = "") -> None:
     from ssl_jax.report.html import write_report
 
     print(f"report: {write_report(Path(workdir), Path(out) if out else None)}")
+
+
+def audit(
+    lesions: bool = False,
+    invariance: bool = False,
+    config: ConfigDict | None = None,
+    masks: str = "",
+    workdir: str = "",
+    data: str = "",
+    out: str = "audit",
+    images: int = 200,
+) -> None:
+    """One audit or both; see `ssl_jax.audit.command`."""
+    from ssl_jax.audit import command
+
+    if not lesions and not invariance:
+        raise UserError("audit: of what? allowed: --lesions, --invariance or both")
+    if images < 1:
+        raise UserError(f"--images={images}: allowed: 1 or more")
+    if lesions and not (config and masks):
+        raise UserError(f"--{'masks' if config else 'config'}: missing; `ssl-jax audit --lesions` needs it")
+    if lesions and config:
+        command.lesions(config, masks, out, images)
+    if invariance:
+        command.invariance(config or None, workdir, data, out, images)
 
 
 def methods() -> None:

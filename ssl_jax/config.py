@@ -22,7 +22,7 @@ from ssl_jax.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Data:
-    name: str = "fashion_mnist"  # fashion_mnist, folder, csv, chexpert, npz, tfds or synthetic
+    name: str = "fashion_mnist"  # fashion_mnist, folder, csv, chexpert, npz, tfds, synthetic or factors
     path: str = ""  # folder, .csv, .npz; the TFDS data set's name for tfds; empty: the usual places for fashion_mnist
     split: str = "train"  # train, test, val or all; any TFDS split
     size: int = 0  # images are resized to size x size px when read; 0: as they are (arrays), 224 (image files)
@@ -192,7 +192,7 @@ SECTIONS: dict[str, type] = {
 # A run that is resumed must agree on these; the others are read only when its encoder is judged.
 TRAINING = ("method", "data", "augment", "model", "optim", "train", "eval")
 CHOICES = {
-    "data.name": ("fashion_mnist", "folder", "csv", "chexpert", "npz", "tfds", "synthetic"),
+    "data.name": ("fashion_mnist", "folder", "csv", "chexpert", "npz", "tfds", "synthetic", "factors"),
     "data.engine": ("auto", "memory", "disk"),
     "data.channels": (0, 1, 3),
     "data.uncertain": ("ignore", "zeros", "ones", "smooth_zeros", "smooth_ones"),

@@ -27,7 +27,15 @@ def test_the_method_of_contributing_trains(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/quickstart.md", "docs/data.md", "docs/evaluation.md", "docs/concepts.md"]
+    "page",
+    [
+        "README.md",
+        "docs/quickstart.md",
+        "docs/data.md",
+        "docs/evaluation.md",
+        "docs/concepts.md",
+        "docs/transforms.md",
+    ],
 )
 def test_commands_in_the_docs_parse(page):
     """Each `ssl-jax ...` line of a shell block names a command, flags and config keys that exist."""
@@ -41,5 +49,5 @@ def test_commands_in_the_docs_parse(page):
     for name, *argv in commands:
         argv = [a for a in argv if not a.startswith("(")]
         values, overrides = cli.parse(name, argv)
-        if "config" in values:
+        if values.get("config"):
             cli.load_config(values["config"], overrides)

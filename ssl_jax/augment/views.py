@@ -34,6 +34,7 @@ FACTORS = {
     "zoom": ("zoom",), "translate": ("translate",), "perspective": ("perspective",),
     "colour": ("jitter", "order", *COLOUR, "gray"), "blur": ("blur",), "solarize": ("solarize",),
 }  # fmt: skip
+GEOMETRY = ("angle", "shear", "zoom", "corners", "shift", "top", "left", "height", "width", "flip")  # what moves pixels
 LOCAL = {"crop_scale": (0.05, 0.4)}  # DINO, arXiv 2104.14294, section 3.2; the size is 96 / 224 of the others'
 
 
@@ -245,6 +246,16 @@ def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
     if "solarize" in parameters:
         image = jnp.where(parameters["solarize"], ops.solarize(image, view.solarize_threshold), image)
     return image
+
+
+def geometry(parameters: Parameters) -> Parameters:
+    """Those of the parameters that move pixels: a mask rendered with them lies where its image's pixels do."""
+    return {name: value for name, value in parameters.items() if name in GEOMETRY}
+
+
+def appearance(parameters: Parameters) -> Parameters:
+    """Those of the parameters that change pixels in their places."""
+    return {name: value for name, value in parameters.items() if name not in GEOMETRY}
 
 
 def blur_kernel(size: int) -> int:

@@ -13,7 +13,7 @@ from ssl_jax.errors import UserError, unknown
 
 __all__ = ["SOURCES", "Partners", "Source", "open_source", "order", "stream"]
 
-SOURCES = ("chexpert", "csv", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
+SOURCES = ("chexpert", "csv", "factors", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
 
 PAIRED = ("chexpert", "csv", "folder", "npz")
 

@@ -1,16 +1,19 @@
 """A picture of what the chosen views do to images, to be looked at before training."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax.augment import make_views
+from ssl_jax.augment import geometry, make_views, render
 from ssl_jax.augment.views import blur_kernel
 from ssl_jax.config import View
 from ssl_jax.errors import UserError
+from ssl_jax.report.figures import COLORS
 
 GAP = 0.06  # between cells; a cell is 1 wide
 
@@ -22,12 +25,15 @@ def view_sheet(
     seed: int = 0,
     draws: int = 4,
     names: Sequence[str] | None = None,
+    outlines: Sequence[Mapping[str, np.ndarray]] | None = None,
+    title: str = "",
 ) -> None:
     """Write a PNG: a row for each image, first as it is, then `draws` random draws of each view.
 
     images: uint8 [N, H, W, C], C = 1 or 3; of any other number, the first one or three channels are shown
     views:  with their sizes, as `ssl_jax.augment.resolve` returns them
     names:  N labels for the rows
+    outlines: for each image class -> mask [H, W] in [0, 1]; where it lies in each picture is drawn as a line
 
     Raises UserError if `out` is a folder or not a .png.
     """
@@ -38,25 +44,39 @@ def view_sheet(
         raise UserError(
             f"{out}: {'is a folder' if out.is_dir() else 'not a picture'}; allowed: the path of a .png file"
         )
-    drawn = [jax.jit(make_views(views))(key, images)[0] for key in jax.random.split(jax.random.key(seed), draws)]
-    blocks = [("original", [images])]
-    blocks += [(f"view {v + 1}: {describe(view)}", [d[v] for d in drawn]) for v, view in enumerate(views)]
+    make = jax.jit(make_views(views))
+    bare: Sequence[Mapping[str, np.ndarray]] = [{}] * len(images)
+    drawn = [make(key, images) for key in jax.random.split(jax.random.key(seed), draws)]
+    blocks: list[tuple[str, list[Any]]] = [("original", [(images, outlines or bare)])]
+    for v, view in enumerate(views):
+        columns = [(shown[v], _moved(outlines, parameters[v], view) or bare) for shown, parameters in drawn]
+        blocks.append((f"view {v + 1}: {describe(view)}", columns))
+    kinds = sorted({name for masks in outlines or () for name in masks})
+    color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(kinds)}
 
     figure = Figure(layout="constrained")
     axes = figure.add_subplot(aspect="equal")
     x = 0.0
-    for title, columns in blocks:
-        wrapped = textwrap.fill(title, max(8, 21 * len(columns)))
+    for heading, columns in blocks:
+        wrapped = textwrap.fill(heading, max(8, 21 * len(columns)))
         axes.text(x, -0.1, wrapped, fontsize=9, va="bottom")
-        for column in columns:
-            for row, image in enumerate(np.asarray(column)):
+        for shown, masks in columns:
+            for row, image in enumerate(np.asarray(shown)):
                 _cell(axes, image, x, row * (1 + GAP))
+                for name, mask in masks[row].items():
+                    _outline(axes, mask, x, row * (1 + GAP), color[name])
             x += 1 + GAP
         x += 4 * GAP
     for row, name in enumerate(names or ()):
         label = name if len(name) <= 24 else f"...{name[-22:]}"  # of a long path, the end says more
         axes.text(-2 * GAP, row * (1 + GAP) + 0.5, label, fontsize=8, ha="right", va="center")
     height = len(images) * (1 + GAP)
+    for number, name in enumerate(kinds):
+        axes.text(1.7 * number, height + 0.1, name, color=color[name], fontsize=9, va="top", weight="bold")
+    if kinds:
+        height += 0.4
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     axes.set(xlim=(0, x), ylim=(height, 0))
     axes.axis("off")
     figure.set_size_inches(1.3 * x + (1.6 if names else 0.2), 1.3 * height + 1)
@@ -72,6 +92,27 @@ def _cell(axes, image: np.ndarray, x: float, y: float) -> None:
     limits = {"vmin": 0, "vmax": 255 if image.dtype == np.uint8 else 1}
     box = (x, x + width * scale, y + height * scale, y)
     axes.imshow(shown, cmap="gray", extent=box, interpolation="nearest", **limits)
+
+
+def _moved(
+    outlines: Sequence[Mapping[str, np.ndarray]] | None, drawn: Mapping[str, jax.Array], view: View
+) -> list[dict[str, np.ndarray]]:
+    """The masks of each image as its view has them, by the parameters [N, ...] that the view was drawn with."""
+    made = []
+    for row, masks in enumerate(outlines or ()):
+        parameters = geometry({name: value[row] for name, value in drawn.items()})
+        shown = {name: render(jnp.asarray(mask)[..., None], parameters, view) for name, mask in masks.items()}
+        made.append({name: np.asarray(mask)[..., 0] for name, mask in shown.items()})
+    return made
+
+
+def _outline(axes, mask: np.ndarray, x: float, y: float, color: str) -> None:
+    """The border of a mask [H, W] over the cell at (x, y), in the places of its pixels."""
+    height, width = mask.shape
+    scale = 1 / max(height, width)
+    across, down = (x + (np.arange(width) + 0.5) * scale, y + (np.arange(height) + 0.5) * scale)
+    if mask.min() < 0.5 < mask.max():
+        axes.contour(across, down, mask, levels=[0.5], colors=[color], linewidths=1.2)
 
 
 def describe(view: View) -> str:

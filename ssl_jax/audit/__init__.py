@@ -1,0 +1,1 @@
+"""Choosing transforms: what they do to lesions (`lesions`), and what an encoder ignores (`invariance`)."""

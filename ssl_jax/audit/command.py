@@ -1,0 +1,147 @@
+"""`ssl-jax audit`: reads the data, calls an audit, writes its table and picture."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from ssl_jax import run
+from ssl_jax.config import Config, Data, resolve
+from ssl_jax.data import Source, open_source
+from ssl_jax.encoder import Encoder, load_encoder, random_encoder, started_from
+from ssl_jax.errors import UserError
+from ssl_jax.study import phantom
+
+LEAST = 8  # images for the audit of an encoder
+Row = dict[str, Any]
+
+
+def kind(data: Data) -> str:
+    """ "phantom " for drawn radiographs, which every figure made of them has to say; else nothing."""
+    return "phantom " if phantom(data) else ""
+
+
+def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
+    """Writes out/lesions.csv and out/lesions.png; prints the table and the verdict on the config; returns the rows."""
+    from ssl_jax.audit.lesions import audit, verdict
+    from ssl_jax.audit.masks import find_lesions, open_masks
+    from ssl_jax.augment import resolve as resolve_views
+    from ssl_jax.report.audit import lesion_curves
+
+    resolved, folder = resolve(config), _folder(out)
+    source = open_source(resolved.data)
+    views = resolve_views(resolved.augment, 2, min(source.shape[:2]))
+    seed = resolved.train.seed
+    found, outside = find_lesions(source, open_masks(masks, source, resolved.data), images, seed)
+    count = len({lesion.image for lesion in found})
+    console = Console(stderr=True)
+    console.print(f"{len(found)} lesions in {count} images of {len(source)}", highlight=False)
+    if outside:
+        console.print(f"{outside} more lie outside of the square that is read of their image", highlight=False)
+    loaded = {lesion.image: source.load(lesion.image) for lesion in found}
+    with console.status("") as status:
+        rows = audit(np.stack([loaded[lesion.image] for lesion in found]), found, views, seed, status.update)
+    name = resolved.augment.preset
+    title = f"What transforms do to {len(found)} {kind(resolved.data)}lesions. Config ({name}) {verdict(rows)}"
+    _write(folder / "lesions.csv", rows)
+    lesion_curves(rows, folder / "lesions.png", title)
+    _print_lesions(rows)
+    print(f"{name}: {verdict(rows)}\ntable: {folder / 'lesions.csv'}\nfigure: {folder / 'lesions.png'}")
+    return rows
+
+
+def invariance(config: ConfigDict | None, workdir: str, data: str, out: str, images: int) -> list[Row]:
+    """Writes out/invariance.csv and out/invariance.png; prints the table; returns the rows."""
+    from ssl_jax.audit.invariance import audit
+    from ssl_jax.report.audit import profile
+
+    folder = _folder(out)
+    encoder, source, name = _subject(resolve(config) if config else None, workdir, data)
+    if min(images, len(source)) < LEAST:
+        raise UserError(f"--images={images} of {len(source)}: allowed: {LEAST} or more")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:images])
+    loaded = np.stack([source.load(int(i)) for i in chosen])
+    with Console(stderr=True).status("") as status:
+        rows = audit(encoder, loaded, log=status.update)
+    _write(folder / "invariance.csv", rows)
+    profile(rows, folder / "invariance.png", f"{name} ({len(loaded)})")
+    _print_invariance(rows)
+    print(f"table: {folder / 'invariance.csv'}\nfigure: {folder / 'invariance.png'}")
+    return rows
+
+
+def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, Source, str]:
+    """(encoder, images, what they are): of a run folder or, by a config alone, with random or with imported weights."""
+    from ssl_jax.commands import _data, _settings
+
+    if workdir:
+        encoder, folder = load_encoder(workdir), Path(workdir)
+        settings = config or _settings(folder, ())
+        if not config and not data:
+            run.read_config(folder)  # or there is no run, and nothing says which images
+        wanted = _data(data, "--data", settings.data) if data else settings.data
+        name = f"{encoder.about.get('method', 'encoder')} ({folder.name})"
+        return encoder, open_source(encoder.data(wanted)), f"{name}, on {kind(wanted)}images"
+    if config is None:
+        raise UserError("--workdir: missing; allowed: a run folder, or --config for random or imported weights")
+    wanted = _data(data, "--data", config.data) if data else config.data
+    source = open_source(wanted)
+    size, channels = config.augment.override.get("size") or min(source.shape[:2]), source.shape[2]
+    encoder = random_encoder(config.model, size, channels, config.train.seed)
+    name = f"{config.model.name} with random weights"
+    if config.model.init:
+        imported = started_from(encoder.network, config.model.init)
+        params, stats = imported.init(jax.random.key(0), jax.numpy.zeros((1, size, size, channels)))
+        encoder, name = encoder._replace(params=params, stats=stats), Path(config.model.init).name
+    return encoder, source, f"{name}, on {kind(wanted)}images"
+
+
+def _folder(out: str) -> Path:
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out={out}: is a file; allowed: a folder")
+    return folder
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    run.write_bytes(path, text.getvalue().encode())
+
+
+def _print_lesions(rows: Sequence[Row]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("transform", "strength", "measure", "lost", "worst class", "lost there", "pairs disagree"):
+        number = column in ("strength", "lost", "lost there")
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in (r for r in rows if r["class"] == "all"):
+        same = ("transform", "strength", "measure")
+        classes = [r for r in rows if r["class"] != "all" and all(r[k] == row[k] for k in same)]
+        worst = max(classes, key=lambda r: r["lost"])
+        strength = "" if row["strength"] is None else f"{row['strength']:g}" + " *" * row["configured"]
+        shares = f"{row['lost']:.1%}", worst["class"], f"{worst['lost']:.1%}", f"{row['disagree']:.1%}"
+        table.add_row(row["transform"], strength, row["measure"], *shares)
+    console = Console()
+    console.print(table, width=max(console.width, 100))  # a class may have a long name; a file has no width
+    print("lost: views that keep less than half of a lesion's area or contrast; *: as in the config")
+
+
+def _print_invariance(rows: Sequence[Row]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("transform", "strength", "moved", "readable"):
+        table.add_column(column, justify="left" if column == "transform" else "right")
+    for row in rows:
+        moved = f"{row['moved']:.3f} ± {row['half']:.3f}"
+        table.add_row(row["transform"], f"{row['strength']:g}", moved, f"{row['readable']:.2f}")
+    Console().print(table)
+    print("moved: 0 ignored, 1 as far as to another image; readable: 0 not at all, 1 exactly")

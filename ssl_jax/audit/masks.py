@@ -1,0 +1,179 @@
+"""Where the lesions of an image are: masks or boxes, brought into the pixels that the image is read in."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ssl_jax.config import Data
+from ssl_jax.data import Source
+from ssl_jax.data.table import read_table
+from ssl_jax.errors import UserError
+
+LESION = "lesion"  # the class where a mask or a box names none
+COLUMNS = ("path", "left", "top", "right", "bottom")  # of a table of boxes; "class" may follow
+Masks = Callable[[int], dict[str, np.ndarray]]  # index of an image -> class -> float32 [H, W] in [0, 1]
+
+
+class Lesion(NamedTuple):
+    """One visible lesion class of one image: its index in the source, the class, float32 [H, W] in [0, 1]."""
+
+    image: int
+    name: str
+    mask: np.ndarray
+
+
+def open_masks(where: str, source: Source, data: Data) -> Masks:
+    """A function from the index of an image of `source` (opened from `data`) to its masks, {} where there are none.
+
+    where: a folder with `<image path without ending>/<Class>.png`, or `<image path without ending>.png` for a lesion
+        of no class, of the image's size, black where nothing is; or a table (.csv, .tsv) of boxes with the columns
+        path, left, top, right, bottom (px of the image file; right and bottom lie just outside) and maybe class.
+        Paths are those of `source.names`.
+
+    Raises UserError for a table with a bad line, and later for a mask of another shape than its image.
+    """
+    path = Path(where).expanduser()
+    if path.is_dir():
+        return lambda index: _from_folder(path, source, index, data)
+    if path.suffix.lower() not in (".csv", ".tsv") or not path.is_file():
+        found = "unknown ending" if path.is_file() else "not found"
+        raise UserError(f"--masks={where}: {found}; allowed: a folder of masks, or a .csv or .tsv file of boxes")
+    boxes = _read_boxes(path, where)
+    if not boxes.keys() & {*source.names}:
+        raise UserError(
+            f"--masks={where}: {next(iter(boxes), 'empty')!r} and all other paths are none of the images'; "
+            f"allowed: paths such as {source.names[0]!r}"
+        )
+    return lambda index: _from_boxes(boxes, source, index, data)
+
+
+def find_lesions(source: Source, masks: Masks, images: int, seed: int) -> tuple[list[Lesion], int]:
+    """(lesions of `images` images with masks, drawn at random; how many others lie outside of the square that is read).
+
+    Raises UserError if no image has a mask.
+    """
+    lesions, outside, seen = list[Lesion](), 0, 0
+    for index in map(int, np.random.default_rng(seed).permutation(len(source))):
+        found = masks(index)
+        if not found:
+            continue
+        source.load(index)
+        if index in source.replaced:  # unreadable: what stands in for it has other lesions
+            continue
+        seen += 1
+        inside = [Lesion(index, name, mask) for name, mask in sorted(found.items()) if mask.max() > 0.5]
+        lesions += inside
+        outside += len(found) - len(inside)
+        if seen == images:
+            break
+    if not lesions:
+        raise UserError(
+            f"--masks: no lesion for any of {len(source)} images; for {source.names[0]!r} this was looked for: "
+            f"{Path(source.names[0]).with_suffix('')}/<Class>.png"
+        )
+    return lesions, outside
+
+
+def _from_folder(root: Path, source: Source, index: int, data: Data) -> dict[str, np.ndarray]:
+    from ssl_jax.data.image import decode
+
+    name = _below(source.names[index], data)
+    files: dict[str, Path] = {}
+    for place in dict.fromkeys((root / name.with_suffix(""), root / name)):
+        if place.is_dir():
+            files = {file.stem: file for file in sorted(place.iterdir()) if file.suffix.lower() == ".png"}
+        single = place.with_name(f"{place.name}.png")
+        if not files and single.is_file():
+            files = {LESION: single}
+        if files:
+            break
+    size, masks = None, {}
+    for lesion, file in files.items():
+        try:
+            values = decode(file.read_bytes(), 0, 1)[..., 0]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: {error}") from error
+        except Exception as error:
+            raise UserError(f"{file}: not readable as a mask ({error})") from error
+        size = size or full_size(source, index, data) or values.shape
+        if abs(values.shape[0] * size[1] - values.shape[1] * size[0]) > max(size) + max(values.shape):
+            shapes = f"{values.shape[1]} x {values.shape[0]} px, the image {size[1]} x {size[0]}"
+            raise UserError(f"{file}: {shapes}; allowed: the image's size")
+        masks[lesion] = as_read(values > values.max() / 2, source.shape, str(file))
+    return masks
+
+
+def _from_boxes(boxes: dict[str, list], source: Source, index: int, data: Data) -> dict[str, np.ndarray]:
+    found = boxes.get(source.names[index])
+    if not found:
+        return {}
+    size = full_size(source, index, data)
+    if size is None and data.size:
+        raise UserError(f"config.data.size={data.size}: boxes are in px of the data as they are; allowed: 0")
+    height, width = size or source.shape[:2]
+    y, x = np.mgrid[:height, :width] + 0.5
+    masks: dict[str, np.ndarray] = {}
+    for name, left, top, right, bottom in found:
+        box = (x > left) & (x < right) & (y > top) & (y < bottom)
+        masks[name] = masks.get(name, False) | box
+    return {name: as_read(mask, source.shape, source.names[index]) for name, mask in masks.items()}
+
+
+def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """A mask bool [H, W] of a whole image, cut and resized as the image is when it is read: float32 [H, W]."""
+    from ssl_jax.data.image import convert
+
+    height, width = shape[:2]
+    if mask.shape != (height, width):
+        if height != width:
+            raise UserError(f"{where}: a mask of {mask.shape[1]} x {mask.shape[0]} px; allowed: {width} x {height}")
+        mask = convert(255 * mask[..., None].astype(np.uint8), height, 1)[..., 0] / 255
+    return mask.astype(np.float32)
+
+
+def full_size(source: Source, index: int, data: Data) -> tuple[int, int] | None:
+    """(height, width) of the image's file, before it is cut and resized; None where the data are not files."""
+    from ssl_jax.data.image import decode
+
+    folder = Path(data.path).expanduser()
+    for root in (folder, folder.parent):
+        file = root / source.names[index]
+        if data.path and file.is_file():
+            height, width = decode(file.read_bytes(), 0, 1).shape[:2]
+            return height, width
+    return None
+
+
+def _below(name: str, data: Data) -> Path:
+    """The path of an image below the folder of the data; an absolute one elsewhere without its root."""
+    path, folder = Path(name), Path(data.path).expanduser().absolute()
+    if not path.is_absolute():
+        return path
+    for root in (folder, folder.parent):
+        if path.is_relative_to(root):
+            return path.relative_to(root)
+    return path.relative_to(path.anchor)
+
+
+def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
+    """Path -> (class, left, top, right, bottom) of its boxes."""
+    table = read_table(path, f"--masks={where}")
+    missing = [name for name in COLUMNS if table.find([name]) is None]
+    if missing:
+        raise UserError(f"--masks={where}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}, and class if known")
+    at, kind = [table.find([name]) or 0 for name in COLUMNS], table.find(["class"])
+    boxes: dict[str, list[tuple[str, float, float, float, float]]] = {}
+    for number, row in enumerate(table.rows):
+        image, *corners = (row[column].strip() for column in at)
+        try:
+            left, top, right, bottom = map(float, corners)
+        except ValueError as error:
+            raise table.fail(number, f"{error}; allowed: numbers, px") from error
+        if not (left < right and top < bottom):
+            box = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
+            raise table.fail(number, f"{box}; allowed: left < right, top < bottom")
+        name = row[kind].strip() if kind is not None else ""
+        boxes.setdefault(image, []).append((name or LESION, left, top, right, bottom))
+    return boxes
