@@ -9,7 +9,8 @@ from ssl_jax.errors import UserError, unknown
 
 CONFIG = "config file, name[:argument] or path/to/file.py[:argument]; then --config.section.key=value"
 RUN = "run folder, made by `ssl-jax pretrain`"
-DATA = "folder of images, .csv or .npz file, fashion_mnist, or tfds:NAME"
+OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # take --config.key=value without a --config
+DATA = "folder of images or with CheXpert's tables, .csv or .npz file, fashion_mnist, or tfds:NAME"
 
 # command: (one line, {flag: (default, help)}); a default of ... marks a flag that must be given
 COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
@@ -30,7 +31,11 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     ),
     "study": (
         "compare methods over label counts and seeds (can be stopped and continued)",
-        {"config": (..., CONFIG), "workdir": (..., "study folder to make or to continue")},
+        {
+            "config": (..., CONFIG),
+            "workdir": (..., "study folder to make or to continue"),
+            "cells": ("", "K/N: only share K of N of the cells, K from 1 to N; 0/N: only the pretraining"),
+        },
     ),
     "finetune": (
         "train a classifier from labelled images, starting from an encoder",
@@ -62,6 +67,16 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         "one self-contained HTML page about a run or a study",
         {"workdir": (..., "run or study folder"), "out": ("", ".html file; default: report.html in the folder")},
     ),
+    "phantom": (
+        "draw chest radiographs with known findings, in CheXpert's layout, to try things out on",
+        {
+            "out": (..., "folder to make, or to finish"),
+            "patients": (10_000, "training patients, about two images each"),
+            "seed": (0, "random seed; patient i of a seed is always the same"),
+            "size": (128, "side of the images, px"),
+            "test": (300, "test images, with clean labels"),
+        },
+    ),
     "methods": ("list the methods: name, one line, source, needs", {}),
 }
 
@@ -79,8 +94,10 @@ def usage(command: str | None = None) -> str:
         f"  --{name:9} {text}" + ("" if default is ... or default == "" else f" (default {default})")
         for name, (default, text) in flags.items()
     ]
-    if "workdir" in flags and "config" not in flags and command in ("evaluate", "finetune"):
+    if command in ("evaluate", "finetune"):
         shown.append("  --config.finetune.KEY=VALUE changes how classifiers are trained")
+    if command in OVERRIDES:
+        shown.append("  --config.data.KEY=VALUE changes how the data are read")
     needed = " ".join(f"--{n}=..." for n, (d, _) in flags.items() if d is ...)
     return "\n".join([f"usage: ssl-jax {command} {needed}", f"\n{line}\n", *shown])
 
@@ -201,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.start_jax()
         if "config" in values:
             values["config"] = load_config(values["config"], overrides)
-        elif argv[0] in ("evaluate", "finetune"):
+        elif argv[0] in OVERRIDES:
             values["overrides"] = overrides
         elif overrides:
             raise UserError(f"{overrides[0]}: `ssl-jax {argv[0]}` takes no config")

@@ -3,10 +3,11 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import io
-import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax import run
-from ssl_jax.config import Config, Data, default, from_json, merge, method_module, method_names, resolve
-from ssl_jax.data import open_source
-from ssl_jax.encoder import Encoder, load_encoder, random_encoder, rebuild
-from ssl_jax.errors import NoPartError, UserError, unknown
+from ssl_jax.config import Config, Data, default, from_json, method_module, method_names, resolve
+from ssl_jax.data import Source, open_source
+from ssl_jax.data.labelled import Labelled, labelled_part
+from ssl_jax.encoder import Encoder, load_encoder, random_encoder
+from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
+
+PROTOCOLS = ("knn", "linear", "finetune")
+READ = ("window", "frontal")  # fields of config.data that a classifier's images must be read with, as in training
 
 
 def start_jax() -> None:
@@ -49,38 +54,23 @@ def evaluate(
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes evaluation/<protocol>-<labels>.json and .npz (scores of all test images); prints and returns the means."""
-    from ssl_jax.evaluate.finetune import finetune, predict
-    from ssl_jax.evaluate.knn import knn_predict
-    from ssl_jax.evaluate.linear import linear_probe
     from ssl_jax.evaluate.metrics import interval, metrics
-    from ssl_jax.evaluate.subsets import nested_subset
+    from ssl_jax.evaluate.subsets import nested_subset, without_positive
 
-    if protocol not in ("knn", "linear", "finetune"):
-        raise unknown("--protocol", protocol, ("knn", "linear", "finetune"))
+    if protocol not in PROTOCOLS:
+        raise unknown("--protocol", protocol, PROTOCOLS)
     if labels < 0 or seeds < 1:
         raise UserError(f"--labels={labels} --seeds={seeds}: allowed: labels 0 (all) or more, seeds 1 or more")
     folder = Path(workdir)
     encoder, config = load_encoder(folder), _settings(folder, overrides)
-    (images, y), (test_images, test_y), names, classes, what = _train_and_test(encoder, config, data, test)
-    draws = [nested_subset(y, labels, seed) if labels else np.flatnonzero(y >= 0) for seed in range(seeds)]
-    if protocol != "finetune":
-        features, test_features = encoder.embed(images), encoder.embed(test_images)
-    scores = []
+    train, held, what = _train_and_test(encoder, config, data, test)
+    y, classes, groups = train.labels, train.source.classes, train.source.groups
+    draws = [nested_subset(y, labels, seed, groups) if labels else np.arange(len(y)) for seed in range(seeds)]
     for seed, chosen in enumerate(draws):
-        if protocol == "knn":
-            k = min(config.eval.knn_k, len(chosen))
-            temperature = config.eval.knn_temperature
-            bank = (features[chosen], y[chosen], test_features)
-            scores.append(np.asarray(knn_predict(*bank, classes=len(classes), k=k, temperature=temperature)))
-        elif protocol == "linear":
-            scores.append(
-                linear_probe(features[chosen], y[chosen], classes=len(classes), seed=seed).scores(test_features)
-            )
-        else:
-            drawn = images[chosen], y[chosen]
-            made_of = finetune(encoder, *drawn, classes=len(classes), settings=config.finetune, seed=seed)
-            scores.append(predict(made_of, test_images))
-    each = [metrics(s, test_y, classes) for s in scores]
+        if absent := without_positive(y[chosen], classes):
+            print(f"draw {seed}: no image of {', '.join(absent)} among its {len(chosen)} labels")
+    scores = _scores(encoder, config, protocol, train, draws, held.source.arrays())
+    each = [metrics(s, held.labels, classes) for s in scores]
     numbers = [k for k, v in each[0].items() if isinstance(v, float)]
     made: dict[str, Any] = {
         "protocol": protocol,
@@ -93,102 +83,185 @@ def evaluate(
         "interval": {k: interval([m[k] for m in each])[1] if seeds > 1 else None for k in numbers},
     }
     out = folder / "evaluation" / f"{protocol}-{labels or 'all'}"
-    run.write_npz(out.with_suffix(".npz"), scores=np.stack(scores), labels=test_y, names=np.array(names))
+    more = {} if held.source.groups is None else {"groups": held.source.groups}
+    names = np.array(held.source.names)
+    run.write_npz(out.with_suffix(".npz"), scores=np.stack(scores), labels=held.labels, names=names, **more)
     run.write_json(out.with_suffix(".json"), made)
     print(f"{protocol}, {labels or 'all'} labels, {seeds} draw{'s' * (seeds > 1)}, {what}:")
     for name in numbers:
         half = made["interval"][name]
         print(f"  {name:20} {made['mean'][name]:.4f}" + (f" ± {half:.4f} (95 %)" if half is not None else ""))
+    if each[0]["left_out"]:
+        print(f"  left out, not to be judged on the test data: {', '.join(each[0]['left_out'])}")
     print(f"predictions: {out}.npz")
     return made
 
 
-def study(config: ConfigDict, workdir: str) -> None:
-    """Pretrains every arm that needs it in workdir/pretrain/<arm>, then runs the cells; see `ssl_jax.study`."""
-    from ssl_jax.report.html import write_report
-    from ssl_jax.study import from_scratch, run_study
-    from ssl_jax.trainer import fit
+def _scores(
+    encoder: Encoder,
+    config: Config,
+    protocol: str,
+    train: Labelled,
+    draws: Sequence[np.ndarray],
+    test_images: np.ndarray,
+) -> list[np.ndarray]:
+    """Scores [N, K] of the test images, learnt from each draw of the training images."""
+    from ssl_jax.evaluate.finetune import finetune, predict
+    from ssl_jax.evaluate.knn import knn_predict
+    from ssl_jax.evaluate.linear import linear_probe
 
-    resolved, folder = resolve(config), Path(workdir)
-    if not resolved.study.arms:
-        raise UserError("config.study.arms: empty; allowed: a mapping of arms, as in configs/study_fashion_mnist.py")
-    with run.lock(folder):
+    used = np.unique(np.concatenate(draws))
+    images, labels = train.source.take(used).arrays(), train.labels[used]
+    patients = None if train.source.groups is None else train.source.groups[used]
+    classes = len(train.source.classes)
+    if protocol != "finetune":
+        features, test_features = encoder.embed(images), encoder.embed(test_images)
+    scores = []
+    for seed, chosen in enumerate(draws):
+        at = np.searchsorted(used, chosen)
+        groups = None if patients is None else patients[at]
+        if protocol == "knn":
+            k, temperature = min(config.eval.knn_k, len(at)), config.eval.knn_temperature
+            bank = (features[at], labels[at], test_features)
+            votes = np.asarray(knn_predict(*bank, classes=classes, k=k, temperature=temperature))
+            scores.append(_log_odds(votes) if train.source.multilabel else votes)
+        elif protocol == "linear":
+            probe = linear_probe(features[at], labels[at], classes=classes, seed=seed, groups=groups)
+            scores.append(probe.scores(test_features))
+        else:
+            options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
+            scores.append(predict(finetune(encoder, images[at], labels[at], **options), test_images))
+    return scores
+
+
+def _log_odds(shares: np.ndarray) -> np.ndarray:
+    shares = np.clip(shares, 1e-6, 1 - 1e-6)  # all neighbours of one mind are no certainty
+    return np.log(shares) - np.log1p(-shares)
+
+
+def study(config: ConfigDict, workdir: str, cells: str = "") -> None:
+    """Pretrains every arm that needs it in workdir/pretrain/<arm>, then runs the cells; see `ssl_jax.study`.
+
+    cells: "0/N" pretrains only, and several such processes divide the arms among them; "K/N" runs the K-th share of the
+    cells from finished encoders (SystemExit(75), "try again later", if one is missing). "" does what is left of both,
+    and writes the tables.
+    """
+    from ssl_jax import study as of
+    from ssl_jax.report.html import write_report
+    from ssl_jax.trainer import REQUEUE, fit
+
+    resolved, folder, part = resolve(config), Path(workdir), _part(cells)
+    needed = of.pretrainings(resolved)  # a mistake in any arm is told before the first one trains
+    with run.lock(folder, shared=part is not None):
         run.record_environment(folder)
+        homes = {(arm, i): folder / "pretrain" / (f"{arm}-{i + 1}" if i else arm) for arm, i in needed}
+        unfinished = [home for home in homes.values() if not (home / "encoder" / "encoder.json").is_file()]
+        if part and part[0] and unfinished:
+            print(f"ssl-jax: {unfinished[0]}: not pretrained yet; first run the same with --cells=0/{part[1]}")
+            raise SystemExit(REQUEUE)
         train = open_source(resolved.data)
         size, channels = min(train.shape[:2]), train.shape[2]
+        if part and not part[0]:
+            for place, made in needed.items():
+                try:
+                    fit(made, homes[place], train)
+                except BusyError:
+                    print(f"{homes[place]}: left to the process that is working on it")
+            return
 
-        def get_encoder(arm: str, arm_config: Config, seed: int) -> Encoder:
-            if from_scratch(resolved.study.arms[arm]):
-                return random_encoder(arm_config.model, size, channels, seed)
-            return fit(arm_config, folder / "pretrain" / arm, train)
+        def get_encoder(arm: str, arm_config: Config, number: int) -> Encoder:
+            if of.from_scratch(resolved.study.arms[arm]):
+                return random_encoder(arm_config.model, size, channels, number)
+            return fit(needed[arm, number], homes[arm, number], train)
 
-        for changes in resolved.study.arms.values():
-            merge(resolved, changes)  # a mistake in any arm is told before the first one trains
-        test = open_source(dataclasses.replace(resolved.study.test, size=size, channels=channels))
-        run_study(resolved, folder, get_encoder=get_encoder, train=train, test=test, log=print)
-        print((folder / "summary.md").read_text())
-        print(f"report: {write_report(folder)}")
+        test = open_source(dataclasses.replace(of.data_of_test(resolved), size=size, channels=channels))
+        given: Any = {"get_encoder": get_encoder, "train": train, "test": test, "part": part}
+        of.run_study(resolved, folder, **given, log=functools.partial(print, flush=True))
+        if not part:
+            print((folder / "summary.md").read_text())
+            print(f"report: {write_report(folder)}")
+
+
+def _part(cells: str) -> tuple[int, int] | None:
+    if not cells:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", cells)
+    if not found or not 0 <= int(found[1]) <= int(found[2]) or found[2] == "0":
+        raise UserError(f"--cells={cells}: allowed: K/N with K from 1 to N, or 0/N, which pretrains only")
+    return int(found[1]), int(found[2])
 
 
 def finetune(
     workdir: str, data: str, out: str, test: str = "", seed: int = 0, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Writes out/classifier.safetensors and out/classifier.json; prints the validation and the test score."""
+    """Writes out/classifier.safetensors and out/classifier.json; prints the validation and the test score.
+
+    With a test also out/test.csv, the prediction of every image, and of several labels an image reliability.png.
+    """
+    from ssl_jax.classifier import save_classifier
     from ssl_jax.evaluate.finetune import finetune as fit_classifier
-    from ssl_jax.evaluate.finetune import predict
-    from ssl_jax.evaluate.metrics import metrics
+    from ssl_jax.evaluate.finetune import predict as scores_of
+    from ssl_jax.evaluate.tested import judge, table, thresholds_of
+    from ssl_jax.report.figures import reliability
 
     encoder, config = load_encoder(workdir), _settings(Path(workdir), overrides)
-    _new(Path(out), "--out")
-    source = open_source(encoder.data(_data(data, "--data")))
-    labels = source.labels_as(source.classes, data)
-    known = np.flatnonzero(labels >= 0)
+    folder = Path(out)
+    _new(folder, "--out")
+    source = open_source(encoder.data(_data(data, "--data", config.data)))
+    train, classes = labelled_part(source, source, data), source.classes
+    held = None
     if test:  # before training, or a wrong name of a class would cost all of it
-        held = open_source(encoder.data(_data(test, "--test")), "all")
-        wanted = held.labels_as(source.classes, test)
-    print(f"fine-tuning on {len(known)} labelled images, classes: {', '.join(source.classes)}", flush=True)
-    classifier = fit_classifier(
-        encoder,
-        source.arrays()[known],
-        labels[known],
-        classes=len(source.classes),
-        settings=config.finetune,
-        seed=seed,
-    )
-    about = {**encoder.about, "classes": source.classes, "finetune": dataclasses.asdict(config.finetune), "seed": seed}
-    about["chosen"] = classifier.chosen
-    if test:
-        about["test"] = metrics(predict(classifier, held.arrays())[wanted >= 0], wanted[wanted >= 0], source.classes)
-    _save_classifier(Path(out), classifier, about)
+        held = labelled_part(_open_test(encoder, config, test, data), source, test)
+    print(f"fine-tuning on {len(train.labels)} labelled images, classes: {', '.join(classes)}", flush=True)
+    options: Any = {"classes": len(classes), "settings": config.finetune, "seed": seed, "groups": train.source.groups}
+    classifier = fit_classifier(encoder, train.source.arrays(), train.labels, **options)
+    about = {**encoder.about, "classes": classes, "finetune": dataclasses.asdict(config.finetune), "seed": seed}
+    about |= {"chosen": classifier.chosen, "multilabel": source.multilabel}
+    about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}
+    if source.multilabel and classifier.held_out:
+        about["thresholds"] = thresholds_of(*classifier.held_out, classes, config.finetune.sensitivity)
+    save_classifier(folder, classifier, about)
+    if held:
+        scores = scores_of(classifier, held.source.arrays())
+        _write_predictions(folder / "test.csv", held.source, scores, classes, source.multilabel)
+        more: Any = {"groups": held.source.groups, "thresholds": about.get("thresholds", {})}
+        about["test"] = judge(scores, held.labels, classes, **more)
+        run.write_json(folder / "classifier.json", about)
     for name, value in {**about["chosen"], **about.get("test", {})}.items():
         if isinstance(value, float):
             print(f"  {name:20} {value:.4g}")
+    if held and source.multilabel:
+        print("\n".join(table(about["test"])))
+        if about["test"]["left_out"]:
+            print(f"  left out, not to be judged on the test data: {', '.join(about['test']['left_out'])}")
+        made_up = any((place / "phantom.json").is_file() for place in (Path(test), Path(test).parent))
+        title = "Phantoms: reliability" if made_up else "Reliability"
+        reliability(about["test"]["reliability"], folder / "reliability.png", title=title)
     print(f"classifier: {out}")
     return about
 
 
-def predict(workdir: str, data: str, out: str) -> None:
-    """Writes a CSV: file, predicted class, then one column of probability a class."""
+def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> None:
+    """Writes a CSV: path, patient where the data tell it, then one column of probability a class; of one label an
+    image before them the predicted class."""
+    from ssl_jax.classifier import load_classifier
     from ssl_jax.evaluate.finetune import predict as scores_of
 
-    classifier, encoder, classes = _load_classifier(Path(workdir))
-    images, names = _readable(encoder, data)
-    scores = np.asarray(scores_of(classifier, images), np.float64)
-    odds = np.exp(scores - scores.max(axis=1, keepdims=True))
-    odds /= odds.sum(axis=1, keepdims=True)
-    rows = [[name, classes[p.argmax()], *(f"{v:.6f}" for v in p)] for name, p in zip(names, odds, strict=True)]
-    _write_csv(Path(out), ["file", "predicted", *classes], rows)
-    print(f"{len(rows)} predictions: {out}")
+    classifier, about = load_classifier(Path(workdir))
+    source = _readable(classifier.encoder, data, _settings(Path(workdir), overrides, about.get("read", {})))
+    scores = scores_of(classifier, source.arrays())
+    _write_predictions(Path(out), source, scores, about["classes"], about.get("multilabel", False))
+    print(f"{len(scores)} predictions: {out}")
 
 
-def embed(workdir: str, data: str, out: str) -> None:
+def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> None:
     """Writes .npz (embeddings float32 [N, D], names [N]), .csv or .parquet (name, then one column a dimension)."""
     path = Path(out)
     if path.suffix not in (".npz", ".csv", ".parquet"):
         raise UserError(f"--out={out}: unknown ending {path.suffix!r}; allowed: .npz, .csv, .parquet")
     encoder = load_encoder(workdir)
-    images, names = _readable(encoder, data)
-    features = encoder.embed(images)
+    source = _readable(encoder, data, _settings(Path(workdir), overrides))
+    features, names = encoder.embed(source.arrays()), source.names
     columns = ["file", *(f"e{i}" for i in range(features.shape[1]))]
     if path.suffix == ".npz":
         run.write_npz(path, embeddings=features, names=np.array(names))
@@ -219,6 +292,16 @@ def views(config: ConfigDict, out: str, images: int = 6) -> None:
     drawn = resolve_views(resolved.augment, 2, min(source.shape[:2]))
     view_sheet(np.stack([source.load(int(i)) for i in chosen]), drawn, Path(out), seed=resolved.train.seed)
     print(f"views: {out}")
+
+
+def phantom(out: str, patients: int = 10_000, seed: int = 0, size: int = 128, test: int = 300) -> None:
+    from ssl_jax.phantom import write
+    from ssl_jax.progress import counting
+
+    with counting("phantoms", "images") as progress:
+        numbers = {"patients": patients, "seed": seed, "size": size, "test": test}
+        count = write(Path(out), **numbers, workers=os.cpu_count() or 1, progress=progress)
+    print(f"{count} phantom radiographs: {out}")
 
 
 def report(workdir: str, out: str = "") -> None:
@@ -255,55 +338,68 @@ def name_needs_labels(name: str) -> bool:
 # What several commands share.
 
 
-def _settings(folder: Path, overrides: Sequence[str]) -> Config:
-    """The run's config with overrides; the defaults for an exported encoder that has no run folder."""
+def _settings(folder: Path, overrides: Sequence[str], read: Mapping[str, Any] | None = None) -> Config:
+    """The run's config with overrides; the defaults for an exported encoder that has no run folder, or a classifier,
+    with what it says of how images are read."""
     from ssl_jax.cli import override
 
     found = (folder / "config.json").is_file()
-    return resolve(override(from_json(run.read_config(folder)) if found else default(), overrides))
+    config = from_json(run.read_config(folder)) if found else default()
+    config.data.update(read or {})
+    return resolve(override(config, overrides))
 
 
-def _data(text: str, flag: str) -> Data:
-    """Data as a flag names it."""
+def _data(text: str, flag: str, like: Data) -> Data:
+    """Data as a flag names it, read as `like` says."""
     path = Path(text)
-    if text == "fashion_mnist":
-        return Data()
-    if text.startswith("tfds:"):
-        return Data(name="tfds", path=text.removeprefix("tfds:"))
-    if path.is_dir():
-        return Data(name="folder", path=text)
     kinds = {".csv": "csv", ".tsv": "csv", ".npz": "npz"}
-    if path.is_file() and path.suffix.lower() in kinds:
-        return Data(name=kinds[path.suffix.lower()], path=text)
-    found = "not found" if not path.exists() else f"unknown ending {path.suffix!r}"
-    raise UserError(f"{flag}={text}: {found}; allowed: a folder, a .csv, .tsv or .npz file, fashion_mnist, tfds:NAME")
+    if text == "fashion_mnist":
+        name, place = "fashion_mnist", ""
+    elif text.startswith("tfds:"):
+        name, place = "tfds", text.removeprefix("tfds:")
+    elif path.is_dir():
+        name, place = "chexpert" if _is_chexpert(path) else "folder", text
+    elif path.is_file() and path.suffix.lower() in kinds:
+        name, place = kinds[path.suffix.lower()], text
+    else:
+        found = "not found" if not path.exists() else f"unknown ending {path.suffix!r}"
+        allowed = "a folder, a .csv, .tsv or .npz file, fashion_mnist, tfds:NAME"
+        raise UserError(f"{flag}={text}: {found}; allowed: {allowed}")
+    return dataclasses.replace(like, name=name, path=place, split="train", limit=0, pairs="")
 
 
-def _train_and_test(
-    encoder: Encoder, config: Config, data: str, test: str
-) -> tuple[Any, Any, list[str], list[str], str]:
-    """((images, labels), (images, labels), test names, classes, what the test data is), resized for the encoder."""
+def _is_chexpert(folder: Path) -> bool:
+    """Whether a folder has CheXpert's layout, by the header of its train.csv: others have a table of that name, too."""
+    table = folder / "train.csv"
+    if not table.is_file():
+        return False
+    with table.open(encoding="utf-8", errors="replace") as file:
+        return "Frontal/Lateral" in file.readline()
+
+
+def _open_test(encoder: Encoder, config: Config, test: str, data: str) -> Source:
+    """The images that --test names: all of them, or the test part of data that --data has trained on."""
+    wanted = encoder.data(_data(test, "--test", config.data))
+    return open_source(wanted, "test" if wanted.name == "chexpert" or test == data else "all")
+
+
+def _train_and_test(encoder: Encoder, config: Config, data: str, test: str) -> tuple[Labelled, Labelled, str]:
+    """(training images, test images, what the test images are), in the size that the encoder wants."""
     from ssl_jax.evaluate.subsets import holdout
 
-    wanted = encoder.data(_data(data, "--data") if data else dataclasses.replace(config.data, limit=0))
-    train = open_source(wanted)
-    y, held = train.labels_as(train.classes, data or config.data.path or config.data.name), None
-    what = "test split"
+    wanted = encoder.data(_data(data, "--data", config.data) if data else dataclasses.replace(config.data, limit=0))
+    source = open_source(wanted)
+    train, held, what = labelled_part(source, source, data or config.data.path or config.data.name), None, "test split"
     if test:
-        held, what = open_source(encoder.data(_data(test, "--test")), "all"), test
+        held, what = _open_test(encoder, config, test, data), test
     else:
         with contextlib.suppress(NoPartError):
             held = open_source(wanted, "test")
-    if held is None:
-        kept, out = holdout(y, 0.2, seed=0)
-        what = "20 % of the labelled images, held out (the encoder may have seen them, without labels)"
-        images = train.arrays()
-        names = [train.names[i] for i in out]
-        return (images[kept], y[kept]), (images[out], y[out]), names, train.classes, what
-    test_y = held.labels_as(train.classes, what)
-    known = np.flatnonzero(test_y >= 0)
-    names = [held.names[i] for i in known]
-    return (train.arrays(), y), (held.arrays()[known], test_y[known]), names, train.classes, what
+    if held is not None:
+        return train, labelled_part(held, source, what), what
+    parts = holdout(train.labels, 0.2, seed=0, groups=train.source.groups)
+    kept, out = (Labelled(train.source.take(part), train.labels[part]) for part in parts)
+    return kept, out, "20 % of the labelled images, held out (the encoder may have seen them, without labels)"
 
 
 def _new(folder: Path, flag: str) -> None:
@@ -318,39 +414,24 @@ def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
     run.write_bytes(path, text.getvalue().encode())
 
 
-def _readable(encoder: Encoder, data: str) -> tuple[np.ndarray, list[str]]:
-    """Images and names of all files that can be read, however few; the source names the others."""
-    source = open_source(dataclasses.replace(encoder.data(_data(data, "--data")), max_bad_share=1.0), "all")
-    images = source.arrays()
+def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: list[str], multilabel: bool) -> None:
+    from ssl_jax.classifier import probabilities
+
+    odds = probabilities(scores, multilabel)
+    columns: dict[str, Sequence[Any]] = {"path": source.names}
+    if source.groups is not None:
+        columns["patient"] = source.groups.tolist()
+    if not multilabel:
+        columns["predicted"] = [classes[i] for i in odds.argmax(axis=1)]
+    # Every digit: rounded, probabilities near 0 and 1 would tie, and their AUC and thresholds would not be the same.
+    rows = [[*about, *p] for *about, p in zip(*columns.values(), odds.tolist(), strict=True)]
+    _write_csv(path, [*columns, *classes], rows)
+
+
+def _readable(encoder: Encoder, data: str, config: Config) -> Source:
+    """All files that can be read, however few; the source names the others."""
+    wanted = encoder.data(_data(data, "--data", config.data))
+    source = open_source(dataclasses.replace(wanted, max_bad_share=1.0), "all")
+    source.arrays()
     good = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in is another file's image
-    return images[good], [source.names[i] for i in good]
-
-
-def _save_classifier(folder: Path, classifier: Any, about: dict[str, Any]) -> None:
-    import safetensors.numpy
-
-    from ssl_jax.models import to_torch
-
-    weights = to_torch(classifier.params["encoder"], classifier.stats)
-    # torchvision's names for the classifying layer.
-    weights["fc.weight"] = np.asarray(classifier.params["head"]["w"]).T
-    weights["fc.bias"] = np.asarray(classifier.params["head"]["b"])
-    packed = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in weights.items()})
-    run.write_bytes(folder / "classifier.safetensors", packed)
-    run.write_json(folder / "classifier.json", about)
-
-
-def _load_classifier(folder: Path) -> tuple[Any, Encoder, list[str]]:
-    import safetensors.numpy
-
-    from ssl_jax.evaluate.finetune import Classifier
-
-    path = folder / "classifier.json"
-    if not path.is_file():
-        raise UserError(f"--workdir={folder}: no classifier.json; allowed: a folder made by `ssl-jax finetune`")
-    about = json.loads(path.read_text())
-    encoder = rebuild(about, folder / "classifier.safetensors")
-    weights = safetensors.numpy.load_file(folder / "classifier.safetensors")
-    head = {"w": weights["fc.weight"].T, "b": weights["fc.bias"]}
-    params = {"encoder": encoder.params, "head": head}
-    return Classifier(encoder, params, encoder.stats, about["chosen"]), encoder, about["classes"]
+    return source if len(good) == len(source) else source.take(good)

@@ -22,13 +22,18 @@ from ssl_jax.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Data:
-    name: str = "fashion_mnist"  # fashion_mnist, folder, csv, npz, tfds or synthetic
+    name: str = "fashion_mnist"  # fashion_mnist, folder, csv, chexpert, npz, tfds or synthetic
     path: str = ""  # folder, .csv, .npz; the TFDS data set's name for tfds; empty: the usual places for fashion_mnist
     split: str = "train"  # train, test, val or all; any TFDS split
     size: int = 0  # images are resized to size x size px when read; 0: as they are (arrays), 224 (image files)
     channels: int = 0  # 1 or 3; 0: as in the data (arrays), 3 (image files)
     limit: int = 0  # use only the first N images; 0: all
-    pairs: str = ""  # what tells which images show the same object: "folder" (folder), a column (csv), a key (npz)
+    labels: tuple[str, ...] = ()  # csv: the label column, or several; chexpert: observations, "study" or "competition"
+    uncertain: str = "ignore"  # several labels: what -1 becomes: ignore, zeros, ones, smooth_zeros or smooth_ones
+    blank: str = "auto"  # several labels: what nothing becomes: ignore (auto of csv) or zeros (auto of chexpert)
+    frontal: str = "frontal"  # chexpert: frontal, lateral or all
+    group: str = ""  # csv: column that says whose image it is; such images are never parted
+    pairs: str = ""  # says which images show one object: folder, patient (chexpert), a column (csv) or a key (npz)
     max_bad_share: float = 0.01  # share of unreadable files that is skipped; above it, an error
     engine: str = "auto"  # memory: decode once, gather on the device; disk: grain, each step; auto: by memory_gb
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto
@@ -144,6 +149,8 @@ class Finetune:
     head: str = "probe"  # probe: start the head from a linear probe; zero
     batch_norm: str = "train"  # train: statistics of the batch; frozen: those of pretraining
     validation: float = 0.2  # share of the labels held out to choose; then all labels train the final model
+    class_weights: str = "none"  # of the loss: none, or balanced, the kinds of labels weigh the same together
+    sensitivity: float = 0.9  # multi-label: at which each class's threshold is chosen on the labels held out
     augment: Augment = field(default_factory=lambda: Augment(preset="light"))
 
 
@@ -156,7 +163,8 @@ class Study:
     protocol: str = "finetune"  # finetune or linear
     labels: tuple[int, ...] = (50, 100, 250, 1000)
     seeds: int = 5
-    test: Data = field(default_factory=lambda: Data(split="test"))
+    pretrainings: int = 1  # of each arm that pretrains, with seeds of their own; the study's seeds take turns
+    test: Data = field(default_factory=lambda: Data(name="", split="test"))  # without a name: a split of config.data
 
 
 @dataclass(frozen=True)
@@ -182,9 +190,12 @@ SECTIONS: dict[str, type] = {
 # A run that is resumed must agree on these; the others are read only when its encoder is judged.
 TRAINING = ("method", "data", "augment", "model", "optim", "train", "eval")
 CHOICES = {
-    "data.name": ("fashion_mnist", "folder", "csv", "npz", "tfds", "synthetic"),
+    "data.name": ("fashion_mnist", "folder", "csv", "chexpert", "npz", "tfds", "synthetic"),
     "data.engine": ("auto", "memory", "disk"),
     "data.channels": (0, 1, 3),
+    "data.uncertain": ("ignore", "zeros", "ones", "smooth_zeros", "smooth_ones"),
+    "data.blank": ("auto", "ignore", "zeros"),
+    "data.frontal": ("frontal", "lateral", "all"),
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet_thin", "vit_tiny", "vit_small", "vit_base"),
     "model.stem": ("auto", "imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
@@ -195,6 +206,7 @@ CHOICES = {
     "optim.schedule": ("cosine", "constant", "step"),
     "finetune.head": ("probe", "zero"),
     "finetune.batch_norm": ("train", "frozen"),
+    "finetune.class_weights": ("none", "balanced"),
     "study.protocol": ("finetune", "linear"),
 }
 AT_LEAST_1 = (
@@ -204,6 +216,7 @@ AT_LEAST_1 = (
     "finetune.steps",
     "finetune.batch",
     "study.seeds",
+    "study.pretrainings",
     "eval.knn_k",
     "data.workers",
 )
@@ -395,6 +408,8 @@ def _check_values(config: Config) -> None:
     for key in NOT_NEGATIVE:
         if get(key) < 0:
             raise UserError(f"config.{key}={get(key)}: allowed: 0 or more")
+    if not 0 < config.finetune.sensitivity <= 1:
+        raise UserError(f"config.finetune.sensitivity={config.finetune.sensitivity}: allowed: above 0, at most 1")
     for key in ("train.duration", "train.log_every", "train.save_every", "optim.warmup", "eval.every"):
         to_steps(get(key), 1000, 10, f"config.{key}")
 

@@ -8,6 +8,10 @@ class UserError(Exception):
     """A mistake of the user's or a limit of their machine: printed as one line, never as a traceback."""
 
 
+class BusyError(UserError):
+    """Another process is working in the folder."""
+
+
 class NoPartError(UserError):
     """Data without the part that was asked for: no test split, for example."""
 

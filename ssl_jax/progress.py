@@ -1,14 +1,16 @@
 """What a person sees while a run works: one live line on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
 class Progress:
     """Shows step, loss, speed, waiting and time left. Use as a context; `say` prints a line that stays."""
 
-    def __init__(self, total: int, start: int, title: str):
+    def __init__(self, total: int, start: int, title: str, unit: str = "steps", note: str = ""):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -26,9 +28,9 @@ class Progress:
                 TimeRemainingColumn(),
             ]
             self.bar = Bar(*columns, console=self.console, transient=False)
-            self.task = self.bar.add_task(title, total=total, completed=start, note="compiling")
+            self.task = self.bar.add_task(title, total=total, completed=start, note=note)
         else:
-            self.say(f"{title}: {total} steps, compiling")
+            self.say(f"{title}: {total} {unit}" + (f", {note}" if note else ""))
 
     def __enter__(self):
         if self.bar:
@@ -53,6 +55,20 @@ class Progress:
             self.said = time.monotonic()
             left = (self.said - self.began) / max(step - self.first, 1) * (self.total - step)
             self.say(f"{self.title} {step}/{self.total}  {note}  left {_clock(left)}")
+
+
+@contextlib.contextmanager
+def counting(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows how far a long piece of work is: use as a context, call what it gives with (done, total)."""
+    with contextlib.ExitStack() as shown:
+        bars: list[Progress] = []
+
+        def tell(done: int, total: int) -> None:
+            if not bars:
+                bars.append(shown.enter_context(Progress(total, 0, title, unit)))
+            bars[0].update(done, {})
+
+        yield tell
 
 
 def _clock(seconds: float) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Config, differences, from_json, resolve, to_json
-from ssl_jax.errors import UserError
+from ssl_jax.errors import BusyError, UserError
 
 PACKAGES = ("ssl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 
@@ -34,7 +34,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of several hosts may write the same file: their numbers are the same now and then.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
@@ -86,8 +87,11 @@ def start(workdir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """Keeps a second process out of the folder; the operating system lifts the lock of a killed one."""
+def lock(workdir: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keeps a second process out of the folder; the operating system lifts the lock of a killed one.
+
+    shared: others that share may enter, nobody else. Raises BusyError if the folder is taken.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / ".lock").open("w")
@@ -95,9 +99,9 @@ def lock(workdir: Path) -> Iterator[None]:
         raise UserError(f"--workdir={workdir}: cannot be made ({error.strerror})") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"--workdir={workdir}: another process is working in this folder") from None
+            raise BusyError(f"--workdir={workdir}: another process is working in this folder") from None
         yield
 
 

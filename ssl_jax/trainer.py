@@ -27,6 +27,8 @@ from ssl_jax.encoder import Encoder, build, describe, export, load_encoder, star
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.collapse import embedding_std, rank_me
 from ssl_jax.evaluate.knn import knn_predict
+from ssl_jax.evaluate.multilabel import rank
+from ssl_jax.evaluate.subsets import labelled
 from ssl_jax.methods.base import Method, Network, Run
 from ssl_jax.models import resolve_conv
 from ssl_jax.parallel import make_mesh, replicated, split
@@ -82,7 +84,8 @@ def set_up(config: Config, source: Any) -> Setup:
     schedule = learning_rate(config.optim, batch, steps, to_steps(config.optim.warmup, examples, batch))
     tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr)
     views = resolve_views(config.augment, method.views, size, method.local_views)
-    return Setup(method, encoder, tx, schedule, views, steps, shape, classes if config.eval.online_probe else 0)
+    probed = classes if config.eval.online_probe and np.ndim(source.labels) < 2 else 0
+    return Setup(method, encoder, tx, schedule, views, steps, shape, probed)
 
 
 PROBE = optax.adam(1e-3)
@@ -232,7 +235,7 @@ class _Loop:
             title += f" (from step {start})" if start else ""
             previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
             try:
-                with Progress(total, start, title) as self.progress:
+                with Progress(total, start, title, note="compiling") as self.progress:
                     self._steps(start, total)
             finally:
                 for number, handler in previous.items():
@@ -310,7 +313,9 @@ class _Loop:
             return {}
         arrays: dict[str, Any] = {"image": self.source.arrays()}
         if self.source.labels is not None:
-            arrays["label"] = np.asarray(self.source.labels, np.int32)
+            arrays["label"] = np.asarray(
+                self.source.labels, np.float32 if np.ndim(self.source.labels) == 2 else np.int32
+            )
         return jax.device_put(arrays, replicated(self.mesh))
 
     def _check(self) -> dict[str, Any]:
@@ -380,7 +385,7 @@ class _Loop:
     def _evaluation(self) -> Callable[[], dict[str, float]]:
         """RankMe of some training images, and with labels a kNN vote: others of them vote, these are classified."""
         settings, labels = self.config.eval, self.source.labels
-        known = np.arange(len(self.source)) if labels is None else np.flatnonzero(np.asarray(labels) >= 0)
+        known = np.arange(len(self.source)) if labels is None else labelled(labels)
         chosen = np.random.default_rng(self.config.train.seed).permutation(known)
         chosen = chosen[: settings.knn_bank + settings.knn_queries]
         queries = min(settings.knn_queries, len(chosen) // 2)
@@ -404,7 +409,10 @@ class _Loop:
                     k=min(settings.knn_k, len(chosen) - queries),
                     temperature=settings.knn_temperature,
                 )
-                found["knn_accuracy"] = float((np.asarray(scores).argmax(axis=1) == truth[:queries]).mean())
+                if truth.ndim == 2:  # by the mean AUC over classes, which is all of `rank` that there is of votes
+                    found["knn_auc"] = round(rank(np.asarray(scores), truth[:queries])[0], 4)
+                else:
+                    found["knn_accuracy"] = float((np.asarray(scores).argmax(axis=1) == truth[:queries]).mean())
             return found
 
         return evaluate

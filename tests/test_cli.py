@@ -108,7 +108,7 @@ def test_finetune_then_predict(images, trained, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 90  # the broken file is left out
     assert all(abs(sum(float(r[f"kind {c}"]) for c in "abc") - 1) < 1e-4 for r in rows)
-    right = np.mean([r["file"].startswith(r["predicted"] + "/") for r in rows])
+    right = np.mean([r["path"].startswith(r["predicted"] + "/") for r in rows])
     assert right > 0.8  # bright bands are easy
     capsys.readouterr()
     assert ssl_jax("finetune", f"--workdir={trained}", f"--data={images / 'labelled.csv'}", f"--out={out}") == 2

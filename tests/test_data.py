@@ -186,11 +186,6 @@ def test_arrays_are_resized_converted_and_limited(save):
     fails(Data(name="npz", path=save(images=np.zeros((2, 4, 4, 5), np.uint8)).path, channels=3), "has 5", "0 or 5")
 
 
-def test_several_labels_an_image_are_passed_over(save, caplog):
-    assert open_source(save(images=GRAY, labels=np.zeros((5, 14), int))).labels is None
-    assert "[5, 14]" in caplog.text
-
-
 @pytest.mark.parametrize(
     "arrays,words",
     [

@@ -9,7 +9,8 @@ from toy_encoder import TRACES, WIDTH, toy_encoder, toy_images
 
 from ssl_jax.config import Augment, Finetune
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate import finetune, predict
+from ssl_jax.evaluate import finetune, holdout, metrics, predict
+from ssl_jax.evaluate.finetune import balance
 
 SETTINGS = Finetune(steps=60, epochs=0, batch=32, lr=(0.01,), augment=Augment(preset="none", override={"flip": 0.5}))
 
@@ -107,11 +108,68 @@ def test_everything_compiles_once(head):
     assert TRACES == []
 
 
+def several(n=90, seed=0):
+    """The toy images with each class as a label of its own, two more of which nothing and little is known."""
+    images, labels = toy_images(n, seed=seed)
+    found = (labels[:, None] == np.arange(5)).astype(np.float32)
+    found[np.random.default_rng(seed).uniform(size=found.shape) < 0.1] = np.nan
+    found[:, 3] = np.nan
+    return images, found
+
+
+def test_several_labels_are_learnt_from_what_is_known():
+    images, labels = several()
+    settings = dataclasses.replace(SETTINGS, lr=(1e-7, 0.01), head="zero")
+    groups = np.arange(90) // 3
+    made = finetune(toy_encoder(), images, labels, classes=5, settings=settings, seed=1, groups=groups)
+    test_images, test_labels = several(seed=7)
+    assert metrics(predict(made, test_images), test_labels, list("abcde"))["macro_auc"] > 0.9
+    assert made.params["head"]["w"].shape == (WIDTH, 5) and not made.params["head"]["w"][:, 3].any()
+    # Chosen by mean AUC on whole patients.
+    held = holdout(labels, 0.2, 1, groups)[1]
+    np.testing.assert_array_equal(made.held_out[1], labels[held])
+    assert len(groups[held]) == 3 * len(set(groups[held])) and made.chosen["lr"] == 0.01
+    judged = metrics(*made.held_out, list("abcde"))["macro_auc"]
+    assert made.chosen["validation"] == pytest.approx(judged)
+
+
+def test_images_of_which_nothing_is_known_change_nothing():
+    images, labels = several(32)
+    more = np.concatenate([images, images[:5]]), np.concatenate([labels, np.full((5, 5), np.nan, np.float32)])
+    how = {"steps": 3, "head": "zero", "batch_norm": "frozen", "augment": Augment(preset="none")}
+    made = [
+        finetune(toy_encoder(), *data, classes=5, seed=0, settings=dataclasses.replace(SETTINGS, batch=n, **how))
+        for n, data in ((32, (images, labels)), (37, more))  # each step sees them all
+    ]
+    for x, y in zip(*map(_leaves, made), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_balanced_weights_by_hand_and_in_training():
+    labels = np.array([[1, 0, np.nan], [0, 0, np.nan], [0, np.nan, np.nan], [0, 0.5, np.nan]], np.float32)
+    want = [[4 / 6, 3 / 5, 1], [4 / 2, 3 / 1, 1]]  # known / (2 x absent or present)
+    np.testing.assert_allclose(balance(labels, 3), want, rtol=1e-6)
+    np.testing.assert_allclose(balance(np.array([0, 0, 2, 0]), 4), [4 / 6, 1, 4 / 2, 1], rtol=1e-6)
+    images, one = toy_images(96, weights=[0.8, 0.1, 0.1])
+    each = (one[:, None] == np.arange(3)).astype(np.float32)
+    settings = dataclasses.replace(SETTINGS, steps=200, head="zero", backbone_ratio=(0.0,), batch_norm="frozen")
+    for labels in (one, each):
+        rates = []
+        for weights in ("none", "balanced"):
+            how = dataclasses.replace(settings, class_weights=weights)
+            logits = predict(finetune(toy_encoder(), images, labels, classes=3, settings=how, seed=0), images)
+            rates.append((logits - logits[:, :1] if labels is one else logits)[:, 1:].mean())
+        assert rates[1] > rates[0] + 0.5  # the rare ones are believed sooner
+
+
 def test_mistakes_are_told():
     images, labels = toy_images(20)
     cases = [
         (images, labels[:5], SETTINGS, "5 for 20 images"),
         (images, labels - 1, SETTINGS, "labels: -1; allowed: 0 to 2"),
+        (images, np.full((20, 3), 1.5), SETTINGS, "labels: 1.5; allowed: 0 to 1"),
+        (images, np.full((20, 3), np.nan), SETTINGS, "3 columns, at least one label that is known"),
+        (images, np.ones((20, 2)), SETTINGS, "20, 2.; allowed: 3 columns"),
         (np.repeat(images, 3, axis=-1), labels, SETTINGS, "3 channels; allowed: 1"),
         (images, labels, dataclasses.replace(SETTINGS, lr=()), "lr or backbone_ratio is empty"),
         (images, labels, dataclasses.replace(SETTINGS, lr=(1e38, 1e37)), "training diverged"),

@@ -97,6 +97,19 @@ def test_confusion_is_that_of_the_newest_evaluation(tmp_path):
     assert "coat 10 0.0 % – 0.0 % 0.5000 bag & <b>belt</b> (100.0 %)" in text
 
 
+def test_several_labels_an_image_have_a_table_instead(tmp_path):
+    folder = make_run(tmp_path)
+    add_evaluation(folder)
+    path = folder / "evaluation" / "linear-30.json"
+    labels = np.array([[1, 0, 0], [0, 1, np.nan], [1, np.nan, 0]])
+    each = metrics(np.array([[2.0, 0, 0], [0, 1, 0], [-1, 0, 0]]), labels, CLASSES)
+    write_json(path, {**json.loads(path.read_text()), "per_seed": [each] * 2, "mean": {"macro_auc": 0.75}})
+    page = write_report(folder)
+    assert "Classes" in sections(page) and "Confusion" not in sections(page)
+    # Class, known, positives, AUC, average precision: of two positives one is above the only negative.
+    assert "bag & <b>belt</b> 3 2 0.5000 0.8333 cost $5 2 1 1.0000 1.0000 coat 2 0 – –" in text_of(page)
+
+
 def test_names_are_escaped(tmp_path):
     folder = make_run(tmp_path, path="<i>x</i> & y")
     add_evaluation(folder)
@@ -208,7 +221,10 @@ def test_study_folder(tmp_path):
     assert "No result yet" in text_of(write_report(tmp_path))
     config = configs.to_json(configs.resolve(configs.default("byol")))
     config["study"]["arms"] = {"byol": {"optim": {"lr": 0.1}}, "scratch": {}}
-    write_json(tmp_path / "study.json", {"config": config})
+    config["study"]["test"]["split"] = "val"
+    write_json(tmp_path / "config.json", config)
+    about = {"train_images": 1200, "test_images": 300, "phantom": {"seed": 3}}
+    write_json(tmp_path / "study.json", about)
     (tmp_path / "summary.csv").write_text("arm,labels,mean\n<byol>,50,0.7012345\nscratch,50,0.65\n")
     table = "| arm | 50 labels | 1,000 labels |\n|---|---|---|\n| <byol> | 70.1 ± 0.5 | – |"
     (tmp_path / "summary.md").write_text(f"# Study\n\nTop-1 & <more>.\n\n{table}\n\nbyol: better.\n")
@@ -219,6 +235,8 @@ def test_study_folder(tmp_path):
     assert sections(page) == ["Result", *pictures, "All metrics", "Pretraining of byol", "Configuration"]
     text = text_of(page)
     assert "byol, scratch on fashion_mnist (train): finetune with 50, 100, 250, 1,000 labels, 5 draws" in text
+    assert "tested on fashion_mnist (val). 1,200 and 300 images." in text
+    assert "Label-efficiency study on phantom images" in text and text.count("Phantoms: ") == 2
     assert "Top-1 & <more>. arm 50 labels 1,000 labels <byol> 70.1 ± 0.5 – byol: better." in text
     assert "<byol> 50 0.7012" in text and "byol on a resnet18" in text and "config.study.arms.byol.optim.lr 0.1" in text
     assert page.read_text().count("data:image/png") == 2

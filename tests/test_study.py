@@ -2,65 +2,27 @@
 
 import csv
 import dataclasses
-import functools
 import json
 
 import numpy as np
 import pytest
 import scipy.stats
-from toy_encoder import toy_encoder, toy_images
+from toy_encoder import toy_images
+from toy_study import ARMS, NAMES, toy_config, toy_run, toy_sources, toy_tables
 
 from ssl_jax import study
-from ssl_jax.config import Augment, Data, Finetune, Study, default, resolve
+from ssl_jax.config import Data
 from ssl_jax.data.source import from_array
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import metrics, nested_subset
-from ssl_jax.study import class_gains, from_scratch, run_study, summarise, verdicts
-
-ARMS = {"scratch": {}, "good": {"train": {"seed": 1}}}
-NAMES = ["coat", "bag", "boot"]
-TABLES = ("results.csv", "summary.csv", "summary.md")
-
-
-@functools.cache
-def _sources():
-    made = []
-    for n, seed in ((120, 0), (60, 1)):
-        images, labels = toy_images(n, seed=seed)
-        made.append(from_array(images, labels, NAMES, Data(name="npz"), "here"))
-    return made
-
-
-def _config(**changes):
-    tuning = Finetune(steps=12, batch=16, lr=(3e-3, 1e-2), augment=Augment(preset="none"))
-    changes = {"arms": ARMS, "labels": (6, 30), "seeds": 2, **changes}
-    tuning = dataclasses.replace(tuning, **changes.pop("finetune", {}))
-    return dataclasses.replace(resolve(default("simclr")), finetune=tuning, study=Study(**changes))
-
-
-def _run(config, workdir, *, log=None, shift=0.0, mean=(0.5,), **sources):
-    """Runs the study; returns the encoders that were asked for and the lines."""
-    asked, lines = [], []
-
-    def get_encoder(arm, arm_config, seed):
-        asked.append((arm, seed))
-        made = toy_encoder(seed)._replace(about={"model": {"mean": mean}})
-        return made._replace(params={**made.params, "scale": made.params["scale"] + (shift if arm == "good" else 0)})
-
-    train, test = _sources()
-    given = {"train": train, "test": test, **sources}
-    rows = run_study(config, workdir, get_encoder=get_encoder, log=log or lines.append, **given)
-    return asked, lines, rows
+from ssl_jax.report.tables import class_gains, summarise, verdicts
+from ssl_jax.study import from_scratch
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    return folder, *_run(_config(), folder)
-
-
-def _tables(folder):
-    return {name: (folder / name).read_bytes() for name in TABLES}
+    return folder, *toy_run(toy_config(), folder)
 
 
 def test_outputs_are_complete_and_can_be_recomputed(whole):
@@ -76,13 +38,13 @@ def test_outputs_are_complete_and_can_be_recomputed(whole):
         ("scratch", "30", "0"),
     ]
     truth = np.load(folder / "test.npz")
-    _, test = _sources()
+    _, test = toy_sources()
     np.testing.assert_array_equal(truth["labels"], test.labels)
     for row in results:
         saved = np.load(folder / "cells" / row["arm"] / row["labels"] / f"{row['seed']}.npz")
         again = metrics(saved["scores"], truth["labels"], NAMES)
         assert float(row["top1"]) == pytest.approx(again["top1"], rel=1e-5)
-        drawn = nested_subset(_sources()[0].labels, int(row["labels"]), int(row["seed"]))
+        drawn = nested_subset(toy_sources()[0].labels, int(row["labels"]), int(row["seed"]))
         np.testing.assert_array_equal(saved["indices"], drawn)
         cell = json.loads((folder / "cells" / row["arm"] / row["labels"] / f"{row['seed']}.json").read_text())
         assert cell["scores"] == again and len(cell["chosen"]["trials"]) == 2
@@ -93,10 +55,10 @@ def test_outputs_are_complete_and_can_be_recomputed(whole):
 
 def test_a_finished_study_is_not_run_again(whole, monkeypatch):
     folder, *_ = whole
-    before = _tables(folder)
+    before = toy_tables(folder)
     monkeypatch.setattr(study, "finetune", None)  # calling it would fail
-    _, lines, _ = _run(_config(), folder, mean=[0.5])  # as an encoder says of itself that comes from disk
-    assert all("(reused)" in line for line in lines) and _tables(folder) == before
+    _, lines, _ = toy_run(toy_config(), folder, mean=[0.5])  # as an encoder says of itself that comes from disk
+    assert all("(reused)" in line for line in lines) and toy_tables(folder) == before
 
 
 def test_a_killed_study_ends_with_the_same_tables(whole, tmp_path):
@@ -105,20 +67,20 @@ def test_a_killed_study_ends_with_the_same_tables(whole, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _run(_config(), tmp_path, log=kill)
+        toy_run(toy_config(), tmp_path, log=kill)
     (tmp_path / "cells/good/6/0.json").write_text('{"arm": "go')  # as a machine that loses power may leave it
     (tmp_path / "cells/scratch/30/0.npz").unlink()
-    _, lines, _ = _run(_config(), tmp_path)
+    _, lines, _ = toy_run(toy_config(), tmp_path)
     assert sum("(reused)" in line for line in lines) == 3
-    assert _tables(tmp_path) == _tables(whole[0])
+    assert toy_tables(tmp_path) == toy_tables(whole[0])
 
 
 def test_only_what_changed_is_run_again(tmp_path):
     def reused(config, **more):
-        _, lines, _ = _run(config, tmp_path, **more)
+        _, lines, _ = toy_run(config, tmp_path, **more)
         return {line.split("  ")[1].split(":")[0] for line in lines if "(reused)" in line}
 
-    config = _config(labels=(6,), finetune={"lr": (1e-2,), "steps": 3})
+    config = toy_config(labels=(6,), finetune={"lr": (1e-2,), "steps": 3})
     everything = {f"{arm}, 6 labels, seed {s}" for arm in ARMS for s in (0, 1)}
     assert reused(config) == set() and reused(config) == everything
     # Another encoder in one arm, other settings in one arm, other test images.
@@ -134,45 +96,45 @@ def test_labels_that_are_unknown_are_neither_drawn_nor_scored(tmp_path):
     images, labels = toy_images(60)
     labels[::2] = -1
     source = from_array(images, labels, NAMES, Data(name="npz"), "here")
-    config = _config(labels=(30,), seeds=1, finetune={"lr": (1e-2,), "steps": 2})
-    _run(config, tmp_path, train=source, test=source)
+    config = toy_config(labels=(30,), seeds=1, finetune={"lr": (1e-2,), "steps": 2})
+    toy_run(config, tmp_path, train=source, test=source)
     cell = json.loads((tmp_path / "cells/scratch/30/0.json").read_text())
     assert sum(cell["scores"]["support"].values()) == 30
     assert np.load(tmp_path / "cells/scratch/30/0.npz")["indices"].tolist() == list(range(1, 60, 2))
     with pytest.raises(UserError, match=r"config.study.labels=\(31,\): allowed: 1 to 30"):
-        _run(_config(labels=(31,)), tmp_path, train=source)
+        toy_run(toy_config(labels=(31,)), tmp_path, train=source)
 
 
 def test_the_linear_protocol_and_renumbered_test_classes(tmp_path):
-    train, test = _sources()
+    train, test = toy_sources()
     order = [2, 0, 1]  # the test data lists its classes in another order
     moved = from_array(
         test.arrays(), np.argsort(order)[test.labels], [NAMES[i] for i in order], Data(name="npz"), "there"
     )
-    _run(_config(protocol="linear"), tmp_path / "a")
-    _run(_config(protocol="linear", finetune={"steps": 99}), tmp_path / "b", test=moved)
-    assert _tables(tmp_path / "a") == _tables(tmp_path / "b")
+    toy_run(toy_config(protocol="linear"), tmp_path / "a")
+    toy_run(toy_config(protocol="linear", finetune={"steps": 99}), tmp_path / "b", test=moved)
+    assert toy_tables(tmp_path / "a") == toy_tables(tmp_path / "b")
     cell = json.loads((tmp_path / "a/cells/good/30/0.json").read_text())
     assert cell["scores"]["top1"] > 0.7 and set(cell["chosen"]) == {"strength", "validation"}
 
 
 def test_mistakes_are_told_before_anything_is_trained(tmp_path):
-    train, test = _sources()
+    train, test = toy_sources()
     unlabelled = from_array(test.arrays(), None, [], Data(name="npz"), "here")
     strange = from_array(test.arrays(), test.labels, ["coat", "bag", "boat"], Data(name="npz"), "here")
     for config, sources, message in [
-        (_config(baseline="scrach"), {}, "config.study.baseline='scrach': unknown; did you mean 'scratch'"),
-        (_config(labels=()), {}, "config.study.labels: empty"),
-        (_config(), {"train": unlabelled}, "config.data: has no labels"),
-        (_config(), {"test": unlabelled}, "config.study.test: has no labels"),
-        (_config(), {"test": strange}, "config.study.test: class='boat': unknown"),
+        (toy_config(baseline="scrach"), {}, "config.study.baseline='scrach': unknown; did you mean 'scratch'"),
+        (toy_config(labels=()), {}, "config.study.labels: empty"),
+        (toy_config(), {"train": unlabelled}, "config.data: has no labels"),
+        (toy_config(), {"test": unlabelled}, "config.study.test: has no labels"),
+        (toy_config(), {"test": strange}, "config.study.test: class='boat': unknown"),
     ]:
         with pytest.raises(UserError, match=message):
-            _run(config, tmp_path / "new", **sources)
+            toy_run(config, tmp_path / "new", **sources)
     assert not (tmp_path / "new").exists()
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds a pretraining run"):
-        _run(_config(), tmp_path)
+        toy_run(toy_config(), tmp_path)
 
 
 def _cells(values):

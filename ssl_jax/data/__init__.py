@@ -13,7 +13,9 @@ from ssl_jax.errors import UserError, unknown
 
 __all__ = ["SOURCES", "Partners", "Source", "open_source", "order", "stream"]
 
-SOURCES = ("csv", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
+SOURCES = ("chexpert", "csv", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
+
+PAIRED = ("chexpert", "csv", "folder", "npz")
 
 
 def open_source(data: Data, split: str | None = None) -> Source:
@@ -25,9 +27,9 @@ def open_source(data: Data, split: str | None = None) -> Source:
     """
     if data.name not in SOURCES:
         raise unknown("config.data.name", data.name, SOURCES)
-    if data.pairs and data.name not in ("csv", "folder", "npz"):
+    if data.pairs and data.name not in PAIRED:
         raise UserError(
-            f"config.data.pairs={data.pairs!r}: {data.name} knows no objects; allowed: folder, csv or npz data"
+            f"config.data.pairs={data.pairs!r}: {data.name} knows no objects; allowed: {', '.join(PAIRED)} data"
         )
     module = importlib.import_module(f"ssl_jax.data.{data.name}")
     return module.read(dataclasses.replace(data, split=split or data.split))

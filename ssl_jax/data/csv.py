@@ -1,78 +1,92 @@
-"""A table of image files: a column of paths and, if wanted, columns of labels and of parts."""
+"""A table of image files: a column of paths and, if wanted, columns of labels, of groups and of parts."""
 
-import csv
-import io
-from collections.abc import Sequence
+import os
 from pathlib import Path
-from typing import Any
 
 from ssl_jax.config import Data
 from ssl_jax.data.files import PARTS, File, from_files, printable
 from ssl_jax.data.source import Source, pick_parts
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.data.table import Table, as_groups, read_table, several_labels
+from ssl_jax.errors import UserError
 
 PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "target"), ("split",)
 
 
 def read(data: Data) -> Source:
-    """The images that the table data.path lists, in its order: comma, semicolon or tab, UTF-8, the first line a header.
+    """The images that the table data.path lists, in its order; see `table.read_table` for its form.
 
-    Columns, in any case: path, file, filename or image; label, class or target; split (train, val, test). Paths are
-    absolute or relative to the table's folder. An empty label is one that is not known. Errors name the line.
+    Columns, in any case: path, file, filename or image; split (train, val, test). One label an image: the column that
+    data.labels names, else label, class or target; empty: not known. Several: the columns that data.labels names, see
+    `table.several_labels`. data.group: the column that says whose image it is, which no two parts may share.
+    Paths are absolute or relative to the table's folder; \\ counts as / where a path has no /. Errors name the line.
     """
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: a table (.csv, .tsv) of image files")
     where = f"config.data.path={data.path!r}"
-    table = Path(data.path).expanduser()
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: byte {error.start} is not UTF-8") from error
-    header = text.partition("\n")[0]
-    rows = csv.reader(io.StringIO(text), delimiter=max(",\t;", key=header.count))
-    try:
-        parts = _parts(rows, table.parent, where, data.pairs)
-    except csv.Error as error:
-        raise UserError(f"{where} (line {rows.line_num}): {error}") from error
-    labels = {file.label for files in parts.values() for file in files}
-    classes = sorted(label for label in labels if label)
-    if all(name.isdecimal() for name in classes):
-        classes.sort(key=int)
-    chosen = [file for files in pick_parts(parts, data.split, where) for file in files]
-    return from_files(chosen, classes, data, where)
+    path = Path(data.path).expanduser()
+    table = read_table(path, where)
+    files = _files(table, path.parent, data)
+    parts: dict[str, list[int]] = {"train": []}
+    for n, file in enumerate(files):
+        parts.setdefault(file.part, []).append(n)
+    groups = _groups(table, files, data)
+    several = len(data.labels) > 1
+    if several:
+        blank = "ignore" if data.blank == "auto" else data.blank
+        labels, classes = several_labels(table, data.labels, table.find(PATH) or 0, data, blank), list(data.labels)
+    else:
+        labels, classes = None, sorted({file.label for file in files if file.label})
+        if all(name.isdecimal() for name in classes):
+            classes.sort(key=int)
+    chosen = [n for part in pick_parts(parts, data.split, where) for n in part]
+    return from_files(
+        [files[n] for n in chosen],
+        classes,
+        data,
+        where,
+        labels=None if labels is None else labels[chosen],
+        groups=None if groups is None else groups[chosen],
+    )
 
 
-def _parts(rows: Any, folder: Path, where: str, pairs: str) -> dict[str, list[File]]:
-    """The lines of the table as files, by part."""
-    columns = [name.strip().lower() for name in next(rows, [])]
-
-    def column(names: Sequence[str]) -> int | None:
-        return next((columns.index(name) for name in names if name in columns), None)
-
-    path_column, label_column, split_column = column(PATH), column(LABEL), column(SPLIT)
-    if path_column is None:
-        raise UserError(f"{where}: the columns are {', '.join(columns)}; one of these is needed: {', '.join(PATH)}")
-    if pairs and pairs.lower() not in columns:
-        raise unknown("config.data.pairs", pairs, columns)
-    parts: dict[str, list[File]] = {"train": []}
-    for row in rows:
-        at = f" (line {rows.line_num})"
-        if not any(row):
-            continue
-        if len(row) != len(columns):
-            raise UserError(f"{where}{at}: {len(row)} values; the header has {len(columns)} columns")
-        path = row[path_column].strip()
-        label = row[label_column].strip() if label_column is not None else ""
-        part = row[split_column].strip() if split_column is not None else "train"
+def _files(table: Table, folder: Path, data: Data) -> list[File]:
+    paths, split = table.find(PATH), table.find(SPLIT)
+    if paths is None:
+        needed = ", ".join(PATH)
+        raise UserError(f"{table.where}: the columns are {', '.join(table.columns)}; one of these is needed: {needed}")
+    label = table.column(data.labels[0], "labels") if data.labels else table.find(LABEL)
+    pairs = table.column(data.pairs, "pairs") if data.pairs else None
+    made = []
+    for n, row in enumerate(table.rows):
+        path = row[paths].strip()
         if not path:
-            raise UserError(f"{where}{at}: {columns[path_column]} is empty; allowed: the path of an image file")
+            raise table.fail(n, f"{table.columns[paths]} is empty; allowed: the path of an image file")
+        part = "train" if split is None else row[split].strip()
         if part.lower() not in PARTS:
-            raise UserError(f"{where}{at}: split={part!r}; allowed: {', '.join(PARTS)}")
-        part = PARTS[part.lower()]
+            raise table.fail(n, f"split={part!r}; allowed: {', '.join(PARTS)}")
+        if "\\" in path and "/" not in path:
+            path = path.replace("\\", "/")
+        named = None if label is None else row[label].strip() or None
         # An image without an object is one of its own.
-        shown = row[columns.index(pairs.lower())].strip() if pairs else ""
-        file = File(folder / path, printable(path), label or None, part, at, shown or f"{path}{at}")
-        parts.setdefault(part, []).append(file)
-    return parts
+        shown = "" if pairs is None else row[pairs].strip() or f"{path}{table.at(n)}"
+        whole = os.path.join(folder, path)  # noqa: PTH118 - a Path takes five times as long
+        made.append(File(whole, printable(path), named, PARTS[part.lower()], table.at(n), shown))
+    return made
+
+
+def _groups(table: Table, files: list[File], data: Data):
+    """int64 [N] of the column data.group. UserError if one is empty or in two parts."""
+    if not data.group:
+        return None
+    column, first = table.column(data.group, "group"), dict[str, int]()
+    values = [row[column].strip() for row in table.rows]
+    for n, value in enumerate(values):
+        if not value:
+            raise table.fail(n, f"{data.group} is empty; allowed: whose image it is")
+        other = first.setdefault(value, n)
+        if files[other].part != files[n].part:
+            parts = f"in {files[n].part}, and{table.at(other)} in {files[other].part}"
+            raise table.fail(
+                n, f"{data.group} {value!r} is {parts}; allowed: one part for all images of a {data.group}"
+            )
+    return as_groups(values)

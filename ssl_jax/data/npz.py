@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.source import Source, from_array, log, pick_parts
+from ssl_jax.data.source import Source, from_array, pick_parts
 from ssl_jax.errors import UserError, unknown
 
 PARTS = ("train", "val", "test")
@@ -18,7 +18,7 @@ ALLOWED = "images [labels], train_images [train_labels, val_..., test_...] or x_
 def read(data: Data) -> Source:
     """data.path: keys images and labels (or x and y), or for each part train_images and train_labels, as MedMNIST has
     them, or x_train and y_train, as Keras has them. Images are uint8 [N,H,W] or [N,H,W,C], labels integers [N] or
-    [N,1], -1 for one that is not known; labels [N,L] with L > 1 (multi-label) are passed over."""
+    [N,1], -1 for one that is not known; [N,L] with L > 1, several an image: 0 or 1, -1 for not known."""
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: a .npz file of images")
     where = f"config.data.path={data.path!r}"
@@ -45,9 +45,16 @@ def read(data: Data) -> Source:
     if objects is not None and objects.shape != (sum(map(len, images)),):
         raise UserError(f"config.data.pairs={data.pairs!r}: shape {objects.shape}; allowed: one for each image")
     known = [numbers for numbers in labels if numbers is not None]
+    if len({numbers.shape[1:] for numbers in known}) > 1:
+        shapes = ", ".join(str(list(numbers.shape)) for numbers in known)
+        raise UserError(f"{where}: labels are {shapes}; allowed: as many an image in each part")
     joined = np.concatenate(known) if len(known) == len(labels) else None
-    classes = [] if joined is None else [str(i) for i in range(1 + int(joined.max(initial=-1)))]
+    classes = [] if joined is None else _classes(joined)
     return from_array(np.concatenate(images), joined, classes, data, where, objects)
+
+
+def _classes(labels: np.ndarray) -> list[str]:
+    return [str(i) for i in range(labels.shape[1] if labels.ndim == 2 else 1 + int(labels.max(initial=-1)))]
 
 
 def _keys(found: list[str], where: str) -> dict[str, tuple[str, str | None]]:
@@ -72,13 +79,17 @@ def _objects(file: Any, key: str) -> np.ndarray | None:
     return file[key] if key else None
 
 
-def _labels(labels: np.ndarray, where: str) -> np.ndarray | None:
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        log.warning("%s are %s, several for an image: passed over", where, list(labels.shape))
-        return None
-    labels = labels.reshape(len(labels), -1)[:, 0] if labels.ndim == 2 else labels
-    if labels.ndim != 1 or labels.dtype.kind not in "iub" or (labels.size and labels.astype(np.int64).min() < -1):
+def _labels(labels: np.ndarray, where: str) -> np.ndarray:
+    """int64 [N], or of several an image float32 [N,L] with NaN where not known."""
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    several = labels.ndim == 2
+    if labels.ndim not in (1, 2) or labels.dtype.kind not in "iub":
+        raise UserError(f"{where}: {labels.dtype} {list(labels.shape)}; allowed: integers [N], [N,1] or [N,L]")
+    labels = labels.astype(np.int64)
+    strange = np.flatnonzero((labels < -1) | (several & (labels > 1)))
+    if len(strange):
+        allowed = "0, 1 or -1 (not known)" if several else "-1 (not known) or more"
         raise UserError(
-            f"{where}: {labels.dtype} {list(labels.shape)}; allowed: integers [N] or [N,1], -1 (not known) or more"
+            f"{where}: {labels.flat[strange[0]]} for image {strange[0] // labels[0].size}; allowed: {allowed}"
         )
-    return labels.astype(np.int64)
+    return np.where(labels < 0, np.nan, labels).astype(np.float32) if several else labels

@@ -23,8 +23,10 @@ class Source:
     """N images of one shape, decoded when asked for; safe to use from several threads.
 
     names:    file names relative to the root (or the index, as text), printable
-    labels:   int32 [N], -1 where it is not known; None without any
+    labels:   int32 [N], -1 where it is not known; several an image (multilabel): float32 [N, K] in [0, 1], NaN where
+              not known; None without any
     classes:  name of each label, [] without labels
+    groups:   int64 [N], equal for images of one patient (or of another group that must not be split); None without
     objects:  int [N], equal for images of the same object (config.data.pairs); None where nothing says so
     shape:    (H, W, C) of every image
     skipped:  names of the files that could not be read, with the reason: those left out when the source was opened,
@@ -45,6 +47,7 @@ class Source:
         labels: np.ndarray | Callable[[], np.ndarray | None] | None = None,
         classes: Sequence[str] = (),
         objects: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
         array: np.ndarray | None = None,
         skipped: Sequence[str] = (),
         max_bad_share: float = 0.0,
@@ -53,6 +56,7 @@ class Source:
         """load: index -> uint8 [H,W,C], or raises UnreadableError. labels: a function is called when they are first
         needed. array: the images themselves, where they are in memory already."""
         self.names, self.shape, self.classes, self.objects = list(names), shape, list(classes), objects
+        self.groups = groups
         self.replaced: dict[int, int] = {}
         self._load, self._labels, self._array = load, labels, array
         self._skipped, self._bad = list(skipped), dict[int, str]()
@@ -73,9 +77,13 @@ class Source:
             self._labels = self._labels()
         return self._labels
 
+    @property
+    def multilabel(self) -> bool:
+        return self.labels is not None and self.labels.ndim == 2
+
     def labels_as(self, classes: Sequence[str], where: str) -> np.ndarray:
-        """The labels as numbers of `classes`, int32 [N], -1 where not known. UserError without labels, or if a class
-        is not among them."""
+        """The labels as numbers of `classes`, int32 [N], -1 where not known; of several labels an image the columns of
+        `classes`, float32 [N, K], NaN where not known. UserError without labels, or if a class is not among them."""
         if self.labels is None:
             raise UserError(
                 f"{where}: has no labels; allowed: data with class folders, a label column or a labels array"
@@ -84,6 +92,10 @@ class Source:
         if strange:
             raise unknown(f"{where}: class", strange[0], classes)
         numbers = np.array([list(classes).index(name) for name in self.classes], np.int32)
+        if self.multilabel:
+            columns = np.full((len(self), len(classes)), np.nan, np.float32)
+            columns[:, numbers] = self.labels
+            return columns
         return np.where(self.labels >= 0, numbers[self.labels], -1)
 
     @property
@@ -108,7 +120,7 @@ class Source:
     def _candidates(self, index: int) -> Iterator[int]:
         yield index
         for candidate in (*range(index + 1, len(self)), *range(index)):
-            if self.labels is None or self.labels[candidate] == self.labels[index]:
+            if self.labels is None or np.array_equal(self.labels[candidate], self.labels[index], equal_nan=True):
                 yield candidate
 
     def _add_bad(self, index: int, reason: str) -> None:
@@ -151,6 +163,7 @@ class Source:
             labels=labels,
             classes=self.classes,
             objects=None if self.objects is None else self.objects[chosen],
+            groups=None if self.groups is None else self.groups[chosen],
             array=None if self._array is None else self._array[chosen],
             max_bad_share=self._max_bad_share,
             workers=self._workers,
@@ -220,7 +233,7 @@ def from_array(
         [str(i) for i in range(len(images))],
         shape,
         load,
-        labels=None if labels is None else labels.astype(np.int32),
+        labels=None if labels is None else labels.astype(np.float32 if labels.ndim == 2 else np.int32),
         classes=classes,
         objects=None if objects is None else same_object(objects[: data.limit or None], where, data.pairs),
         array=images if unchanged else None,

@@ -5,10 +5,14 @@ from ssl_jax.evaluate.finetune import Classifier, finetune, predict
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.metrics import interval, metrics, paired
-from ssl_jax.evaluate.subsets import holdout, nested_subset
+from ssl_jax.evaluate.multilabel import reliability, threshold_at_sensitivity
+from ssl_jax.evaluate.subsets import holdout, nested_subset, without_positive
+from ssl_jax.evaluate.uncertainty import bootstrap_by_group, delong
 
 __all__ = [
     "Classifier",
+    "bootstrap_by_group",
+    "delong",
     "embedding_std",
     "finetune",
     "holdout",
@@ -20,4 +24,7 @@ __all__ = [
     "paired",
     "predict",
     "rank_me",
+    "reliability",
+    "threshold_at_sensitivity",
+    "without_positive",
 ]

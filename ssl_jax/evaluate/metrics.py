@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.errors import UserError
+from ssl_jax.evaluate import multilabel
 
 
 def metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
@@ -15,6 +16,8 @@ def metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> d
     Floats: top1, top5 (of more than five classes), balanced_accuracy (mean recall), macro_auc. By class name: recall,
     auc (one against the rest), support. confusion: counts, [true][predicted]. left_out: classes without an example
     among the labels; they are part of no mean, and have neither recall nor auc.
+
+    Labels float [N, K], several an image: scores are logits, and `multilabel.metrics` says what is returned.
 
     Raises UserError if shapes do not fit or scores are not finite.
     """
@@ -27,6 +30,8 @@ def metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> d
         )
     if not np.isfinite(scores).all():
         raise UserError("scores: not finite; the classifier's training diverged, likely a learning rate too high")
+    if labels.ndim == 2:
+        return multilabel.metrics(scores, labels, classes)
     numbers = np.arange(len(classes))
     odds = _probabilities(scores)
     confusion = confusion_matrix(labels, scores.argmax(axis=1), labels=numbers)

@@ -27,10 +27,13 @@ from ssl_jax.losses.redundancy import (
     vicreg,
     vicregl,
 )
+from ssl_jax.losses.supervised import binary_cross_entropy, cross_entropy
 
 __all__ = [
     "barlow_twins",
+    "binary_cross_entropy",
     "covariance_term",
+    "cross_entropy",
     "dino",
     "dino_targets",
     "in_batch_info_nce",

@@ -59,6 +59,17 @@ def keep(params, extra, outputs, step):
     return params, extra
 
 
+def one_label(batch: Batch) -> jax.Array:
+    """batch["label"] int [B], for methods that know nothing of multi-label data. UserError if the data are such."""
+    label = batch["label"]
+    if label.ndim != 1:
+        raise UserError(
+            f"config.method.name: needs one label an image, the data have {label.shape[1]} labels an image; "
+            "allowed: supervised, methods without labels, or one column in config.data.labels"
+        )
+    return label
+
+
 def own_encoder(params, target, extra):
     """The `encoder` of a method that keeps it under params["encoder"] and extra["stats"]["encoder"]."""
     del target

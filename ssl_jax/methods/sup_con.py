@@ -6,7 +6,7 @@ Source: https://arxiv.org/abs/2004.11362; HobbitLong/SupContrast. An image witho
 from dataclasses import dataclass
 
 from ssl_jax.losses import sup_con
-from ssl_jax.methods.base import Method, init_of, stack, together
+from ssl_jax.methods.base import Method, init_of, one_label, stack, together
 from ssl_jax.models import mlp
 
 
@@ -33,6 +33,6 @@ def make(config, encoder, run):
     def loss(outputs, extra, batch):
         del extra
         z_a, z_b = outputs["z"]
-        return sup_con(z_a, z_b, batch["label"], temperature=config.temperature), {}
+        return sup_con(z_a, z_b, one_label(batch), temperature=config.temperature), {}
 
     return Method(init_of(network), forward, loss, needs=frozenset({"label"}))

@@ -1,13 +1,14 @@
 """Supervised baseline: cross-entropy with labels.
 
-Source: the usual recipe of https://arxiv.org/abs/1512.03385. Images without a label (-1) do not count.
+Source: the usual recipe of https://arxiv.org/abs/1512.03385. Labels that are not known do not count. Multi-label data
+get a binary cross-entropy for each class, and "accuracy" is the share of known labels on whose side the logit lies.
 """
 
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-import optax
 
+from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Method, init_of, stack
 from ssl_jax.models import linear
 
@@ -31,10 +32,12 @@ def make(config, encoder, run):
     def loss(outputs, extra, batch):
         del extra
         logits, label = outputs["logits"], batch["label"]
-        known = label >= 0
-        count = jnp.maximum(known.sum(), 1)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
-        correct = (logits.argmax(axis=-1) == label) & known
-        return jnp.where(known, each, 0).sum() / count, {"accuracy": correct.sum() / count}
+        if label.ndim == 2:
+            known, right = ~jnp.isnan(label), (logits > 0) == (label >= 0.5)
+            value = binary_cross_entropy(logits, label)
+        else:
+            known, right = label >= 0, logits.argmax(axis=-1) == label
+            value = cross_entropy(logits, label)
+        return value, {"accuracy": (right & known).sum() / jnp.maximum(known.sum(), 1)}
 
     return Method(init_of(network), forward, loss, views=1, needs=frozenset({"label"}))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.losses import mined_triplet, triplet
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, init_of, stack, together
+from ssl_jax.methods.base import Method, init_of, one_label, stack, together
 from ssl_jax.models import mlp
 
 
@@ -62,7 +62,7 @@ def make(config, encoder, run):
         metrics = {"distance": jnp.linalg.norm(jax.lax.stop_gradient(anchor - negative), axis=1).mean()}
         if not mined:
             return triplet(anchor, positive, negative, margin=config.margin), metrics
-        z, label = jnp.concatenate([anchor, positive]), batch["label"]
+        z, label = jnp.concatenate([anchor, positive]), one_label(batch)
         known = label >= 0
         same = (label[:, None] == label) & known
         metrics["anchors"] = ((same.sum(axis=1) > 1) & (~same & known).any(axis=1) & known).sum()

@@ -16,6 +16,8 @@ METRIC_NAMES = {
     "top5": "Top-5 accuracy",
     "balanced_accuracy": "Balanced accuracy",
     "macro_auc": "Macro ROC AUC",
+    "macro_ap": "Macro average precision",
+    "brier": "Brier score",
     "recall": "recall",
     "auc": "ROC AUC",
 }
@@ -35,10 +37,10 @@ STYLE: Any = {
 }
 
 
-def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metric: str, title: str = "") -> None:
+def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metric: str, of: str = "") -> None:
     """Score against label count (left) and paired difference to the baseline (right), with 95 % bands.
 
-    rows: of `study.summarise`. Without an arm to compare, the left part alone.
+    rows: of `tables.summarise`. of: before each title, as "Phantoms: ". Without an arm to compare, the left part alone.
     """
     rows = [row for row in rows if row["metric"] == metric]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -49,7 +51,7 @@ def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metri
         for arm in arms:
             _band(left, [r for r in rows if r["arm"] == arm], "mean", "half", arm, color[arm])
         left.set_ylabel(f"{METRIC_NAMES[metric]}, %")
-        left.set_title(title or "Test score")
+        left.set_title(f"{of}Test score")
         left.legend(frameon=False, loc="lower right")
         if others:
             right = axes[1]
@@ -58,7 +60,7 @@ def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metri
                 mine = [r for r in rows if r["arm"] == arm and r["difference"] is not None]
                 _band(right, mine, "difference", "difference_half", arm, color[arm])
             right.set_ylabel(f"difference to {baseline}, points")
-            right.set_title("Paired difference, same labels")
+            right.set_title(f"{of}Paired difference, same labels")
             low, high = right.get_ylim()
             right.set_ylim(min(low, -0.05 * (high - low)), max(high, 0.05 * (high - low)))
         for ax in axes:
@@ -70,23 +72,36 @@ def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metri
 
 
 def gain_by_class(
-    gains: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metric: str, frequency: Mapping[str, int]
+    gains: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    baseline: str,
+    metric: str,
+    share: Mapping[str, float],
+    of: str = "",
 ) -> None:
     """Each class's gain over the baseline, one panel a label count, with 95 % intervals.
 
-    gains: of `study.class_gains`. frequency: examples of each class in the training data. Up to 30 classes have a line
-    each: the most frequent on top, or, where all are about equally frequent, the one that gains most with the fewest
-    labels. More classes are dots over their frequency. Nothing to show: no file.
+    gains: of `tables.class_gains`. share: of each class among the training images. of: before the title. Up to 30
+    classes have a line each: the most frequent on top, with a panel of their shares, or, where all are about equally
+    frequent, the one that gains most with the fewest labels. More classes are dots over their share. Nothing to show:
+    no file.
     """
     if not gains:
         return
     arms, counts = list(dict.fromkeys(g["arm"] for g in gains)), sorted({g["labels"] for g in gains})
     color, classes = _colors([baseline, *arms], baseline), list(dict.fromkeys(g["class"] for g in gains))
-    lines, uneven = len(classes) <= 30, _uneven([frequency[c] for c in classes])
+    lines, uneven = len(classes) <= 30, _uneven([share[c] for c in classes])
     first = {c: np.mean([g["gain"] for g in gains if (g["labels"], g["class"]) == (counts[0], c)]) for c in classes}
-    order = sorted(classes, key=lambda c: frequency[c] if uneven else first[c])
-    height = 1.3 + 0.3 * len(classes) if lines else 3.8
-    with _figure(len(counts), width=2.4 if lines else 3.0, height=height, share=True) as (figure, axes):
+    order = sorted(classes, key=lambda c: share[c] if uneven else first[c])
+    shares = lines and uneven
+    height, width = 1.5 + 0.3 * len(classes) if lines else 3.8, 2.4 if lines else 3.0
+    with _figure(len(counts) + shares, width=width, height=height, share="row") as (figure, panels):
+        axes = panels[shares:]
+        for ax in axes[1:]:
+            ax.sharex(axes[0])
+        if shares:
+            _shares(panels[0], [100 * share[c] for c in order])
         for ax, count in zip(axes, counts, strict=True):
             (ax.axvline if lines else ax.axhline)(0, color=BASELINE, linewidth=1.2)
             for i, arm in enumerate(arms):
@@ -99,25 +114,30 @@ def gain_by_class(
                 if lines:
                     ax.errorbar(value, [order.index(c) - shift for c in names], xerr=half, label=arm, **style)
                 else:
-                    ax.errorbar([frequency[c] * 1.1**shift for c in names], value, yerr=half, label=arm, **style)
+                    ax.errorbar([100 * share[c] * 1.1**shift for c in names], value, yerr=half, label=arm, **style)
             ax.set_title(f"{count:,} labels")
             if not lines:
                 ax.set_xscale("log")
         if lines:
-            axes[0].set_yticks(range(len(order)), [f"{c} ({frequency[c]:,})" if uneven else c for c in order])
+            panels[0].set_yticks(range(len(order)), order)
         what = f"gain in {METRIC_NAMES[metric]} over {baseline}, points"
-        figure.supxlabel(what if lines else "training images of the class", fontsize=10)
+        figure.supxlabel(what if lines else "share of the training images, %", fontsize=10)
         figure.supylabel("" if lines else what, fontsize=10)
+        title = f"{arms[0]} against {baseline}" if len(arms) == 1 else "Gain by class"
+        figure.suptitle(f"{of}{title}", x=0.01, ha="left", fontsize=11)
         if len(arms) > 1:
             figure.legend(
                 *axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(arms), frameon=False
             )
-        else:
-            figure.suptitle(f"{arms[0]} against {baseline}", x=0.01, ha="left", fontsize=11)
         _save(figure, path)
 
 
-def _uneven(counts: Sequence[int]) -> bool:
+def _shares(ax, percent: Sequence[float]) -> None:
+    ax.barh(range(len(percent)), percent, color=BASELINE, alpha=0.55, height=0.6)
+    ax.set_title("training images, %")
+
+
+def _uneven(counts: Sequence[float]) -> bool:
     return max(counts) > 1.5 * min(counts)
 
 
@@ -135,17 +155,43 @@ def _colors(arms: Sequence[str], baseline: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _figure(columns: int, *, width: float, height: float, share: bool = False) -> Iterator[tuple[Any, Any]]:
+def _figure(columns: int, *, width: float, height: float, share: Any = False) -> Iterator[tuple[Any, Any]]:
     """(figure, array of its axes side by side) in our style: without a window, and without any state left behind."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width * columns, height), layout="constrained")
-        yield figure, figure.subplots(1, columns, squeeze=False, sharex=share, sharey=share)[0]
+        yield figure, figure.subplots(1, columns, squeeze=False, sharey=share)[0]
 
 
 def _save(figure, path: Path) -> None:
     packed = io.BytesIO()
     figure.savefig(packed, format="png")
     write_bytes(path, packed.getvalue())
+
+
+def reliability(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "Reliability") -> None:
+    """Share of positives against the probability that was given, and how many predictions each point stands for.
+
+    rows: of `evaluate.reliability`. Without any: no file.
+    """
+    if not rows:
+        return
+    with _figure(2, width=3.7, height=3.5) as (figure, (left, right)):
+        left.plot([0, 1], [0, 1], color=BASELINE, linewidth=1.2, label="perfect")
+        left.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], "o-", color=COLORS[0], markersize=4.5)
+        left.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share of positives")
+        left.set_title(title)
+        left.legend(frameon=False, loc="upper left")
+        right.bar(
+            [r["low"] for r in rows],
+            [r["count"] for r in rows],
+            width=[r["high"] - r["low"] for r in rows],
+            align="edge",
+            color=COLORS[0],
+            alpha=0.6,
+        )
+        right.set(xlim=(0, 1.02), yscale="log", ylim=(0.5, None), xlabel="predicted probability", ylabel="predictions")
+        right.set_title("How often each is given")
+        _save(figure, path)

@@ -60,9 +60,8 @@ def write_report(workdir: Path, out: Path | None = None) -> Path:
     """
     folder = Path(workdir)
     out = Path(out) if out else folder / "report.html"
-    study = (folder / "summary.csv").is_file() or any((folder / "pretrain").glob("*/config.json"))
-    run = (folder / "config.json").is_file() or not study
-    made = _run_page(read_run(folder)) if run else _study_page(folder)
+    study = (folder / "study.json").is_file() or any((folder / "pretrain").glob("*/config.json"))
+    made = _study_page(folder) if study else _run_page(read_run(folder))
     # A file name that is not UTF-8 must not cost the report.
     write_bytes(out, made.encode("utf-8", "backslashreplace"))
     return out
@@ -97,6 +96,7 @@ def _run_page(run: Run) -> str:
         ("Views", _views(run.folder)),
         ("Evaluation", _evaluations(run)),
         ("Confusion", _confusion(newest) if newest else ""),
+        ("Classes", _classes(newest) if newest else ""),
         ("Nearest neighbours", _neighbours(sample) if sample else missing),
         ("Embedding map", _map(sample) if sample else ""),
         ("Configuration", _configuration(run.config)),
@@ -108,31 +108,40 @@ def _run_page(run: Run) -> str:
 
 
 def _study_page(folder: Path) -> str:
-    environment, about = read_json(folder / "environment.json"), folder / "study.json"
-    config = json.loads(about.read_text())["config"] if about.is_file() else None
-    summary = folder / "summary.md"
+    environment, about = read_json(folder / "environment.json"), read_json(folder / "study.json")
+    config, phantom = read_json(folder / "config.json"), about.get("phantom")
+    summary, of = folder / "summary.md", "Phantoms: " if phantom else ""
     unfinished = note("No result yet: the study has not come so far; the same command continues it.")
+    words = "from left to right: how frequent each class is, and its gain at each number of labels"
     sections = [
         ("Result", markdown(summary.read_text()) if summary.is_file() else unfinished),
-        ("Score against labels", picture(folder / "curve.png", "Test score against the number of labels.")),
-        ("Gain by class", picture(folder / "gain_by_class.png", "Gain of each class against its frequency.")),
+        ("Score against labels", picture(folder / "curve.png", f"{of}Test score against the number of labels.")),
+        ("Gain by class", picture(folder / "gain_by_class.png", f"{of}Gain of each class, {words}.")),
         ("All metrics", fold("summary.csv", _csv_table(folder / "summary.csv"))),
+        ("All classes", fold("classes.csv", _csv_table(folder / "classes.csv"))),
     ]
     for path in sorted((folder / "pretrain").glob("*/config.json")):
         run = read_run(path.parent)
         sections.append((f"Pretraining of {path.parent.name}", _verdict(run, None) + _curves(run)))
     sections.append(("Configuration", _configuration(config) if config else ""))
     sections += [("Environment", _environment(environment)), ("Commands", _commands(environment))]
-    return page("Label-efficiency study", f"Study folder {folder.absolute().name}", _design(config), sections)
+    title = f"Label-efficiency study{' on phantom images' if phantom else ''}"
+    return page(title, f"Study folder {folder.absolute().name}", _design(config, about), sections)
 
 
-def _design(config: Mapping[str, Any] | None) -> str:
-    if config is None:
+def _design(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    if not config:
         return ""
     study = config["study"]
+    test = (
+        study["test"]
+        if study["test"]["name"]
+        else {**config["data"], **{k: study["test"][k] for k in ("split", "limit")}}
+    )
     words = f"{', '.join(study['arms'])} on {_data_name(config['data'])}: {study['protocol']} with "
     words += f"{', '.join(f'{n:,}' for n in study['labels'])} labels, {study['seeds']} draws of each, tested on "
-    return f"<p>{escape(words + _data_name(study['test']))}.</p>"
+    counts = f" {about['train_images']:,} and {about['test_images']:,} images." if about else ""
+    return f"<p>{escape(f'{words}{_data_name(test)}.{counts}')}</p>"
 
 
 # What the run did, in words.
@@ -152,6 +161,8 @@ def _verdict(run: Run, sample: Sample | None) -> str:
     tested = run.tested[-1] if run.tested else {}
     if "knn_accuracy" in tested:
         tiles.append(("kNN accuracy", percent(tested["knn_accuracy"]), "training images held out"))
+    if "knn_auc" in tested:
+        tiles.append(("kNN macro AUC", f"{tested['knn_auc']:.3f}", "training images held out"))
     if "probe_accuracy" in last:
         tiles.append(("probe accuracy", percent(last["probe_accuracy"]), "online, on augmented batches"))
     tiles.append(("embedding std", number(last["embedding_std"]), state))
@@ -200,7 +211,11 @@ def _curves(run: Run) -> str:
         kept = [line for line in lines if key in line]
         return [line["step"] * per_step for line in kept], [line[key] for line in kept]
 
-    accuracy = {"kNN": series(run.tested, "knn_accuracy"), "online probe": series(run.lines, "probe_accuracy")}
+    accuracy = {
+        "kNN": series(run.tested, "knn_accuracy"),
+        "kNN, macro AUC": series(run.tested, "knn_auc"),
+        "online probe": series(run.lines, "probe_accuracy"),
+    }
     own = [key for key in run.lines[-1] if key not in COMMON]  # what only this method reports
     charts = {
         "Loss": {"loss": series(run.lines, "loss")},
@@ -268,6 +283,26 @@ def _confusion(evaluation: Mapping[str, Any]) -> str:
     return note(words) + _matrix(shares, classes) + fold("Per class", by_class, folded=len(classes) > MOST_CELLS)
 
 
+def _classes(evaluation: Mapping[str, Any]) -> str:
+    """Table of an evaluation on several labels an image: means over its seeds."""
+    each = evaluation["per_seed"]
+    if not all("ap" in seed for seed in each):
+        return ""
+
+    def mean(metric: str, name: str) -> str:
+        values = [seed[metric][name] for seed in each if name in seed[metric]]
+        return f"{np.mean(values):.4f}" if values else "–"
+
+    rows = [
+        [name, *(f"{each[0][n][name]:,}" for n in ("known", "support")), mean("auc", name), mean("ap", name)]
+        for name in evaluation["classes"]
+    ]
+    words = (
+        f"{evaluation['protocol']}, {evaluation['labels']} labels, {evaluation['test']}; means over {len(each)} draws."
+    )
+    return note(words) + table(["class", "known", "positives", "AUC", "average precision"], rows, first_number=1)
+
+
 def _matrix(shares: np.ndarray, classes: Sequence[str]) -> str:
     if len(classes) > MOST_CELLS:
         return f'<img class="heat" alt="confusion matrix, true class downwards" src="{plots.heat(shares)}">'
@@ -297,7 +332,7 @@ def _sample(run: Run) -> Sample:
     images = np.stack([source.load(int(i)) for i in chosen])
     features = encoder.embed(images, batch=min(256, count))
     features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    labels = None if source.labels is None else np.asarray(source.labels)[chosen]
+    labels = None if source.labels is None or source.multilabel else np.asarray(source.labels)[chosen]
     return Sample(images, features, [source.names[i] for i in chosen], labels, list(source.classes), len(source))
 
 

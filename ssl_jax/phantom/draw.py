@@ -1,0 +1,91 @@
+"""An image of a patient: the chest, what is wrong with it, and what the machine makes of it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ssl_jax.phantom import anatomy, findings
+from ssl_jax.phantom.canvas import Canvas
+from ssl_jax.phantom.devices import skin, support_devices
+from ssl_jax.phantom.patients import OPACITIES, Patient, Study
+
+PERSON, PLACES, POSE, NOISE, DEVICES = range(5)  # purposes of a patient's random numbers
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """image: uint8 [size, size]; masks: observation -> bool [size, size], of what is there and can be seen."""
+
+    image: np.ndarray
+    masks: dict[str, np.ndarray]
+
+
+def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
+    """Image `view` (from 1) of a study, a function of these alone."""
+    person = anatomy.draw_range(patient.rng(PERSON), anatomy.PERSON)
+    rng = patient.rng(POSE, study.number, view)
+    pose = anatomy.draw_range(rng, anatomy.POSE)
+    person["base"] -= pose["breath"] + 0.05 * study.ap
+    canvas = Canvas(
+        size,
+        turn=pose["turn"],
+        scale=pose["scale"],
+        stretch=pose["stretch"],
+        shift=(pose["shift_x"], pose["shift_y"]),
+    )
+    margin = study.margin
+    places = {name: patient.rng(PLACES, number) for number, name in enumerate(findings.DRAW)}
+    amounts = {name: findings.amount_of(name, margin[name]) for name in findings.DRAW}
+    side = findings.atelectasis_side(patient.rng(PLACES, list(findings.DRAW).index("Atelectasis")))
+    lift = 0.07 * amounts["Atelectasis"]
+    chest = anatomy.make_chest(
+        canvas,
+        person,
+        rotation=pose["rotation"],
+        # The shadow of the heart grows with its size, and when the patient lies.
+        heart=0.05 * np.clip(margin["Cardiomegaly"], -2.5, 1.5) + 0.05 + 0.02 * study.ap,
+        mediastinum=0.02 * np.clip(margin["Enlarged Cardiomediastinum"], -2.5, 1.5) + 0.03,
+        lifted=(lift * (side < 0), lift * (side > 0)),
+        rng=patient.rng(PERSON, 1),
+    )
+    density = anatomy.bones_and_body(chest, patient.female, patient.rng(PERSON, 2))
+    density -= person["lung"] * chest.lung - chest.vessels
+    density += person["grain"] * canvas.cloud(patient.rng(PERSON, 3), size // 3) * chest.lung + skin(chest, rng)
+    changes = {
+        name: np.float32(1) * findings.DRAW[name](chest, amount, places[name])
+        for name, amount in amounts.items()
+        if amount
+    }
+    if margin["Support Devices"] > 0:
+        changes["Support Devices"] = support_devices(chest, margin, patient.rng(DEVICES, study.number))
+    density += sum(changes.values())
+    return Phantom(expose(canvas, density, rng), make_masks(chest, study, changes))
+
+
+def make_masks(chest: anatomy.Chest, study: Study, changes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where each observation that is present changes the image; what nothing of can be seen has none."""
+    shapes = {name: abs(change) for name, change in changes.items() if study.margin[name] > 0}
+    masks = {name: shape > max(0.3 * shape.max(), 0.02) for name, shape in shapes.items()}
+    if study.truth["Cardiomegaly"]:
+        masks["Cardiomegaly"] = chest.heart > 0.5
+    if study.truth["Enlarged Cardiomediastinum"]:
+        width = chest.person["mediastinum"] + 0.06
+        masks["Enlarged Cardiomediastinum"] = (chest.side < width) & (chest.wall > 0) & (chest.dome > 0)
+    opaque = [masks.pop(name) if name == "haze" else masks[name] for name in OPACITIES if name in masks]
+    if opaque:
+        masks["Lung Opacity"] = np.logical_or.reduce(opaque)
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def expose(canvas: Canvas, density: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Density as grey levels: the machine sets brightness and contrast by itself, so that neither tells of a finding."""
+    middle = density[canvas.size // 8 : -canvas.size // 8, canvas.size // 8 : -canvas.size // 8]
+    blurred = canvas.blur(density, rng.uniform(0.3, 0.9) * canvas.size / 128)
+    level = (blurred - middle.mean()) / middle.std()
+    level *= rng.uniform(0.8, 1.25)
+    bright, bend = rng.uniform(-0.35, 0.35), rng.uniform(0.25, 0.5)
+    level += bright
+    tone = np.tanh(bend * level) / np.tanh(2 * bend) * 0.5 + 0.5
+    tone += np.float32(rng.uniform(0.008, 0.04)) * rng.standard_normal(density.shape, np.float32)
+    gray = (tone * 255).clip(0, 255)
+    return np.rint(gray).astype(np.uint8)

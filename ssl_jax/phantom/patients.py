@@ -1,0 +1,153 @@
+"""Who has what: patients with correlated findings, and the labels that a report parser would make of their reports."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+OBSERVATIONS = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+# Causes, standard normal, shared by all findings of a patient.
+FAILURE, INFECTION, TRAUMA, CARE, CHRONIC = range(5)
+HAZE = "haze"  # a faint opacity with no name of its own; counts as Lung Opacity
+# What is drawn: the share of studies that have it, and how much of it each cause explains (the squares add up to less
+# than 1; the rest is its own chance). The shares are those that CheXpert's reports call positive, plus about half of
+# those they call uncertain (https://arxiv.org/abs/1901.07031, table 1).
+DRAWN: dict[str, tuple[float, dict[int, float]]] = {
+    "Enlarged Cardiomediastinum": (0.07, {FAILURE: 0.4, CHRONIC: 0.3}),
+    "Cardiomegaly": (0.14, {FAILURE: 0.65, CHRONIC: 0.2}),
+    HAZE: (0.16, {INFECTION: 0.3, CARE: 0.3}),
+    "Lung Lesion": (0.05, {CHRONIC: 0.5}),
+    "Edema": (0.29, {FAILURE: 0.6, CARE: 0.35}),
+    "Consolidation": (0.11, {INFECTION: 0.65, CARE: 0.25}),
+    "Pneumonia": (0.06, {INFECTION: 0.7}),
+    "Atelectasis": (0.22, {CARE: 0.5, TRAUMA: 0.2}),
+    "Pneumothorax": (0.10, {TRAUMA: 0.6, CARE: 0.15}),
+    "Pleural Effusion": (0.42, {FAILURE: 0.45, CARE: 0.3, INFECTION: 0.2}),
+    "Pleural Other": (0.03, {CHRONIC: 0.5}),
+    "Fracture": (0.05, {TRAUMA: 0.6}),
+    "Support Devices": (0.56, {CARE: 0.7, FAILURE: 0.2, TRAUMA: 0.15}),
+}
+OPACITIES = (HAZE, "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis")  # CheXpert's tree: Lung Opacity
+PERSISTENT = 0.75  # correlation of what two studies of one patient show
+# What a report says: how often it hedges at the threshold, the share of absent findings it calls absent, and the share
+# of present ones it leaves out. The first two give about the shares of -1 and 0 in CheXpert's train.csv.
+REPORTED: dict[str, tuple[float, float, float]] = {
+    "Enlarged Cardiomediastinum": (0.4, 0.10, 0.30),
+    "Cardiomegaly": (0.16, 0.05, 0.12),
+    "Lung Opacity": (0.06, 0.03, 0.12),
+    "Lung Lesion": (0.06, 0.01, 0.25),
+    "Edema": (0.18, 0.09, 0.08),
+    "Consolidation": (0.68, 0.13, 0.10),
+    "Pneumonia": (0.65, 0.01, 0.20),
+    "Atelectasis": (0.56, 0.01, 0.10),
+    "Pneumothorax": (0.08, 0.25, 0.08),
+    "Pleural Effusion": (0.13, 0.16, 0.05),
+    "Pleural Other": (0.13, 0.005, 0.30),
+    "Fracture": (0.03, 0.01, 0.25),
+    "Support Devices": (0.013, 0.03, 0.03),
+}
+INVENTED = 0.015  # share of absent findings that a report claims
+
+
+@dataclass(frozen=True)
+class Study:
+    """One visit. margin: for each drawn finding, how far above (present) or below its threshold it is, in standard
+    deviations; absent findings just below the threshold are drawn faintly, as they are in life."""
+
+    number: int  # from 1
+    views: int  # images
+    ap: bool  # taken lying (anteroposterior), the sicker the likelier
+    margin: dict[str, float]
+    labels: dict[str, float]  # what the report says: 1, 0, -1 (uncertain) or NaN (not mentioned)
+
+    @property
+    def truth(self) -> dict[str, int]:
+        """What is there: 0 or 1 for each of OBSERVATIONS."""
+        return {name: int(margin > 0) for name, margin in self.margins.items()}
+
+    @property
+    def margins(self) -> dict[str, float]:
+        """`margin` for each of OBSERVATIONS, those that follow from others too."""
+        found = {name: self.margin.get(name, 0.0) for name in OBSERVATIONS}
+        found["Lung Opacity"] = max(self.margin[name] for name in OPACITIES)
+        ill = max(margin for name, margin in self.margin.items() if name != "Support Devices")
+        return {**found, "No Finding": -ill}
+
+
+@dataclass(frozen=True)
+class Patient:
+    seed: int
+    part: int  # 0: train, 1: valid
+    number: int
+    female: bool
+    age: int
+    studies: tuple[Study, ...]
+
+    def rng(self, *what: int) -> np.random.Generator:
+        """Random numbers for one purpose: a function of the patient and `what` alone."""
+        return np.random.Generator(np.random.PCG64([self.seed, self.part, self.number, *what]))
+
+
+def make_patient(seed: int, part: int, number: int) -> Patient:
+    """Patient `number` of a part (0: train, 1: valid), the same whatever else is made. seed: 0 or more."""
+    rng = np.random.Generator(np.random.PCG64([seed, part, number]))
+    female, age = bool(rng.random() < 0.45), int(np.clip(rng.normal(60, 17), 18, 90))
+    causes, own = rng.standard_normal(5), rng.standard_normal(len(DRAWN))
+    visits = 1 if part else int(min(rng.geometric(0.55), 8))
+    return Patient(seed, part, number, female, age, tuple(_study(rng, causes, own, n + 1) for n in range(visits)))
+
+
+def _study(rng: np.random.Generator, causes: np.ndarray, own: np.ndarray, number: int) -> Study:
+    def today(lasting: np.ndarray) -> np.ndarray:
+        return np.sqrt(PERSISTENT) * lasting + np.sqrt(1 - PERSISTENT) * rng.standard_normal(lasting.shape)
+
+    causes, own = today(causes), today(own)
+    margin = {}
+    for (name, (share, loads)), chance in zip(DRAWN.items(), own, strict=True):
+        explained = sum(load * causes[cause] for cause, load in loads.items())
+        rest = np.sqrt(1 - sum(load**2 for load in loads.values()))
+        margin[name] = float(explained + rest * chance) - threshold(share)
+    views = 1 + int(rng.random() < 0.1)
+    study = Study(number, views, bool(causes[CARE] + rng.standard_normal() > -0.6), margin, {})
+    study.labels.update(_report(rng, study))
+    return study
+
+
+def threshold(share: float) -> float:
+    """The value that a standard normal exceeds with probability `share`."""
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf(1 - share)
+
+
+def _report(rng: np.random.Generator, study: Study) -> dict[str, float]:
+    """Labels as from a report: hedged where the finding is doubtful, silent about most that is absent, at times wrong."""
+    labels, chance = {}, rng.random((len(OBSERVATIONS), 3))
+    for (name, margin), (hedge, silence, error) in zip(study.margins.items(), chance, strict=True):
+        if name == "No Finding":
+            labels[name] = 1.0 if margin > 0 and hedge < 0.5 else float("nan")
+            continue
+        hedged, absent, missed = REPORTED[name]
+        if hedge < hedged * np.exp(-abs(margin) / 0.5):
+            labels[name] = -1.0
+        elif margin > 0:
+            labels[name] = 1.0 if error > missed else (0.0 if silence < 0.2 else float("nan"))
+        elif error < INVENTED * DRAWN.get(name, (0.2,))[0] / 0.2:
+            labels[name] = 1.0
+        else:
+            labels[name] = 0.0 if silence < absent else float("nan")
+    return labels

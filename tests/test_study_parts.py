@@ -1,0 +1,130 @@
+"""The study in parts (SLURM arrays), with several pretrainings, and its configs."""
+
+import collections
+import dataclasses
+import json
+
+import pytest
+from toy_study import toy_config, toy_run, toy_tables
+
+from ssl_jax import cli, run, study
+from ssl_jax.config import Data, Study
+from ssl_jax.encoder import export, load_encoder, random_encoder
+
+SETTINGS = Study(arms={"a": {}, "b": {}, "c": {}}, labels=(10, 20, 50), seeds=4)
+
+
+def test_parts_are_the_whole_and_share_the_long_cells():
+    whole = study.plan(SETTINGS)
+    assert whole[:4] == [("a", 10, 0), ("b", 10, 0), ("c", 10, 0), ("a", 20, 0)] and len(whole) == 36
+    for n in (1, 2, 3, 5, 7, 9, 40):
+        parts = [study.plan(SETTINGS, (k, n)) for k in range(1, n + 1)]
+        assert sorted(p for part in parts for p in part) == sorted(whole)
+        long = [sum(p.labels == 50 for p in part) for part in parts]
+        assert max(long) - min(long) <= 1 and all(
+            [p.seed for p in part] == sorted(p.seed for p in part) for part in parts
+        )
+
+
+def test_parts_together_write_the_tables_of_one_process(tmp_path):
+    config = toy_config(labels=(6, 12), seeds=2, finetune={"lr": (1e-2,), "steps": 3})
+    toy_run(config, tmp_path / "whole")
+    for k in (2, 3, 1):
+        asked, lines, rows = toy_run(config, tmp_path / "parts", part=(k, 3))
+        assert len(lines) in (2, 3) and rows == [] and not (tmp_path / "parts" / "summary.csv").exists()
+        assert lines[-1].startswith(f"[{len(lines)}/{len(lines)}]")
+    _, lines, _ = toy_run(config, tmp_path / "parts")
+    assert len(lines) == 8 and all("(reused)" in line for line in lines)
+    assert toy_tables(tmp_path / "parts") == toy_tables(tmp_path / "whole")
+
+
+def test_seeds_take_turns_with_the_pretrainings(tmp_path):
+    config = toy_config(labels=(6,), seeds=3, pretrainings=2, finetune={"lr": (1e-2,), "steps": 2})
+    asked, _, _ = toy_run(config, tmp_path)
+    assert asked == [("good", 0), ("good", 1), ("scratch", 0), ("scratch", 1), ("scratch", 2)]
+    needed = study.pretrainings(config)
+    assert {key: made.train.seed for key, made in needed.items()} == {("good", 0): 1, ("good", 1): 2}
+    words = (tmp_path / "summary.md").read_text()
+    assert "has 2 encoders" in words and "somewhat too narrow" in words
+    more = dataclasses.replace(config, study=dataclasses.replace(config.study, pretrainings=9, seeds=1))
+    assert list(study.pretrainings(more)) == [("good", 0)]  # no more than there are seeds
+
+
+def test_the_test_data_are_another_split_of_the_same_data():
+    config = toy_config()
+    config = dataclasses.replace(config, data=Data(name="csv", path="x.csv", limit=7, pairs="person", size=32))
+    made = study.data_of_test(config)
+    assert made == Data(name="csv", path="x.csv", split="test", size=32)
+    other = dataclasses.replace(config.study, test=Data(name="folder", path="there"))
+    assert study.data_of_test(dataclasses.replace(config, study=other)).path == "there"
+
+
+def test_figures_and_words_say_phantom(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "phantom.json").write_text('{"phantom": true, "seed": 3, "patients": 7}')
+    config = toy_config(labels=(6,), seeds=1, finetune={"lr": (1e-2,), "steps": 2})
+    for path in (tmp_path / "data", tmp_path / "data" / "train.csv", tmp_path / "else", ""):
+        found = study.phantom(Data(name="chexpert", path=str(path)))
+        assert (found is not None) == ("data" in str(path).split("/")[-2:])
+    config = dataclasses.replace(config, data=Data(name="npz", path=str(tmp_path / "data" / "x.npz")))
+    titles = collections.Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **_: titles.update([text.split()[0]]))
+        patch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **_: titles.update([text.split()[0]]))
+        toy_run(config, tmp_path / "study")
+    assert titles["Phantoms:"] == 3  # two titles of the curve, one of the gains
+    assert "about patients they tell nothing" in (tmp_path / "study" / "summary.md").read_text()
+    assert json.loads((tmp_path / "study" / "study.json").read_text())["phantom"]["seed"] == 3
+
+
+STUDY = """
+from ssl_jax.config import default
+def get_config():
+    config = default("simclr")
+    config.data.update({"name": "synthetic", "size": 16, "channels": 1, "limit": 60})
+    config.study.test.limit = 30
+    config.augment.preset = "grayscale"
+    config.model.update({"name": "resnet_thin", "width": 0.25})
+    config.method.update({"hidden": 16, "out": 8})
+    config.train.update({"batch": 16, "duration": "2 steps", "devices": 1})
+    config.finetune.update({"steps": 2, "batch": 8, "lr": (1e-3,)})
+    config.study.arms = {"scratch": {}, "simclr": {"train": {"seed": 1}}}
+    config.study.update({"labels": (12,), "seeds": 2, "pretrainings": 2})
+    return config
+"""
+
+
+def _untrained(config, workdir, source):
+    """In place of trainer.fit: what it leaves behind, without the training."""
+    with run.lock(workdir):
+        run.start(workdir, config)
+        size, channels = source.shape[0], source.shape[2]
+        export(workdir / "encoder", random_encoder(config.model, size, channels, config.train.seed))
+        return load_encoder(workdir)
+
+
+def test_tasks_of_an_array_share_a_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ssl_jax.trainer.fit", _untrained)
+    (tmp_path / "study.py").write_text(STUDY)
+    folder = tmp_path / "out"
+    args = ("study", f"--config={tmp_path / 'study.py'}", f"--workdir={folder}")
+    for wrong in ("3/2", "1/0", "-1/2", "one"):
+        assert cli.main([*args, f"--cells={wrong}"]) == 2
+        assert "allowed: K/N with K from 1 to N" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*args, "--cells=1/2"])
+    assert stopped.value.code == 75 and "first run the same with --cells=0/2" in capsys.readouterr().out
+    with run.lock(folder / "pretrain" / "simclr"):  # a task pretrains this one; the other is left
+        assert cli.main([*args, "--cells=0/2"]) == 0
+    assert "simclr: left to the process that is working on it" in capsys.readouterr().out
+    assert {p.name for p in (folder / "pretrain").iterdir() if (p / "encoder").is_dir()} == {"simclr-2"}
+    assert cli.main([*args, "--cells=0/2"]) == 0 and cli.main([*args, "--cells=1/2"]) == 0
+    with run.lock(folder, shared=True):  # another task at work: it may go on beside us, but not be summed up
+        assert cli.main([*args, "--cells=2/2"]) == 0
+        assert cli.main([*args]) == 2
+    assert "another process is working in this folder" in capsys.readouterr().err
+    assert cli.main([*args]) == 0
+    told = capsys.readouterr().out
+    assert told.count("(reused)") == 4 and "report.html" in told
+    page = (folder / "report.html").read_text()
+    assert "Label-efficiency study" in page and "Pretraining of simclr-2" in page
