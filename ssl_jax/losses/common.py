@@ -19,7 +19,7 @@ def normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 
 
 def log_sum_exp(query: jax.Array, keys: jax.Array, *, skip_own: bool = False, chunk: int = 0) -> jax.Array:
-    """log sum_j exp(query_i . keys_j), [N] of query [N, D] and keys [K, D], without the N x K matrix if that is large.
+    """Log sum_j exp(query_i . keys_j), [N] of query [N, D] and keys [K, D], without the N x K matrix if that is large.
 
     skip_own: leave out j = i, for keys that are the queries themselves.
     chunk: keys compared at a time; 0: all if N x K is at most DENSE_UP_TO, else as many as make that, 128 at least.
@@ -39,7 +39,7 @@ def log_sum_exp(query: jax.Array, keys: jax.Array, *, skip_own: bool = False, ch
 
 
 def _products(query, block, start, count, skip_own):
-    """query . block [N, c]; hardly anything where a key is the query itself, or padding behind the `count` keys."""
+    """Products [N, c] of query and block: hardly anything where the key is the query itself, or padding."""
     column = start + jnp.arange(len(block))
     there = (column < count)[None]
     if skip_own:

@@ -1,6 +1,6 @@
 """Losses that pull positives together and push negatives apart.
 
-Where the matrix of all similarities would be large it is never made (`common.log_sum_exp`): memory grows with B, not B².
+Where the matrix of all similarities would be large it is not made (`common.log_sum_exp`): memory grows with B, not B².
 """
 
 import jax

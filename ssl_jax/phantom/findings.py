@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ssl_jax.phantom.anatomy import Chest, ribs, rib_phase
+from ssl_jax.phantom.anatomy import Chest, rib_phase, ribs
 from ssl_jax.phantom.canvas import Curve, soft_step
 
 Draw = Callable[[Chest, float, np.random.Generator], np.ndarray]
