@@ -54,7 +54,9 @@ def test_micro_batches_have_the_gradient_of_the_batch(name):
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(whole["grads"])) > 1e-4
     for key in ("loss", "metrics", "grads", "embedding"):
         for a, b in zip(jax.tree.leaves(parts[key]), jax.tree.leaves(whole[key]), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+            # jax.nn.dot_product_attention takes its softmax in float32: for ViTs 1e-6 of the largest.
+            least = 1e-6 * float(jnp.abs(b).max()) if name in ("mae", "simmim") else 1e-9
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=least)
 
 
 def test_batch_norm_over_other_groups_is_another_gradient():
