@@ -118,6 +118,8 @@ class Optim:
 @dataclass(frozen=True)
 class Train:
     batch: int = 256  # images in one step, over all devices
+    micro_batch: int = 0  # images embedded at a time, over all devices; the gradient is that of the batch; 0: all
+    bn_group: int = 0  # images that share the statistics of BatchNorm; 0: all that are embedded at a time
     duration: str = "100 epochs"
     seed: int = 0
     log_every: str = "10 steps"
@@ -231,6 +233,8 @@ NOT_NEGATIVE = (
     "data.limit",
     "data.max_bad_share",
     "train.devices",
+    "train.micro_batch",
+    "train.bn_group",
     "finetune.epochs",
 )
 

@@ -29,6 +29,7 @@ from ssl_jax.evaluate.collapse import embedding_std, rank_me
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.multilabel import rank
 from ssl_jax.evaluate.subsets import labelled
+from ssl_jax.gradient import make_gradient
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Method, Network, Run
 from ssl_jax.models import resolve_conv
@@ -67,6 +68,7 @@ def set_up(config: Config, source: Any) -> Setup:
     examples, batch, shape = len(source), config.train.batch, source.shape
     if batch > examples:
         raise UserError(f"config.train.batch={batch}: larger than the data set; allowed: 1 to {examples}")
+    _check_parts(config)
     module = method_module(config.method_name)
     classes = len(source.classes) if source.labels is not None else 0
     steps = to_steps(config.train.duration, examples, batch)
@@ -86,6 +88,15 @@ def set_up(config: Config, source: Any) -> Setup:
     tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr)
     views = resolve_views(config.augment, method.views, size, method.local_views)
     return Setup(method, encoder, tx, schedule, views, steps, shape, classes if config.eval.online_probe else 0)
+
+
+def _check_parts(config: Config) -> None:
+    of = "batch"
+    for key in ("micro_batch", "bn_group"):
+        whole, part = getattr(config.train, of), getattr(config.train, key)
+        if part and whole % part:
+            raise UserError(f"config.train.{key}={part}: allowed: 0, or a divisor of config.train.{of}={whole}")
+        of = key if part else of
 
 
 PROBE = optax.adam(1e-3)
@@ -115,21 +126,15 @@ def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, 
     The batch holds "label" [B] if the data have labels, and "pair" [B, H, W, C] if config.data.pairs says so.
     """
     method, augment = setup.method, make_views(setup.views, setup.method.shares)
+    train = config.train
+    gradient = make_gradient(method, augment, micro_batch=train.micro_batch, bn_group=train.bn_group)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        key_views, key_forward = jax.random.split(key)
-        views, drawn = augment(key_views, batch["image"], batch.get("pair"))
-        views = jax.lax.with_sharding_constraint(views, split(mesh))
-        inputs = {"views": views, "drawn": drawn, **{name: batch[name] for name in method.needs}}
+        inputs = {name: batch[name] for name in ("image", "pair", *method.needs) if name in batch}
+        inputs = jax.lax.with_sharding_constraint(inputs, split(mesh))
         target = target_of(state.opt_state)
-
-        def objective(params):
-            outputs, extra = method.forward(params, target, state.extra, inputs, key_forward)
-            loss, metrics = method.loss(outputs, state.extra, inputs)
-            return loss, (outputs, extra, metrics)
-
-        (loss, (outputs, extra, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, (outputs, extra, metrics)), grads = gradient(state.params, target, state.extra, inputs, key)
         updates, opt_state = setup.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, extra = method.post_update(params, extra, outputs, state.step)
@@ -215,7 +220,7 @@ class _Loop:
     def __init__(self, config: Config, workdir: Path, source: Any):
         self.config, self.workdir, self.source = config, workdir, source
         self.setup = set_up(config, source)
-        self.mesh = make_mesh(config.train.devices, config.train.batch)
+        self.mesh = make_mesh(config.train.devices, config.train.batch, config.train.micro_batch)
         self.state = jax.device_put(init_state(self.setup, config.train.seed), replicated(self.mesh))
         self.gather = _in_memory(config, source)
         self.stopped_by: int | None = None
