@@ -160,20 +160,20 @@ def _below(name: str, data: Data) -> Path:
 def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
     """Path -> (class, left, top, right, bottom) of its boxes."""
     table = read_table(path, f"--masks={where}")
-    missing = [name for name in COLUMNS if table.find([name]) is None]
+    missing = [name for name in COLUMNS if table.find(name) is None]
     if missing:
         raise UserError(f"--masks={where}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}, and class if known")
-    at, kind = [table.find([name]) or 0 for name in COLUMNS], table.find(["class"])
+    images, *corners = (table.column(table.find(name) or name) for name in COLUMNS)
+    kind = table.find("class")
+    names = table.column(kind) if kind else [""] * len(images)
     boxes: dict[str, list[tuple[str, float, float, float, float]]] = {}
-    for number, row in enumerate(table.rows):
-        image, *corners = (row[column].strip() for column in at)
+    for number, (image, name, *box) in enumerate(zip(images, names, *corners, strict=True)):
         try:
-            left, top, right, bottom = map(float, corners)
+            left, top, right, bottom = map(float, box)
         except ValueError as error:
             raise table.fail(number, f"{error}; allowed: numbers, px") from error
         if not (left < right and top < bottom):
-            box = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
-            raise table.fail(number, f"{box}; allowed: left < right, top < bottom")
-        name = row[kind].strip() if kind is not None else ""
+            shown = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
+            raise table.fail(number, f"{shown}; allowed: left < right, top < bottom")
         boxes.setdefault(image, []).append((name or LESION, left, top, right, bottom))
     return boxes
