@@ -7,7 +7,7 @@ place in the batch). Memory grows with the micro-batch and with the outputs, not
 https://arxiv.org/abs/2101.06983.
 
 BatchNorm is the exception: it sees a micro-batch where it saw the batch. `bn_group` images share their statistics in
-either case, if it is set, and then the gradients are equal again.
+either case, if it is set, and then the gradients are equal again. Running statistics are means over parts and groups.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,8 +47,7 @@ def make_gradient(
 
     inputs: arrays [B, ...] under "image" (uint8), and "pair", "label", "index" as there are.
     micro_batch: images embedded at a time, a divisor of B; 0: all.
-    bn_group: images that share the statistics of BatchNorm, a divisor of that; 0: all of them. The running statistics
-        are the means over groups.
+    bn_group: images that share the statistics of BatchNorm, a divisor of that; 0: all of them.
     """
 
     def forward(params, target, extra, inputs, key):
@@ -59,8 +58,8 @@ def make_gradient(
         if not bn_group or bn_group == len(rng):
             return method.forward(params, target, extra, batch, rng)
         groups = split((batch, rng), len(rng) // bn_group)
-        outputs, extra = jax.vmap(lambda group: method.forward(params, target, extra, *group))(groups)
-        return join(outputs), jax.tree.map(_mean, extra)
+        outputs, after = jax.vmap(lambda group: method.forward(params, target, extra, *group))(groups)
+        return join(outputs), {**extra, **jax.tree.map(lambda x: x.mean(axis=0), _statistics(after))}
 
     def whole(params, target, extra, inputs, key):
         def objective(params):
@@ -71,14 +70,15 @@ def make_gradient(
         return jax.value_and_grad(objective, has_aux=True)(params)
 
     def in_parts(params, target, extra, inputs, key):
-        parts = split(inputs, len(inputs["place"]) // micro_batch)
+        count = len(inputs["place"]) // micro_batch
+        parts = split(inputs, count)
 
-        def embed(extra, part):
+        def embed(total, part):
             outputs, after = forward(params, target, extra, part, key)
-            return after, outputs
+            return jax.tree.map(jnp.add, total, _statistics(after)), outputs
 
-        after, outputs = jax.lax.scan(embed, extra, parts)
-        outputs = join(outputs)
+        total, outputs = jax.lax.scan(embed, jax.tree.map(jnp.zeros_like, _statistics(extra)), parts)
+        after, outputs = {**extra, **jax.tree.map(lambda x: x / count, total)}, join(outputs)
         leaves, structure = jax.tree.flatten(outputs)
         real = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
@@ -100,7 +100,7 @@ def make_gradient(
             return jax.tree.map(jnp.add, total, jax.grad(pulled)(params)), None
 
         nothing = jax.tree.map(jnp.zeros_like, params)
-        grads, _ = jax.lax.scan(pull_back, nothing, (parts, split(pulls, len(inputs["place"]) // micro_batch)))
+        grads, _ = jax.lax.scan(pull_back, nothing, (parts, split(pulls, count)))
         return (loss, (outputs, after, metrics)), grads
 
     def gradient(params, target, extra, inputs: Inputs, key):
@@ -111,6 +111,6 @@ def make_gradient(
     return gradient
 
 
-def _mean(x: jax.Array) -> jax.Array:
-    """Of each group's statistics [groups, ...]; what is no real number is the same in all."""
-    return x.mean(axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
+def _statistics(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What `forward` changes of a method's state: the running statistics, its own and the target's."""
+    return {name: extra[name] for name in ("stats", "target") if name in extra}
