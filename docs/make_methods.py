@@ -95,7 +95,7 @@ def flow(method_name: str) -> str:
     rng = jax.random.key(0)
     params, target, extra = jax.eval_shape(init, rng)
     batch = jax.eval_shape(batch_of, rng)
-    args = params, target, extra, batch, jax.eval_shape(lambda: rng)
+    args = params, target, extra, batch, jax.eval_shape(lambda: jax.random.split(rng, BATCH))
     jaxpr = jax.make_jaxpr(run)(*args).jaxpr
 
     def name(path) -> frozenset[str]:

@@ -288,7 +288,8 @@ def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> Non
     from ssl_jax.report.sheet import view_sheet
 
     resolved, count = resolve(config), max(1, images)
-    source, seed = open_source(resolved.data), resolved.train.seed
+    seed = resolved.train.seed
+    source = open_source(dataclasses.replace(resolved.data, cache=""))  # a few images: no reason to decode all
     chosen: Sequence[int] = np.random.default_rng(seed).permutation(len(source))[:count].tolist()
     outlines = None
     if masks:
@@ -467,7 +468,8 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
 def _readable(encoder: Encoder, data: str, config: Config) -> Source:
     """All files that can be read, however few; the source names the others."""
     wanted = encoder.data(_data(data, "--data", config.data))
-    source = open_source(dataclasses.replace(wanted, max_bad_share=1.0), "all")
+    # Columns of labels that the training data had may be missing here, and are not needed.
+    source = open_source(dataclasses.replace(wanted, labels=(), max_bad_share=1.0), "all")
     source.arrays()
     good = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in is another file's image
     return source if len(good) == len(source) else source.take(good)

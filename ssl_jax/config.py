@@ -38,6 +38,8 @@ class Data:
     engine: str = "auto"  # memory: decode once, gather on the device; disk: grain, each step; auto: by memory_gb
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto
     workers: int = 2  # threads that decode files
+    cache: str = ""  # folder for decoded images, made once and then read instead of the files; empty: none
+    window: str = "auto"  # black and white of a DICOM: auto (its own window, else percentiles) or percentile
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Optim:
 @dataclass(frozen=True)
 class Train:
     batch: int = 256  # images in one step, over all devices
+    micro_batch: int = 0  # images embedded at a time, over all devices; the gradient is that of the batch; 0: all
+    bn_group: int = 0  # images that share the statistics of BatchNorm; 0: all that are embedded at a time
     duration: str = "100 epochs"
     seed: int = 0
     log_every: str = "10 steps"
@@ -196,6 +200,7 @@ CHOICES = {
     "data.uncertain": ("ignore", "zeros", "ones", "smooth_zeros", "smooth_ones"),
     "data.blank": ("auto", "ignore", "zeros"),
     "data.frontal": ("frontal", "lateral", "all"),
+    "data.window": ("auto", "percentile"),
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet_thin", "vit_tiny", "vit_small", "vit_base"),
     "model.stem": ("auto", "imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),
@@ -228,6 +233,8 @@ NOT_NEGATIVE = (
     "data.limit",
     "data.max_bad_share",
     "train.devices",
+    "train.micro_batch",
+    "train.bn_group",
     "finetune.epochs",
 )
 

@@ -10,12 +10,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ssl_jax.errors import UserError
 
 
-def make_mesh(devices: int, batch: int) -> Mesh:
-    """A mesh of the first `devices` devices (0: all); `batch` must divide among them."""
+def make_mesh(devices: int, batch: int, micro_batch: int = 0) -> Mesh:
+    """A mesh of the first `devices` devices (0: all); `batch`, and `micro_batch` unless 0, must divide among them."""
     there = len(jax.devices())
     if devices > there:
         raise UserError(f"config.train.devices={devices}: only {there} found; allowed: 0 (all) to {there}")
     count = devices or there
+    if micro_batch % count:
+        raise UserError(
+            f"config.train.micro_batch={micro_batch}: not divisible by the {count} devices; "
+            f"allowed: multiples of {count}"
+        )
     if batch % count:
         near = [b for b in (batch // count * count, -(-batch // count) * count) if b]
         raise UserError(

@@ -99,7 +99,8 @@ def plan(study: Study, part: tuple[int, int] | None = None) -> list[Place]:
     ones.
     """
     k, n = part or (1, 1)
-    numbered = [Place(a, c, s) for c, s, a in itertools.product(study.labels, range(study.seeds), study.arms)]
+    arms = sorted(study.arms, key=lambda arm: arm != study.baseline)  # the baseline first, also in tables
+    numbered = [Place(a, c, s) for c, s, a in itertools.product(study.labels, range(study.seeds), arms)]
     return sorted(numbered[k - 1 :: n], key=lambda place: place.seed)
 
 

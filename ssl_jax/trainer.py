@@ -29,6 +29,8 @@ from ssl_jax.evaluate.collapse import embedding_std, rank_me
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.multilabel import rank
 from ssl_jax.evaluate.subsets import labelled
+from ssl_jax.gradient import make_gradient
+from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Method, Network, Run
 from ssl_jax.models import resolve_conv
 from ssl_jax.parallel import make_mesh, replicated, split
@@ -66,6 +68,7 @@ def set_up(config: Config, source: Any) -> Setup:
     examples, batch, shape = len(source), config.train.batch, source.shape
     if batch > examples:
         raise UserError(f"config.train.batch={batch}: larger than the data set; allowed: 1 to {examples}")
+    _check_parts(config)
     module = method_module(config.method_name)
     classes = len(source.classes) if source.labels is not None else 0
     steps = to_steps(config.train.duration, examples, batch)
@@ -84,8 +87,16 @@ def set_up(config: Config, source: Any) -> Setup:
     schedule = learning_rate(config.optim, batch, steps, to_steps(config.optim.warmup, examples, batch))
     tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr)
     views = resolve_views(config.augment, method.views, size, method.local_views)
-    probed = classes if config.eval.online_probe and np.ndim(source.labels) < 2 else 0
-    return Setup(method, encoder, tx, schedule, views, steps, shape, probed)
+    return Setup(method, encoder, tx, schedule, views, steps, shape, classes if config.eval.online_probe else 0)
+
+
+def _check_parts(config: Config) -> None:
+    of = "batch"
+    for key in ("micro_batch", "bn_group"):
+        whole, part = getattr(config.train, of), getattr(config.train, key)
+        if part and whole % part:
+            raise UserError(f"config.train.{key}={part}: allowed: 0, or a divisor of config.train.{of}={whole}")
+        of = key if part else of
 
 
 PROBE = optax.adam(1e-3)
@@ -115,21 +126,15 @@ def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, 
     The batch holds "label" [B] if the data have labels, and "pair" [B, H, W, C] if config.data.pairs says so.
     """
     method, augment = setup.method, make_views(setup.views, setup.method.shares)
+    train = config.train
+    gradient = make_gradient(method, augment, micro_batch=train.micro_batch, bn_group=train.bn_group)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-        key_views, key_forward = jax.random.split(key)
-        views, drawn = augment(key_views, batch["image"], batch.get("pair"))
-        views = jax.lax.with_sharding_constraint(views, split(mesh))
-        inputs = {"views": views, "drawn": drawn, **{name: batch[name] for name in method.needs}}
+        inputs = {name: batch[name] for name in ("image", "pair", *method.needs) if name in batch}
+        inputs = jax.lax.with_sharding_constraint(inputs, split(mesh))
         target = target_of(state.opt_state)
-
-        def objective(params):
-            outputs, extra = method.forward(params, target, state.extra, inputs, key_forward)
-            loss, metrics = method.loss(outputs, state.extra, inputs)
-            return loss, (outputs, extra, metrics)
-
-        (loss, (outputs, extra, metrics)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, (outputs, extra, metrics)), grads = gradient(state.params, target, state.extra, inputs, key)
         updates, opt_state = setup.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, extra = method.post_update(params, extra, outputs, state.step)
@@ -140,8 +145,8 @@ def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, 
         metrics |= {"loss": loss, "grad_norm": norm, "embedding_std": embedding_std(embedding)}
         metrics["lr"] = jnp.asarray(setup.schedule(state.step), jnp.float32)
         if setup.classes and "label" in batch:
-            probe, metrics["probe_accuracy"] = _probe_step(state.probe, embedding, batch["label"])
-            after = after._replace(probe=probe)
+            probe, told = _probe_step(state.probe, embedding, batch["label"])
+            metrics, after = metrics | told, after._replace(probe=probe)
         if config.optim.skip_nonfinite:
             # The whole state stays, or a queue and statistics of the broken batch would remain.
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -153,20 +158,25 @@ def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, 
 
 
 def _probe_step(probe, embedding, label):
-    """One step of the online linear probe; `embedding` carries no gradient, so labels never reach the encoder."""
+    """One step of the online linear probe, and what to tell: its accuracy, or of several labels an image its loss.
+
+    `embedding` carries no gradient, so labels never reach the encoder.
+    """
     linear, opt_state = probe
-    known = label >= 0
-    count = jnp.maximum(known.sum(), 1)
+    several = label.ndim == 2
 
     def objective(linear):
         logits = embedding @ linear["w"] + linear["b"]
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
-        return jnp.where(known, each, 0).sum() / count, logits
+        return (binary_cross_entropy if several else cross_entropy)(logits, label), logits
 
-    (_, logits), grads = jax.value_and_grad(objective, has_aux=True)(linear)
+    (loss, logits), grads = jax.value_and_grad(objective, has_aux=True)(linear)
     updates, opt_state = PROBE.update(grads, opt_state, linear)
-    accuracy = ((logits.argmax(axis=-1) == label) & known).sum() / count
-    return (optax.apply_updates(linear, updates), opt_state), accuracy
+    probe = optax.apply_updates(linear, updates), opt_state
+    if several:
+        return probe, {"probe_loss": loss}
+    known = label >= 0
+    right = (logits.argmax(axis=-1) == label) & known
+    return probe, {"probe_accuracy": right.sum() / jnp.maximum(known.sum(), 1)}
 
 
 def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gather: bool) -> Iterator[dict]:
@@ -210,7 +220,7 @@ class _Loop:
     def __init__(self, config: Config, workdir: Path, source: Any):
         self.config, self.workdir, self.source = config, workdir, source
         self.setup = set_up(config, source)
-        self.mesh = make_mesh(config.train.devices, config.train.batch)
+        self.mesh = make_mesh(config.train.devices, config.train.batch, config.train.micro_batch)
         self.state = jax.device_put(init_state(self.setup, config.train.seed), replicated(self.mesh))
         self.gather = _in_memory(config, source)
         self.stopped_by: int | None = None
@@ -275,7 +285,7 @@ class _Loop:
                     self.metrics.append({"step": step, "epoch": round(epoch, 4), **values})
                     if step > since:
                         self.timing.append({"step": step, **{k: round(v, 4) for k, v in speed.items()}})
-                shown: dict[str, Any] = {k: values[k] for k in ("loss", "probe_accuracy") if k in values}
+                shown: dict[str, Any] = {k: values[k] for k in ("loss", "probe_accuracy", "probe_loss") if k in values}
                 images = f"{speed['images_per_s']:.0f}/s" if step > since else "-"
                 self.progress.update(step, {**shown, "images": images, "waiting": f"{speed['waiting']:.0%}"})
                 waited, since, marked = 0.0, step, now
@@ -313,9 +323,7 @@ class _Loop:
             return {}
         arrays: dict[str, Any] = {"image": self.source.arrays()}
         if self.source.labels is not None:
-            arrays["label"] = np.asarray(
-                self.source.labels, np.float32 if np.ndim(self.source.labels) == 2 else np.int32
-            )
+            arrays["label"] = self.source.labels
         return jax.device_put(arrays, replicated(self.mesh))
 
     def _check(self) -> dict[str, Any]:
@@ -410,7 +418,8 @@ class _Loop:
                     temperature=settings.knn_temperature,
                 )
                 if truth.ndim == 2:  # by the mean AUC over classes, which is all of `rank` that there is of votes
-                    found["knn_auc"] = round(rank(np.asarray(scores), truth[:queries])[0], 4)
+                    auc = rank(np.asarray(scores), truth[:queries])[0]
+                    found |= {"knn_auc": round(auc, 4)} if auc else {}  # 0: no class of which there are both labels
                 else:
                     found["knn_accuracy"] = float((np.asarray(scores).argmax(axis=1) == truth[:queries]).mean())
             return found

@@ -171,3 +171,29 @@ def test_own_negatives_count_like_the_queue():
     own = jnp.broadcast_to(queue[None, :2], (3, 2, 4))
     whole = losses.info_nce(q, k, queue, temperature=0.2)
     assert losses.info_nce(q, k, queue[2:], own, temperature=0.2) == pytest.approx(float(whole), rel=1e-6)
+
+
+CHUNKED = {
+    "nt_xent": lambda a, b, c: losses.nt_xent(a, b, temperature=0.2),
+    "info_nce": lambda a, b, c: losses.info_nce(a, b, c, temperature=0.2),
+    "indexed_info_nce": lambda a, b, c: losses.indexed_info_nce(a, c, jnp.arange(len(a))[::-1], temperature=0.2),
+    "sup_con": lambda a, b, c: losses.sup_con(a, b, jnp.arange(len(a)) % 3 - 1, temperature=0.2),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_in_chunks_as_in_one_piece(name, dtype, monkeypatch):
+    """Value and gradients; 150 and 300 similarities a row are no multiple of the 128 that are the least chunk."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(dtype == np.float64):
+        given = [jnp.asarray(rng.normal(size=(n, 5)), dtype) for n in (150, 150, 301)]
+        whole, in_one = jax.value_and_grad(CHUNKED[name], (0, 1, 2))(*given)
+        monkeypatch.setattr("ssl_jax.losses.common.DENSE_UP_TO", 150)
+        value, gradients = jax.value_and_grad(CHUNKED[name], (0, 1, 2))(*given)
+        text = str(jax.make_jaxpr(jax.grad(CHUNKED[name], (0, 1, 2)))(*given))
+    assert "scan" in text and "300,300" not in text and "150,301" not in text
+    tolerance = 1e-12 if dtype == np.float64 else 1e-6
+    np.testing.assert_allclose(value, whole, rtol=tolerance)
+    for a, b in zip(gradients, in_one):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.abs(b).max()))

@@ -91,12 +91,12 @@ def test_finite_and_loss_falls_and_no_collapse_is_named(name):
 def test_jit_equals_no_jit(name):
     """Of all that a method computes: outputs, loss, metrics, and the parameters and state that it tidies up."""
     config, source = tiny_config(name), Images()
-    setup, key = trainer.set_up(config, source), jax.random.key(0)
+    setup, keys = trainer.set_up(config, source), jax.random.split(jax.random.key(0), 16)
     (state, *_), method = start(config, source), setup.method
     batch = views_of(setup, source)
 
     def run(params, target, extra, batch):
-        outputs, after = method.forward(params, target, extra, batch, key)
+        outputs, after = method.forward(params, target, extra, batch, keys)
         return outputs, method.loss(outputs, extra, batch), method.post_update(params, after, outputs, 0)
 
     args = state.params, target_of(state.opt_state), state.extra, batch
@@ -147,7 +147,7 @@ def test_no_gradient_into_the_target(name):
     batch = views_of(setup, source)
 
     def loss(params, target):
-        outputs, _ = setup.method.forward(params, target, state.extra, batch, jax.random.key(3))
+        outputs, _ = setup.method.forward(params, target, state.extra, batch, jax.random.split(jax.random.key(3), 16))
         return setup.method.loss(outputs, state.extra, batch)[0]
 
     into_params, into_target = jax.jit(jax.grad(loss, argnums=(0, 1)))(state.params, target)

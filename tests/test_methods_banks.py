@@ -10,6 +10,7 @@ from tiny import Images, tiny_config, tiny_encoder
 from ssl_jax import trainer
 from ssl_jax.augment import make_views
 from ssl_jax.errors import UserError
+from ssl_jax.gradient import keys_at
 from ssl_jax.methods import moco
 from ssl_jax.transforms import target_of
 
@@ -27,7 +28,8 @@ def steps(config, count):
         batch = batch_of(config, source, step, mesh)
         views, drawn = augment(key_views, batch["image"])
         inputs = {"views": views, "drawn": drawn, "index": batch["index"]}
-        outputs, _ = forward(state.params, target_of(state.opt_state), state.extra, inputs, key_forward)
+        rng = keys_at(key_forward, jnp.arange(16))
+        outputs, _ = forward(state.params, target_of(state.opt_state), state.extra, inputs, rng)
         before, (state, metrics) = state, step_fn(state, batch)
         yield outputs, inputs, before, state, metrics
 
@@ -66,7 +68,8 @@ def test_z_is_that_of_the_first_batch():
     drawn, constant = [], None
     for outputs, inputs, before, after, metrics in steps(config, 4):
         bank, z = np.asarray(before.extra["bank"], np.float64), unit(outputs["z"])
-        noise, own = bank[np.asarray(outputs["drawn"])], bank[np.asarray(inputs["index"])]
+        drawn.append(np.asarray(jax.random.randint(outputs["rng"][0], (30,), 0, 48)))
+        noise, own = bank[drawn[-1]], bank[np.asarray(inputs["index"])]
         odds = np.exp(np.concatenate([np.sum(z * own, axis=1, keepdims=True), z @ noise.T], axis=1) / 0.5)
         if constant is None:
             assert before.extra["normalizer"] == 0
@@ -74,7 +77,6 @@ def test_z_is_that_of_the_first_batch():
         np.testing.assert_allclose(after.extra["normalizer"], constant, rtol=1e-5)
         h = odds / constant / (odds / constant + 30 / 48)
         np.testing.assert_allclose(metrics["loss"], np.mean(-np.log(h[:, 0]) - np.log(1 - h[:, 1:]).sum(1)), rtol=1e-4)
-        drawn.append(np.asarray(outputs["drawn"]))
     assert len({tuple(d) for d in drawn}) == 4  # others in each step
     assert set(np.concatenate(drawn)) <= set(range(48)) and len(set(np.concatenate(drawn))) > 36
 
@@ -160,7 +162,7 @@ def test_statistics_of_the_batch_give_moco_s_positives_away_unless_keys_are_shuf
         forward = jax.jit(lambda rng: method.forward(params, params, extra, {"views": views}, rng)[0])
         margins, ranks = [], []
         for seed in range(orders):
-            outputs = forward(jax.random.key(seed))
+            outputs = forward(jax.random.split(jax.random.key(seed), len(noise)))
             cosine = unit(outputs["query"][black]) @ unit(outputs["key"][black]).T
             own = np.diag(cosine)
             margins.append(np.mean(own - (cosine.sum(1) - own) / 7))

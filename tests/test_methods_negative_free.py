@@ -13,6 +13,7 @@ from tiny import Images, tiny_config
 
 from ssl_jax import losses, trainer
 from ssl_jax.augment import make_views
+from ssl_jax.gradient import keys_at
 from ssl_jax.methods.base import entropies, lost_entropy
 from ssl_jax.methods.vicregl import positions
 from ssl_jax.transforms import freeze, target_of, track_target
@@ -35,7 +36,8 @@ def outputs_of(config, state, step):
     views, drawn = augment(key_views, batch["image"])
     inputs = {"views": views, "drawn": drawn}
     target = target_of(state.opt_state)
-    return method, forward(state.params, target, state.extra, inputs, key_forward)[0], inputs
+    rng = keys_at(key_forward, jnp.arange(16))
+    return method, forward(state.params, target, state.extra, inputs, rng)[0], inputs
 
 
 @pytest.mark.parametrize("name", ["tico", "dino", "swav"])
@@ -87,7 +89,7 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
         return losses.common.normalize(jnp.asarray(generator.normal(size=shape), jnp.float32))
 
     prototypes, z, queue = unit(6, 8), unit(2, 10, 8), unit(2, 24, 8)
-    outputs = {"scores": [v @ prototypes.T for v in z], "prototypes": prototypes}
+    outputs = {"scores": [v @ prototypes.T for v in z]}
     alone = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in outputs["scores"]]
     shared = [
         losses.sinkhorn(jnp.concatenate([q @ prototypes.T, s]), epsilon=0.05, iterations=3)[24:]
@@ -103,7 +105,7 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
         (late, 10, using),
     ):
         method = trainer.set_up(settings, Images()).method
-        value, _ = method.loss(outputs, {"queue": queue, "step": jnp.int32(step)}, {})
+        value, _ = method.loss(outputs, {"queue": queue, "prototypes": prototypes, "step": jnp.int32(step)}, {})
         np.testing.assert_allclose(value, want, rtol=1e-5, err_msg=str(step))
 
 

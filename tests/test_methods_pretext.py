@@ -36,9 +36,13 @@ def spied(encoder):
     return Network(encoder.init, apply, encoder.patch), seen
 
 
+def keys(images):
+    return jax.random.split(RNG, len(images))
+
+
 def run_forward(method, images, drawn=(), jit=jax.jit):
     params, extra = jax.jit(method.init)(jax.random.key(0), images)
-    return jit(method.forward)(params, None, extra, {"views": images, "drawn": drawn}, RNG)[0]
+    return jit(method.forward)(params, None, extra, {"views": images, "drawn": drawn}, keys(images[0]))[0]
 
 
 def without_jit(function):
@@ -94,7 +98,7 @@ def test_tiles_do_not_give_their_order_away(solver):
     count, side, orders = 150, 96, jigsaw.permutation_set(20)
     images, answers = slopes(count, side), np.random.default_rng(1).integers(0, 20, count)
     raw = images.reshape(count, 3, 32, 3, 32, 1).swapaxes(2, 3).reshape(count, 9, 32, 32, 1)
-    made = np.asarray(jigsaw.tiles_of(RNG, jnp.asarray(images), tile=0.75, channel_shift=2))
+    made = np.asarray(jigsaw.tiles_of(keys(images), jnp.asarray(images), tile=0.75, channel_shift=2))
 
     def solved(tiles):
         found = [solve(orders, solver(t[orders[answer]])) for t, answer in zip(tiles, answers)]
@@ -118,7 +122,7 @@ def test_permutations_are_far_apart(count, least):
 @pytest.mark.parametrize(("side", "tile"), [(12, 0.75), (31, 0.75), (48, 0.5), (48, 1.0)])
 def test_tiles_have_gaps_and_are_normalized(side, tile):
     images = noise(2, side, side, 3)
-    made = np.asarray(jigsaw.tiles_of(RNG, images, tile=tile, channel_shift=2))
+    made = np.asarray(jigsaw.tiles_of(keys(images), images, tile=tile, channel_shift=2))
     np.testing.assert_allclose(made.mean((2, 3)), 0.5, atol=1e-5)
     np.testing.assert_allclose(made.std((2, 3)), 0.25, atol=1e-5)
     cell, t = side // 3, made.shape[2]
@@ -140,9 +144,9 @@ def test_tiles_have_gaps_and_are_normalized(side, tile):
 
 def test_channels_of_colour_images_are_shifted_against_each_other():
     same = jnp.repeat(noise(4, 48, 48, 1), 3, axis=-1)
-    apart = jigsaw.tiles_of(RNG, same, tile=0.5, channel_shift=2)
+    apart = jigsaw.tiles_of(keys(same), same, tile=0.5, channel_shift=2)
     assert not jnp.allclose(apart[..., 0], apart[..., 1], atol=0.1)
-    together = jigsaw.tiles_of(RNG, same, tile=0.5, channel_shift=0)
+    together = jigsaw.tiles_of(keys(same), same, tile=0.5, channel_shift=0)
     np.testing.assert_allclose(together[..., 0], together[..., 1], atol=1e-5)
 
 
@@ -151,7 +155,7 @@ def test_tiles_reach_the_encoder_in_the_order_that_is_asked_for():
     method = jigsaw.make(jigsaw.Config(permutations=6, hidden=8), encoder, None)
     images = noise(5, 24, 24, 1)
     outputs = run_forward(method, [images], jit=without_jit)
-    tiles = jigsaw.tiles_of(jax.random.split(RNG)[0], images, tile=0.75, channel_shift=2)
+    tiles = jigsaw.tiles_of(jax.vmap(jax.random.split)(keys(images))[:, 0], images, tile=0.75, channel_shift=2)
     orders = jigsaw.permutation_set(6)
     for shown, tile, answer in zip(seen[-1][0].reshape(tiles.shape), tiles, outputs["answer"]):
         np.testing.assert_array_equal(shown, tile[orders[answer]])
@@ -337,7 +341,7 @@ def test_pixels_of_mae_are_normalized_for_each_patch():
 
 @pytest.mark.parametrize(("side", "block", "share"), [(8, 2, 0.6), (12, 4, 0.5), (6, 1, 0.1), (7, 2, 0.6), (4, 2, 1.0)])
 def test_simmim_masks_whole_blocks(side, block, share):
-    mask = np.asarray(simmim.random_mask(RNG, 20, side, mask=share, block=block)).reshape(20, side, side)
+    mask = np.asarray(simmim.random_mask(keys(range(20)), side, mask=share, block=block)).reshape(20, side, side)
     across = -(-side // block)
     whole = np.stack([mask[:, r * block : (r + 1) * block] for r in range(side // block)]).swapaxes(0, 1)
     assert np.all(whole == whole[:, :, :1])  # all rows of a block are alike

@@ -186,7 +186,7 @@ def test_supervised_is_trained_by_every_label_that_is_known():
     views = [rng.uniform(size=(6, 8, 8, 1)).astype(np.float32)]
     labels = rng.choice([0, 1, np.nan], (6, 3)).astype(np.float32)
     params, extra = method.init(jax.random.key(0), views)
-    outputs, _ = method.forward(params, None, extra, {"views": views}, jax.random.key(1))
+    outputs, _ = method.forward(params, None, extra, {"views": views}, jax.random.split(jax.random.key(1), 6))
     loss, metrics = method.loss(outputs, extra, {"label": labels})
     known, p = ~np.isnan(labels), expit(np.asarray(outputs["logits"]))
     assert loss == pytest.approx(-np.log(np.where(labels == 1, p, 1 - p)[known]).mean(), rel=1e-5)

@@ -8,7 +8,8 @@ import pytest
 from toy_study import toy_config, toy_run, toy_tables
 
 from ssl_jax import cli, run, study
-from ssl_jax.config import Data, Study
+from ssl_jax.cli import load_config
+from ssl_jax.config import Data, Study, resolve
 from ssl_jax.encoder import export, load_encoder, random_encoder
 
 SETTINGS = Study(arms={"a": {}, "b": {}, "c": {}}, labels=(10, 20, 50), seeds=4)
@@ -128,3 +129,23 @@ def test_tasks_of_an_array_share_a_folder(tmp_path, capsys, monkeypatch):
     assert told.count("(reused)") == 4 and "report.html" in told
     page = (folder / "report.html").read_text()
     assert "Label-efficiency study" in page and "Pretraining of simclr-2" in page
+
+
+@pytest.mark.parametrize(
+    ("spec", "arms"),
+    [
+        ("study_chexpert", ["moco", "triplet"]),
+        ("study_chexpert:phantom", ["moco", "triplet"]),
+        ("study_chexpert:phantom,byol", ["byol"]),
+    ],
+)
+def test_the_config_for_chest_x_rays(spec, arms):
+    made = resolve(load_config(spec, ["--config.data.path=DIR"]))
+    assert [p.arm for p in study.plan(made.study)[:3]][: len(arms) + 1] == ["supervised", *arms]
+    assert study.data_of_test(made).path == "DIR"
+    assert study.from_scratch(made.study.arms["supervised"]) and made.data.labels == ("study",)
+    pretrained = study.pretrainings(made)
+    assert [key for key in pretrained] == [(arm, 0) for arm in arms]
+    for (arm, _), of in pretrained.items():
+        assert of.method_name == arm and of.model.name == "resnet18" and of.augment.preset == "chest_xray"
+    assert made.study.labels[0] == 250 and made.study.seeds == 10

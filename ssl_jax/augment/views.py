@@ -91,7 +91,7 @@ def _check(view: View, path: str) -> None:
 def make_views(
     views: Sequence[View], shares: Sequence[Sequence[str]] = ()
 ) -> Callable[..., tuple[tuple[jax.Array, ...], tuple[Parameters, ...]]]:
-    """A function (rng, images uint8 [B, H, W, C], pairs=None) -> views, drawn.
+    """A function (rng, images uint8 [B, H, W, C], pairs=None, places=None) -> views, drawn.
 
     views: one float32 [B, s, s, C] in [0, 1] for each of `views`
     drawn: the parameters of each, as `draw` names them; the box and the flip even where they are off, and
@@ -99,7 +99,9 @@ def make_views(
     pairs: other images of the same objects; every second view is one of these.
     shares: for each view the names in FACTORS whose random numbers are those of the first view.
 
-    The view v of the image at position i is drawn from fold_in(fold_in(rng, i), v): it depends on nothing else,
+    places: int [B], where in the batch these images stand, if they are a part of it; None: 0 to B - 1.
+
+    The view v of the image at place i is drawn from fold_in(fold_in(rng, i), v): it depends on nothing else,
     neither on the batch around it nor on the number of devices. Raises UserError for a value out of range.
     """
     for view in views:
@@ -117,8 +119,9 @@ def make_views(
             drawn.append({**_whole(*image.shape[:2]), **parameters})
         return tuple(made), tuple(drawn)
 
-    def apply(rng, images, pairs=None):
-        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(len(images)))
+    def apply(rng, images, pairs=None, places=None):
+        places = jnp.arange(len(images)) if places is None else places
+        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(places)
         return jax.vmap(one)(keys, images, *(() if pairs is None else (pairs,)))
 
     return apply

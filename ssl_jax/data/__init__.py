@@ -6,7 +6,7 @@ A source is a module of this folder whose name is `config.data.name`; it holds `
 import dataclasses
 import importlib
 
-from ssl_jax.config import Data
+from ssl_jax.config import CHOICES, Data
 from ssl_jax.data.source import Source
 from ssl_jax.data.stream import Partners, order, stream
 from ssl_jax.errors import UserError, unknown
@@ -31,5 +31,8 @@ def open_source(data: Data, split: str | None = None) -> Source:
         raise UserError(
             f"config.data.pairs={data.pairs!r}: {data.name} knows no objects; allowed: {', '.join(PAIRED)} data"
         )
+    for name in ("uncertain", "blank", "frontal"):  # of a study's test data, and of a Data made in Python, too
+        if getattr(data, name) not in CHOICES[f"data.{name}"]:
+            raise unknown(f"config.data.{name}", getattr(data, name), map(str, CHOICES[f"data.{name}"]))
     module = importlib.import_module(f"ssl_jax.data.{data.name}")
     return module.read(dataclasses.replace(data, split=split or data.split))

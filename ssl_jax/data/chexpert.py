@@ -5,15 +5,16 @@ Source: https://arxiv.org/abs/1901.07031.
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.files import File, from_files, printable
-from ssl_jax.data.source import Source
-from ssl_jax.data.table import Table, read_table, several_labels
-from ssl_jax.errors import NoPartError, UserError, unknown
+from ssl_jax.data.files import File, from_files
+from ssl_jax.data.source import Source, pick_parts
+from ssl_jax.data.table import Table, in_two_parts, read_table, several_labels
+from ssl_jax.errors import UserError, unknown
 
 OBSERVATIONS = (
     "No Finding",
@@ -38,9 +39,10 @@ STUDY = tuple(
     for name in OBSERVATIONS
     if name not in ("No Finding", "Enlarged Cardiomediastinum", "Pleural Other", "Support Devices")
 )
-PRESETS = {(): OBSERVATIONS, ("study",): STUDY, ("competition",): COMPETITION}
-PARTS = {"train": ("train",), "val": ("valid",), "test": ("test", "valid")}  # of each the first table that is there
-PATIENT = re.compile(r"patient(\d+)")
+PRESETS = {"study": STUDY, "competition": COMPETITION}
+TABLES = {"train": "train.csv", "val": "valid.csv", "test": "test.csv"}
+# The first folder of a path is the name of the download (CheXpert-v1.0-small), whatever the folder is called here.
+PATH = re.compile(r"(?:.*/)?([^/]+/patient(\d+)/.+)")
 
 
 def read(data: Data) -> Source:
@@ -49,75 +51,83 @@ def read(data: Data) -> Source:
     split: train; val, the hand-labelled valid.csv; test, test.csv or without one valid.csv; all. data.frontal chooses
     the views, data.labels the observations (names, ("study",), ("competition",), () for all fourteen), data.uncertain
     and data.blank what becomes of -1 and of nothing (`table.several_labels`). Images are gray unless data.channels says
-    otherwise. groups are the patients' numbers. UserError if a patient of train.csv is in another table too.
+    otherwise. groups are the patients' numbers. UserError if a patient is in two tables.
     """
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: the folder of CheXpert, which holds train.csv")
-    where, root = f"config.data.path={data.path!r}", Path(data.path).expanduser()
     if data.pairs not in ("", "patient"):
         raise UserError(f"config.data.pairs={data.pairs!r}: allowed for chexpert: patient")
-    if data.split not in (*PARTS, "all"):
-        raise unknown("config.data.split", data.split, [*PARTS, "all"])
-    names = tuple(PRESETS.get(tuple(data.labels), data.labels))
-    there = [name for name in ("train", "valid", "test") if (root / f"{name}.csv").is_file()]
-    wanted = there if data.split == "all" else [n for n in PARTS[data.split] if n in there][:1]
-    if not wanted:
-        if not there:
-            raise UserError(f"{where}: no train.csv in it; allowed: the folder of CheXpert")
-        raise NoPartError(f"{where}: no {data.split} part; available: {', '.join(there)}")
-    # A patient of the training images in a test would make the test worthless.
-    read_too = [n for n in there if n in wanted or "train" in wanted]
-    tables = {name: read_table(root / f"{name}.csv", f"{root / name}.csv") for name in read_too}
-    patients = {name: _patients(table) for name, table in tables.items()}
-    for name in read_too:
-        if name == "train" or "train" not in patients:
-            continue
-        both = np.intersect1d(patients["train"], patients[name])
-        if len(both):
-            at = [tables[n].at(int(np.flatnonzero(patients[n] == both[0])[0])) for n in ("train", name)]
-            raise UserError(
-                f"{where}: patient {both[0]} is in train.csv{at[0]} and in {name}.csv{at[1]}; allowed: in one of them"
-            )
-    chosen = [(tables[name], patients[name], _views(tables[name], data.frontal)) for name in wanted]
-    blank = "zeros" if data.blank == "auto" else data.blank
-
-    def labels(table: Table, rows: np.ndarray) -> np.ndarray:
-        return several_labels(table, names, table.column("Path", "path"), data, blank)[rows]
-
+    where, root = f"config.data.path={data.path!r}", Path(data.path).expanduser()
+    names = _observations(data.labels)
+    there = {part: root / name for part, name in TABLES.items() if (root / name).is_file()}
+    if not there:
+        raise UserError(f"{where}: no train.csv in it; allowed: the folder that holds train.csv and the folder train")
+    chosen = pick_parts({part: part for part in there}, data.split, where)
+    # All tables are read, whatever the part: a patient of the training images in a test would make it worthless.
+    listed = {part: _List(read_table(path, f"{where}: {path.name}"), data.frontal) for part, path in there.items()}
+    _check_patients(listed, where)
+    blank = np.nan if data.blank == "ignore" else 0.0
+    some = [listed[part] for part in chosen]
+    files = [file for each in some for file in each.files(root, data.pairs)]
+    if not files:
+        raise UserError(f"config.data.frontal={data.frontal!r}: {where} has no such images; allowed: all")
     return from_files(
-        [file for table, _, rows in chosen for file in _files(table, rows, root, data.pairs)],
-        list(names),
+        files,
+        names,
         dataclasses.replace(data, channels=data.channels or 1),
         where,
-        labels=np.concatenate([labels(table, rows) for table, _, rows in chosen]),
-        groups=np.concatenate([numbers[rows] for _, numbers, rows in chosen]),
+        labels=np.concatenate([several_labels(e.table, names, e.paths, data, blank)[e.rows] for e in some]),
+        groups=np.concatenate([e.patients[e.rows] for e in some]),
     )
 
 
-def _patients(table: Table) -> np.ndarray:
-    """int64 [N] from the paths."""
-    column = table.column("Path", "path")
-    found = [PATIENT.search(row[column]) for row in table.rows]
-    for n, match in enumerate(found):
-        if match is None:
-            raise table.fail(n, f"Path={table.rows[n][column]!r}: no patient in it; allowed: .../patient00001/...")
-    return np.array([int(match[1]) for match in found if match], np.int64)
+class _List:
+    """A table's images: paths [N] below the folder, patients int64 [N], and the rows of the views that are wanted."""
+
+    def __init__(self, table: Table, view: str):
+        name = table.find("Path")
+        if name is None:
+            raise UserError(f"{table.where}: no column Path; the columns are {', '.join(table.header)}")
+        cells = table.column(name)
+        found = [PATH.fullmatch(cell) for cell in cells]
+        if None in found:
+            row = found.index(None)
+            allowed = "allowed: CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg and the like"
+            raise table.fail(row, f"{name}={cells[row]!r}: no patient in it; {allowed}")
+        self.table, self.paths = table, [match[1] for match in found if match]
+        self.patients = np.array([int(match[2]) for match in found if match], np.int64)
+        self.rows = self._rows(view)
+
+    def _rows(self, view: str) -> np.ndarray:
+        if view == "all":
+            return np.arange(len(self.paths))
+        name = self.table.find("Frontal/Lateral")
+        if name:
+            return np.flatnonzero([cell.lower() == view for cell in self.table.column(name)])
+        # The lists of the test images that go round have paths and observations alone.
+        return np.flatnonzero([f"_{view}" in path for path in self.paths])
+
+    def files(self, root: Path, pairs: str) -> list[File]:
+        def file(row: int) -> File:
+            shown = str(self.patients[row]) if pairs else ""
+            return File(f"{root}/{self.paths[row]}", self.paths[row], None, self.table.at(row), shown)
+
+        return [file(row) for row in self.rows.tolist()]
 
 
-def _views(table: Table, wanted: str) -> np.ndarray:
-    """Numbers of the rows whose Frontal/Lateral is `wanted`."""
-    if wanted == "all":
-        return np.arange(len(table.rows))
-    column = table.column("Frontal/Lateral", "frontal")
-    return np.flatnonzero([row[column].strip().lower() == wanted for row in table.rows])
+def _observations(labels: tuple[str, ...]) -> list[str]:
+    """The names of what is asked for, as CheXpert writes them."""
+    if len(labels) == 1 and labels[0] in PRESETS:
+        return list(PRESETS[labels[0]])
+    for name in labels:
+        if name not in OBSERVATIONS:
+            raise unknown("config.data.labels", name, (*OBSERVATIONS, *PRESETS))
+    return list(labels or OBSERVATIONS)
 
 
-def _files(table: Table, rows: np.ndarray, root: Path, pairs: str) -> list[File]:
-    column = table.column("Path", "path")
-    made = []
-    for n in rows:
-        # The first folder is the name of the download (CheXpert-v1.0-small), whatever the folder is called here.
-        path = table.rows[n][column].strip().partition("/")[2]
-        match = PATIENT.search(path) if pairs else None
-        made.append(File(f"{root}/{path}", printable(path), None, "", table.at(n), match[0] if match else ""))
-    return made
+def _check_patients(listed: Mapping[str, _List], where: str) -> None:
+    patients = np.concatenate([each.patients for each in listed.values()])
+    places = [(part, row) for part, each in listed.items() for row in range(len(each.patients))]
+    if rows := in_two_parts(patients, [part for part, _ in places]):
+        second, first = (f"{TABLES[part]}{listed[part].table.at(row)}" for part, row in map(places.__getitem__, rows))
+        raise UserError(f"{where}: patient {patients[rows[0]]} is in {first} and in {second}; allowed: in one of them")

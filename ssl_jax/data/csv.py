@@ -1,15 +1,16 @@
 """A table of image files: a column of paths and, if wanted, columns of labels, of groups and of parts."""
 
-import os
 from pathlib import Path
 
+import numpy as np
+
 from ssl_jax.config import Data
-from ssl_jax.data.files import PARTS, File, from_files, printable
+from ssl_jax.data.files import PARTS, File, from_files
 from ssl_jax.data.source import Source, pick_parts
-from ssl_jax.data.table import Table, as_groups, read_table, several_labels
+from ssl_jax.data.table import Table, group_numbers, in_two_parts, read_table, several_labels
 from ssl_jax.errors import UserError
 
-PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "target"), ("split",)
+PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "target"), "split"
 
 
 def read(data: Data) -> Source:
@@ -22,71 +23,68 @@ def read(data: Data) -> Source:
     """
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: a table (.csv, .tsv) of image files")
-    where = f"config.data.path={data.path!r}"
-    path = Path(data.path).expanduser()
-    table = read_table(path, where)
-    files = _files(table, path.parent, data)
-    parts: dict[str, list[int]] = {"train": []}
-    for n, file in enumerate(files):
-        parts.setdefault(file.part, []).append(n)
-    groups = _groups(table, files, data)
-    several = len(data.labels) > 1
-    if several:
-        blank = "ignore" if data.blank == "auto" else data.blank
-        labels, classes = several_labels(table, data.labels, table.find(PATH) or 0, data, blank), list(data.labels)
-    else:
-        labels, classes = None, sorted({file.label for file in files if file.label})
+    where, place = f"config.data.path={data.path!r}", Path(data.path).expanduser()
+    table = read_table(place, where)
+    paths, parts = _paths(table), _parts(table)
+    groups = _groups(table, parts, data.group) if data.group else None
+    labels, classes, single = None, [], [""] * len(paths)
+    if len(data.labels) > 1:
+        labels = several_labels(table, data.labels, paths, data, 0.0 if data.blank == "zeros" else np.nan)
+        classes = list(data.labels)
+    elif column := table.demand("labels", data.labels[0]) if data.labels else table.find(*LABEL):
+        single = table.column(column)
+        classes = sorted(set(single) - {""})
         if all(name.isdecimal() for name in classes):
             classes.sort(key=int)
-    chosen = [n for part in pick_parts(parts, data.split, where) for n in part]
-    return from_files(
-        [files[n] for n in chosen],
-        classes,
-        data,
-        where,
-        labels=None if labels is None else labels[chosen],
-        groups=None if groups is None else groups[chosen],
-    )
+    rows: dict[str, list[int]] = {"train": []}
+    for row, part in enumerate(parts):
+        rows.setdefault(part, []).append(row)
+    chosen = [row for part in pick_parts(rows, data.split, where) for row in part]
+    shown = table.column(table.demand("pairs", data.pairs)) if data.pairs else None
+    folder = f"{place.parent}/"
+    files = [
+        File(
+            paths[row] if paths[row].startswith("/") else folder + paths[row],
+            paths[row],
+            single[row] or None,
+            table.at(row),
+            # An image without an object is one of its own.
+            "" if shown is None else shown[row] or f"{paths[row]}{table.at(row)}",
+        )
+        for row in chosen
+    ]
+    taken = {"labels": None if labels is None else labels[chosen], "groups": None if groups is None else groups[chosen]}
+    return from_files(files, classes, data, where, **taken)
 
 
-def _files(table: Table, folder: Path, data: Data) -> list[File]:
-    paths, split = table.find(PATH), table.find(SPLIT)
-    if paths is None:
+def _paths(table: Table) -> list[str]:
+    name = table.find(*PATH)
+    if name is None:
         needed = ", ".join(PATH)
-        raise UserError(f"{table.where}: the columns are {', '.join(table.columns)}; one of these is needed: {needed}")
-    label = table.column(data.labels[0], "labels") if data.labels else table.find(LABEL)
-    pairs = table.column(data.pairs, "pairs") if data.pairs else None
-    made = []
-    for n, row in enumerate(table.rows):
-        path = row[paths].strip()
-        if not path:
-            raise table.fail(n, f"{table.columns[paths]} is empty; allowed: the path of an image file")
-        part = "train" if split is None else row[split].strip()
-        if part.lower() not in PARTS:
-            raise table.fail(n, f"split={part!r}; allowed: {', '.join(PARTS)}")
-        if "\\" in path and "/" not in path:
-            path = path.replace("\\", "/")
-        named = None if label is None else row[label].strip() or None
-        # An image without an object is one of its own.
-        shown = "" if pairs is None else row[pairs].strip() or f"{path}{table.at(n)}"
-        whole = os.path.join(folder, path)  # noqa: PTH118 - a Path takes five times as long
-        made.append(File(whole, printable(path), named, PARTS[part.lower()], table.at(n), shown))
-    return made
+        raise UserError(f"{table.where}: the columns are {', '.join(table.header)}; one of these is needed: {needed}")
+    paths = table.filled(name, "the path of an image file")
+    return [path if "/" in path else path.replace("\\", "/") for path in paths]
 
 
-def _groups(table: Table, files: list[File], data: Data):
-    """int64 [N] of the column data.group. UserError if one is empty or in two parts."""
-    if not data.group:
-        return None
-    column, first = table.column(data.group, "group"), dict[str, int]()
-    values = [row[column].strip() for row in table.rows]
-    for n, value in enumerate(values):
-        if not value:
-            raise table.fail(n, f"{data.group} is empty; allowed: whose image it is")
-        other = first.setdefault(value, n)
-        if files[other].part != files[n].part:
-            parts = f"in {files[n].part}, and{table.at(other)} in {files[other].part}"
-            raise table.fail(
-                n, f"{data.group} {value!r} is {parts}; allowed: one part for all images of a {data.group}"
-            )
-    return as_groups(values)
+def _parts(table: Table) -> list[str]:
+    """train, val or test for each row."""
+    name = table.find(SPLIT)
+    if name is None:
+        return ["train"] * len(table.lines)
+    cells = table.column(name)
+    strange = [cells.index(cell) for cell in set(cells) if cell.lower() not in PARTS]
+    if strange:
+        row = min(strange)
+        raise table.fail(row, f"split={cells[row]!r}; allowed: {', '.join(PARTS)}")
+    return [PARTS[cell.lower()] for cell in cells]
+
+
+def _groups(table: Table, parts: list[str], group: str) -> np.ndarray:
+    """int64 [N] of the column `group`. UserError if one is empty or in two parts."""
+    values = table.filled(table.demand("group", group), "whose image it is")
+    groups = group_numbers(values)
+    if rows := in_two_parts(groups, parts):
+        row, other = rows
+        told = f"{group} {values[row]!r} is in {parts[row]}, and{table.at(other)} in {parts[other]}"
+        raise table.fail(row, f"{told}; allowed: one part for all images of a {group}")
+    return groups

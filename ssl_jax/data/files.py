@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from ssl_jax.data.source import Source, UnreadableError, check_bad_share, same_o
 from ssl_jax.errors import UserError
 
 log = logging.getLogger("ssl_jax")
-LOOK = 10_000  # files that are looked at when the data are opened: all of so many, of more a thousand
+LOOK = 10_000  # up to so many files are opened at the start; of more it is only seen whether they are there
 SIZE = 224  # side of images from files, px, unless data.size says otherwise
 PARTS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
@@ -23,14 +24,23 @@ class File(NamedTuple):
     path: str  # text: two hundred thousand Paths take a second to make
     name: str  # printable, as in Source.names
     label: str | None  # None: not known
-    part: str  # train, val or test
     at: str = ""  # where it is listed, for messages
     object: str = ""  # what it shows (config.data.pairs)
 
 
 def printable(path: Path | str) -> str:
-    """A path as text that can be printed and written, even if its bytes are not UTF-8."""
+    """A path of the file system as text that can be printed and written, even if its bytes are not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _check_there(path: str) -> None:
+    """Raises UnreadableError unless there is such a file."""
+    try:
+        kind = os.stat(path).st_mode  # noqa: PTH116 - a Path takes as long again
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
+    if not stat.S_ISREG(kind):
+        raise UnreadableError("not a file")
 
 
 def from_files(
@@ -42,32 +52,33 @@ def from_files(
     labels: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> Source:
-    """The source of these files, after a look at headers; data.limit counts files.
+    """The source of these files, without those in which a first look finds fault; data.limit counts files.
 
     labels: float32 [N, K], several an image, instead of the label of each file. groups: int64 [N], as in Source.
-    Of up to LOOK files each header is looked at, and what is no image is left out. Of more only a thousand: the others
-    are found out when they are decoded.
+    Of up to LOOK files each header is read; of more, one that is no image is found when it is decoded.
     """
     from ssl_jax.data import image
 
     files = files[: data.limit or None]
     if not files:
         raise UserError(f"{where}: no images; allowed: {image.KINDS}")
+    look = (lambda path: image.check(Path(path))) if len(files) <= LOOK else _check_there
 
-    def trouble(file: File) -> str | None:
+    def troubles(chunk: Sequence[File]) -> list[str]:
+        return [trouble(file) for file in chunk]
+
+    def trouble(file: File) -> str:
         try:
-            image.check(Path(file.path))
+            look(file.path)
         except UnreadableError as error:
             return f"{file.name!r}{file.at}: {error}"
-        return None
+        return ""
 
-    every = 1 if len(files) <= LOOK else len(files) // 1000
+    chunks = [files[i : i + 256] for i in range(0, len(files), 256)]
     with ThreadPoolExecutor(max(8, data.workers)) as pool:  # waits for the disk more than it computes
-        reasons = list(pool.map(trouble, files[::every]))
+        reasons = [reason for found in pool.map(troubles, chunks) for reason in found]
     skipped = [reason for reason in reasons if reason]
-    check_bad_share(skipped, len(reasons), data.max_bad_share)
-    if every > 1:
-        reasons, skipped = [None] * len(files), []
+    check_bad_share(skipped, len(files), data.max_bad_share)
     for reason in skipped:
         log.warning("%s; skipped", reason)
     kept = [n for n, reason in enumerate(reasons) if not reason]
@@ -77,20 +88,22 @@ def from_files(
     def load(index: int) -> np.ndarray:
         try:
             content = Path(good[index].path).read_bytes()
-        except FileNotFoundError as error:
-            if every > 1:  # never seen
-                raise UnreadableError(f"{error.strerror}{good[index].at}") from error
-            raise UserError(f"{printable(good[index].path)!r}: {error.strerror}; it was there at the start") from error
         except OSError as error:  # the disk's fault, not the file's: a stand-in would make the run depend on the disk
             raise UserError(f"{printable(good[index].path)!r}: {error.strerror}; it was there at the start") from error
-        return image.decode(content, size, channels)
+        return image.decode(content, size, channels, data.window)
 
+    if data.cache:
+        from ssl_jax.data.cache import cached
+
+        read = cached([file.path for file in good], load, (size, size, channels), data)
+    else:
+        read = load
     number = {name: i for i, name in enumerate(classes)}
     numbers = np.array([number.get(file.label or "", -1) for file in good], np.int32) if classes else None
     return Source(
         [file.name for file in good],
         (size, size, channels),
-        load,
+        read,
         labels=numbers if labels is None else labels[kept],
         classes=classes,
         groups=None if groups is None else groups[kept],

@@ -35,7 +35,7 @@ def read(data: Data) -> Source:
     for path in paths:
         part = PARTS[path[0].lower()] if split_up else "train"
         label = printable(path[depth]) if labelled else None
-        file = File(str(root.joinpath(*path)), printable("/".join(path)), label, part, object="/".join(path[:-1]))
+        file = File(str(root.joinpath(*path)), printable("/".join(path)), label, object="/".join(path[:-1]))
         parts.setdefault(part, []).append(file)
     chosen = [file for files in pick_parts(parts, data.split, f"folder {data.path!r}") for file in files]
     classes = sorted(printable(name) for name in names if name) if labelled else []

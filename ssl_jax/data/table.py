@@ -1,9 +1,9 @@
-"""Tables of image files: reading one, its columns, and columns of 0 and 1 as several labels an image."""
+"""Tables of image files: columns of text, labels and groups made of them, and errors that name the line."""
 
 import csv
 import io
-import zlib
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,29 +12,38 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.errors import UserError, unknown
 
-# What an uncertain label (-1) becomes. Ranges: Pham et al., arXiv 1911.06475, section 2.3 (LSR).
-UNCERTAIN = {"zeros": (0.0, 0.0), "ones": (1.0, 1.0), "smooth_zeros": (0.0, 0.3), "smooth_ones": (0.55, 0.85)}
+# What an uncertain label (-1) becomes, uniform in a range (of smooth: Pham et al., https://arxiv.org/abs/1911.06475).
+UNCERTAIN = {
+    "ignore": (np.nan, np.nan),
+    "zeros": (0.0, 0.0),
+    "ones": (1.0, 1.0),
+    "smooth_zeros": (0.0, 0.3),
+    "smooth_ones": (0.55, 0.85),
+}
 
 
 class Table(NamedTuple):
-    """Rows of text, with where they stand. `where` names the table in messages."""
+    """N rows of text by column, and where they stand. `where` names the table in messages."""
 
     where: str
-    columns: list[str]
-    rows: list[list[str]]
-    lines: list[int]  # of each row in the file
+    header: list[str]
+    cells: list[Sequence[str]]  # N of each name of the header
+    lines: list[int]  # of each row
 
-    def find(self, names: Sequence[str]) -> int | None:
-        """The number of the first of `names` that is a column, in any case."""
-        known = [column.lower() for column in self.columns]
-        return next((known.index(name.lower()) for name in names if name.lower() in known), None)
+    def find(self, *names: str) -> str | None:
+        """The first of these columns that there is, as the header writes it; upper and lower case are the same."""
+        known = {name.lower(): name for name in reversed(self.header)}
+        return next((known[name.lower()] for name in names if name.lower() in known), None)
 
-    def column(self, name: str, key: str) -> int:
-        """The number of the column `name`, which config.data.`key` asks for."""
-        found = self.find([name])
+    def demand(self, key: str, name: str) -> str:
+        """The column `name`, which config.data.`key` asks for. UserError if there is none."""
+        found = self.find(name)
         if found is None:
-            raise unknown(f"config.data.{key}", name, self.columns)
+            raise unknown(f"config.data.{key}", name, self.header)
         return found
+
+    def column(self, name: str) -> list[str]:
+        return [cell.strip() for cell in self.cells[self.header.index(name)]]
 
     def at(self, row: int) -> str:
         return f" (line {self.lines[row]})"
@@ -42,67 +51,94 @@ class Table(NamedTuple):
     def fail(self, row: int, message: str) -> UserError:
         return UserError(f"{self.where}{self.at(row)}: {message}")
 
+    def filled(self, name: str, meaning: str) -> list[str]:
+        """A column without an empty cell. UserError if it has one; meaning: what is allowed in it, for the message."""
+        found = self.column(name)
+        if "" in found:
+            raise self.fail(found.index(""), f"{name} is empty; allowed: {meaning}")
+        return found
+
 
 def read_table(path: Path, where: str) -> Table:
-    """The table in a file: comma, semicolon or tab, quotes, UTF-8 with or without a byte order mark; empty lines are
-    passed over. UserError for a file that can't be read, a row of another length, or no row at all."""
+    """The table in a file: comma, semicolon or tab, quotes, UTF-8 with or without a byte order mark, its first line a
+    header; empty lines are passed over. UserError for a file that can't be read or a row of another length."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: byte {error.start} is not UTF-8") from error
-    header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text), delimiter=max(",\t;", key=header.count))
+    first = text.partition("\n")[:1]
+    reader = csv.reader(io.StringIO(text), delimiter=max(",\t;", key=lambda mark: _width(first, mark)))
     rows, lines = [], []
     try:
-        columns = [name.strip() for name in next(reader, [])]
+        header = [name.strip() for name in next(reader, [])]
         for row in reader:
             if not any(row):
                 continue
-            if len(row) != len(columns):
-                at = f" (line {reader.line_num})"
-                raise UserError(f"{where}{at}: {len(row)} values; the header has {len(columns)} columns")
-            rows.append(row)
+            if len(row) != len(header):
+                many = f"{len(row)} values; the header has {len(header)} columns"
+                raise UserError(f"{where} (line {reader.line_num}): {many}")
+            rows.append(tuple(row))  # which the garbage collector need not look into again, unlike a list
             lines.append(reader.line_num)
     except csv.Error as error:
         raise UserError(f"{where} (line {reader.line_num}): {error}") from error
-    return Table(where, columns, rows, lines)
+    return Table(where, header, list(zip(*rows, strict=True)) or [()] * len(header), lines)
 
 
-def several_labels(table: Table, names: Sequence[str], path: int, data: Data, blank: str) -> np.ndarray:
-    """float32 [N, K] of the columns `names`: 0, 1 or a share between them; NaN where not known.
+def several_labels(table: Table, names: Sequence[str], paths: Sequence[str], data: Data, blank: float) -> np.ndarray:
+    """float32 [N, K] of the columns `names`: 1, 0 or a share between them, NaN where not known.
 
-    -1 is uncertain, and becomes what data.uncertain says (`UNCERTAIN`; ignore: not known). Empty becomes what `blank`
-    says: zeros or ignore. Within a range, the place is a function of the row's path (column `path`) and the name.
+    -1 is uncertain, and becomes what data.uncertain says (`UNCERTAIN`); nothing, or nan, becomes `blank`. The place
+    within a range is a function of the image's path and the column's name alone. UserError for any other value.
     """
-    empty = 0.0 if blank == "zeros" else np.nan
-    low, high = UNCERTAIN.get(data.uncertain, (np.nan, np.nan))
-    made = np.empty((len(table.rows), len(names)), np.float32)
-    for k, name in enumerate(names):
-        column = table.column(name, "labels")
-        texts = [row[column] for row in table.rows]
-        meaning = {text: _share(table, name, texts, text, empty) for text in set(texts)}
-        made[:, k] = [meaning[text] for text in texts]
-        for n in np.flatnonzero(made[:, k] == -1):
-            place = zlib.crc32(f"{table.rows[n][path]}\0{name}".encode()) / 2**32 if low < high else 0.0
-            made[n, k] = low + place * (high - low)
+    made = np.empty((len(table.lines), len(names)), np.float32)
+    low, high = UNCERTAIN[data.uncertain]
+    for k, name in enumerate(table.demand("labels", name) for name in names):
+        cells = table.cells[table.header.index(name)]
+        meaning = {cell: _share(cell.strip(), blank) for cell in set(cells)}
+        strange = [cells.index(cell) for cell, value in meaning.items() if value is None]
+        if strange:
+            row = min(strange)
+            raise table.fail(row, f"{name}={cells[row]!r}; allowed: 0 to 1, -1 (uncertain) or nothing")
+        made[:, k] = [meaning[cell] for cell in cells]
+        uncertain = np.flatnonzero(made[:, k] == -1)
+        made[uncertain, k] = low
+        if low < high:
+            made[uncertain, k] += (high - low) * np.array([_place(name, paths[row]) for row in uncertain.tolist()])
     return made
 
 
-def _share(table: Table, name: str, texts: list[str], text: str, empty: float) -> float:
+def group_numbers(values: Sequence[str]) -> np.ndarray:
+    """int64 [N], equal where the text is: the numbers as they stand, if all are numbers, else by their order."""
+    texts = sorted(set(values))
+    numbers = all(text.isdecimal() and len(text) < 19 and str(int(text)) == text for text in texts)
+    number = {text: int(text) if numbers else place for place, text in enumerate(texts)}
+    return np.array([number[value] for value in values], np.int64)
+
+
+def in_two_parts(groups: np.ndarray, parts: Sequence[str] | np.ndarray) -> tuple[int, int] | None:
+    """The first row whose group was in another part before, and where it was first; None if no group is in two."""
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    part = np.unique(np.asarray(parts), return_inverse=True)[1]
+    astray = np.flatnonzero(part != part[first[group]])
+    return (int(astray[0]), int(first[group[astray[0]]])) if len(astray) else None
+
+
+def _width(header: Sequence[str], mark: str) -> int:
+    """Columns of a header (one line) if `mark` separates them; one within quotes does not."""
+    return len(next(csv.reader(header, delimiter=mark), []))
+
+
+def _share(cell: str, blank: float) -> float | None:
+    """What a label says, -1 if that is uncertain; None if it is no label."""
     try:
-        value = float(text) if text.strip() else empty
+        value = float(cell) if cell else np.nan
     except ValueError:
-        value = np.inf
-    value = empty if np.isnan(value) else value
-    if value == -1 or 0 <= value <= 1 or np.isnan(value):
-        return value
-    raise table.fail(texts.index(text), f"{name}={text!r}; allowed: 0 to 1, -1 (uncertain) or nothing")
+        return None
+    return blank if np.isnan(value) else value if value == -1 or 0 <= value <= 1 else None
 
 
-def as_groups(values: Sequence[str]) -> np.ndarray:
-    """int64 [N], equal where the text is equal: the numbers themselves if all are numbers."""
-    if all(value.isdecimal() and len(value) < 19 for value in values):
-        return np.array([int(value) for value in values], np.int64)
-    return np.unique(np.asarray(values), return_inverse=True)[1].astype(np.int64)
+def _place(name: str, path: str) -> float:
+    """In [0, 1), uniform over names and paths."""
+    return int.from_bytes(blake2b(f"{name}\n{path}".encode(), digest_size=8).digest(), "big") / 2**64

@@ -1,7 +1,11 @@
 """What several losses share."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+DENSE_UP_TO = 2**22  # similarities that are held at once: 16 MB in float32
 
 
 def normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
@@ -12,3 +16,73 @@ def normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
     """
     # rsqrt of a clamped square, not a clamped norm: the derivative of the norm itself is infinite at zero.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), epsilon**2))
+
+
+def log_sum_exp(query: jax.Array, keys: jax.Array, *, skip_own: bool = False, chunk: int = 0) -> jax.Array:
+    """Log sum_j exp(query_i . keys_j), [N] of query [N, D] and keys [K, D], without the N x K matrix if that is large.
+
+    skip_own: leave out j = i, for keys that are the queries themselves.
+    chunk: keys compared at a time; 0: all if N x K is at most DENSE_UP_TO, else as many as make that, 128 at least.
+
+    In chunks, forward and gradient need memory for N x D + N x chunk numbers: the sum is carried along with the largest
+    exponent so far, and the gradient makes each chunk of the softmax again.
+
+    >>> [round(float(v), 4) for v in log_sum_exp(jnp.zeros((2, 3)), jnp.ones((5, 3)), chunk=2)]  # log 5
+    [1.6094, 1.6094]
+    """
+    if not chunk:
+        few = len(query) * len(keys) <= DENSE_UP_TO
+        chunk = len(keys) if few else max(128, DENSE_UP_TO // len(query))
+    if chunk >= len(keys):
+        return jax.nn.logsumexp(_products(query, keys, 0, len(keys), skip_own), axis=1)
+    return _streamed(query, keys, skip_own, chunk)
+
+
+def _products(query, block, start, count, skip_own):
+    """Products [N, c] of query and block: hardly anything where the key is the query itself, or padding."""
+    column = start + jnp.arange(len(block))
+    there = (column < count)[None]
+    if skip_own:
+        there &= column[None] != jnp.arange(len(query))[:, None]
+    # Not -inf: its difference to itself, where a row's first chunk holds nothing else, would be nan.
+    return jnp.where(there, query @ block.T, jnp.finfo(query.dtype).min / 2)
+
+
+def _blocks(keys, chunk):
+    """(first number, keys [c, D]) of each chunk, the last one padded."""
+    count = -(-len(keys) // chunk)
+    padded = jnp.pad(keys, ((0, count * chunk - len(keys)), (0, 0)))
+    return jnp.arange(count) * chunk, padded.reshape(count, chunk, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _streamed(query, keys, skip_own, chunk):
+    def add(carry, block):
+        largest, total = carry
+        products = _products(query, block[1], block[0], len(keys), skip_own)
+        now = jnp.maximum(largest, products.max(axis=1))
+        return (now, total * jnp.exp(largest - now) + jnp.exp(products - now[:, None]).sum(axis=1)), None
+
+    nothing = jnp.full(len(query), jnp.finfo(query.dtype).min / 2), jnp.zeros(len(query), query.dtype)
+    (largest, total), _ = jax.lax.scan(add, nothing, _blocks(keys, chunk))
+    return largest + jnp.log(total)
+
+
+def _streamed_forward(query, keys, skip_own, chunk):
+    made = _streamed(query, keys, skip_own, chunk)
+    return made, (query, keys, made)
+
+
+def _streamed_backward(skip_own, chunk, saved, cotangent):
+    query, keys, made = saved
+
+    def add(of_query, block):
+        products = _products(query, block[1], block[0], len(keys), skip_own)
+        share = jnp.exp(products - made[:, None]) * cotangent[:, None]
+        return of_query + share @ block[1], share.T @ query
+
+    of_query, of_keys = jax.lax.scan(add, jnp.zeros_like(query), _blocks(keys, chunk))
+    return of_query, of_keys.reshape(-1, keys.shape[1])[: len(keys)]
+
+
+_streamed.defvjp(_streamed_forward, _streamed_backward)

@@ -1,10 +1,12 @@
-"""Losses that pull positives together and push negatives apart."""
+"""Losses that pull positives together and push negatives apart.
+
+Where the matrix of all similarities would be large it is not made (`common.log_sum_exp`): memory grows with B, not B².
+"""
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses.common import log_sum_exp, normalize
 
 
 def nt_xent(z_a: jax.Array, z_b: jax.Array, *, temperature: float) -> jax.Array:
@@ -22,11 +24,9 @@ def nt_xent(z_a: jax.Array, z_b: jax.Array, *, temperature: float) -> jax.Array:
     >>> round(float(nt_xent(jnp.ones((4, 8)), jnp.ones((4, 8)), temperature=0.5)), 4)  # collapsed: log(2B - 1)
     1.9459
     """
-    z = normalize(jnp.concatenate([z_a, z_b]))
-    n = len(z)
-    logits = jnp.where(jnp.eye(n, dtype=bool), -jnp.inf, z @ z.T / temperature)
-    partner = (jnp.arange(n) + n // 2) % n
-    return optax.softmax_cross_entropy_with_integer_labels(logits, partner).mean()
+    z_a, z_b = normalize(z_a), normalize(z_b)
+    z = jnp.concatenate([z_a, z_b])
+    return log_sum_exp(z / temperature, z, skip_own=True).mean() - jnp.sum(z_a * z_b, axis=-1).mean() / temperature
 
 
 def info_nce(
@@ -47,8 +47,9 @@ def info_nce(
     >>> round(float(info_nce(one, one, jnp.ones((7, 3)), temperature=0.1)), 4)  # collapsed: log(1 + K)
     2.0794
     """
-    logits = similarities(query, key, negatives, own) / temperature
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.zeros(len(query), int)).mean()
+    near = similarities(query, key, negatives[:0], own) / temperature  # [B, 1 + M]
+    far = log_sum_exp(normalize(query) / temperature, normalize(negatives))
+    return (jnp.logaddexp(jax.nn.logsumexp(near, axis=1), far) - near[:, 0]).mean()
 
 
 def similarities(query: jax.Array, key: jax.Array, negatives: jax.Array, own: jax.Array | None = None) -> jax.Array:
@@ -74,8 +75,8 @@ def indexed_info_nce(query: jax.Array, keys: jax.Array, index: jax.Array, *, tem
     >>> round(float(indexed_info_nce(jnp.ones((2, 3)), jnp.ones((8, 3)), jnp.array([0, 5]), temperature=0.1)), 4)
     2.0794
     """
-    logits = normalize(query) @ normalize(keys).T / temperature
-    return optax.softmax_cross_entropy_with_integer_labels(logits, index).mean()
+    query, keys = normalize(query) / temperature, normalize(keys)
+    return (log_sum_exp(query, keys) - jnp.sum(query * keys[index], axis=-1)).mean()
 
 
 def nce(
@@ -184,7 +185,9 @@ def sup_con(z_a: jax.Array, z_b: jax.Array, label: jax.Array, *, temperature: fl
     z = normalize(jnp.concatenate([z_a, z_b]))
     own = jnp.where(label >= 0, label, -1 - jnp.arange(len(label)))
     group = jnp.concatenate([own, own])
-    others = ~jnp.eye(len(z), dtype=bool)
-    positive = (group[:, None] == group) & others
-    log_odds = jax.nn.log_softmax(jnp.where(others, z @ z.T / temperature, -jnp.inf), axis=1)
-    return -(jnp.where(positive, log_odds, 0).sum(axis=1) / positive.sum(axis=1)).mean()
+    # The mean over a view's positives is its product with the mean of its class without itself.
+    _, number = jnp.unique(group, return_inverse=True, size=len(group))
+    total = jax.ops.segment_sum(z, number, len(group))[number] - z
+    count = jnp.bincount(number, length=len(group))[number] - 1
+    positives = jnp.sum(z * total, axis=-1) / count
+    return log_sum_exp(z / temperature, z, skip_own=True).mean() - positives.mean() / temperature

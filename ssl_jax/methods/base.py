@@ -84,8 +84,10 @@ class Method(NamedTuple):
     forward:     (params, target, extra, batch, rng) -> outputs, extra   per example (but for BatchNorm): may be cut
                  into micro-batches. batch["views"]: V arrays [B, H, W, C] in [0, 1]; batch["drawn"]: V dicts of the
                  parameters they were drawn with (see augment.draw); what `needs` names: batch["label"] [B], ...
-                 outputs: a dict; outputs["embedding"] [B, D] is the encoder's output for the first view.
-    loss:        (outputs, extra, batch) -> scalar, metrics               sees the whole global batch
+                 rng: a key for each image [B]. outputs: a dict of arrays [B, ...], or lists and dicts of such;
+                 outputs["embedding"] [B, D] is the encoder's output for the first view.
+    loss:        (outputs, extra, batch) -> scalar, metrics               sees the whole global batch; batch: what
+                 `needs` names
     views:       number of views the method draws from each image
     local_views: whether it takes further, smaller views after these (config.augment.local_views)
     shares:      for each view the factors (augment.FACTORS) that it has in common with the first view

@@ -62,7 +62,7 @@ def make(config, encoder, run):
         side = images.shape[1]
         corner = jnp.full((len(images), 2), side // 4)
         if config.region == "random":
-            corner = jax.random.randint(rng, corner.shape, 0, side - side // 2 + 1)
+            corner = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, side - side // 2 + 1))(rng)
         around, hidden = blank(images, corner)
         y, stats = network(images).apply(params, extra["stats"], around, train=True)
         pixels = 2 * hidden.reshape(len(images), -1) - 1  # in [-1, 1], as official

@@ -49,21 +49,24 @@ def make(config, encoder, run):
     def forward(params, target, extra, batch, rng):
         del target
         y, stats = network.apply(params, extra["stats"], batch["views"][0], train=True)
-        drawn = jax.random.randint(rng, (config.negatives,), 0, run.examples)
-        outputs = {"embedding": y["encoder"], "z": normalize(y["projector"]), "index": batch["index"], "drawn": drawn}
+        outputs = {"embedding": y["encoder"], "z": normalize(y["projector"]), "index": batch["index"], "rng": rng}
         return outputs, {**extra, "stats": stats}
+
+    def noise(outputs, extra):
+        """Rows of the bank, the same for the whole batch."""
+        return extra["bank"][jax.random.randint(outputs["rng"][0], (config.negatives,), 0, run.examples)]
 
     def normalizer(outputs, extra):
         """Z, fixed from the first batch on."""
         z, bank = jax.lax.stop_gradient(outputs["z"]), extra["bank"]
-        first = nce_normalizer(z, bank[outputs["index"]], bank[outputs["drawn"]], **sizes)
+        first = nce_normalizer(z, bank[outputs["index"]], noise(outputs, extra), **sizes)
         return jnp.where(extra["normalizer"] > 0, extra["normalizer"], first)
 
     def loss(outputs, extra, batch):
         del batch
         z, bank, index = outputs["z"], extra["bank"], outputs["index"]
         if config.mode == "nce":
-            value = nce(z, bank[index], bank[outputs["drawn"]], normalizer=normalizer(outputs, extra), **sizes)
+            value = nce(z, bank[index], noise(outputs, extra), normalizer=normalizer(outputs, extra), **sizes)
         else:
             value = indexed_info_nce(z, bank, index, temperature=config.temperature)
         return value, {"projection_std": embedding_std(z)}

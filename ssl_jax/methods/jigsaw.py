@@ -59,15 +59,19 @@ def tiles_of(rng, images, *, tile, channel_shift):
 
     A tile lies at random in its cell but for the last pixels on the right and below: between two tiles is always a gap.
     """
-    batch, side, _, channels = images.shape
+    _, side, _, channels = images.shape
     if side < SMALLEST:
         raise UserError(f"config.augment.size={side}: jigsaw cuts 3 x 3 tiles; allowed: {SMALLEST} px or more")
     cell = side // 3
     t = min(cell - 1, max(3, round(tile * cell)))
     slack = cell - 1 - t
-    rng_tile, rng_channel = jax.random.split(rng)
-    inside = jax.random.randint(rng_tile, (batch, 9, 1, 2), 0, slack + 1)
-    shift = jax.random.randint(rng_channel, (batch, 9, channels, 2), 0, channel_shift + 1) * (channels == 3)
+
+    def draw(key):
+        key_tile, key_channel = jax.random.split(key)
+        inside = jax.random.randint(key_tile, (9, 1, 2), 0, slack + 1)
+        return inside, jax.random.randint(key_channel, (9, channels, 2), 0, channel_shift + 1) * (channels == 3)
+
+    inside, shift = jax.vmap(draw)(rng)
     cells = (side - 3 * cell) // 2 + cell * jnp.indices((3, 3)).reshape(2, 9).T[:, None]  # [9, 1, 2]
     corners = cells + jnp.minimum(inside + shift, slack)  # [B, 9, C, 2]
 
@@ -93,13 +97,13 @@ def make(config, encoder, run):
         return tiles_of(rng, images, tile=config.tile, channel_shift=config.channel_shift)
 
     def init(rng, views):
-        return init_of(network)(rng, [cut(rng, views[0])])
+        return init_of(network)(rng, [cut(jax.random.split(rng, len(views[0])), views[0])])
 
     def forward(params, target, extra, batch, rng):
         del target
         (images,) = batch["views"]
-        rng_tiles, rng_order = jax.random.split(rng)
-        answer = jax.random.randint(rng_order, (len(images),), 0, len(orders))
+        rng_tiles, rng_order = jnp.moveaxis(jax.vmap(jax.random.split)(rng), 1, 0)
+        answer = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(orders)))(rng_order)
         tiles = cut(rng_tiles, images)
         shuffled = jnp.take_along_axis(tiles, orders[answer][:, :, None, None, None], axis=1)
         y, stats = network.apply(params, extra["stats"], shuffled, train=True)

@@ -65,7 +65,7 @@ def make(config, encoder, run):
         groups, target_stats, keys = config.bn_groups, extra["target"], []
         view_query, *view_keys = batch["views"]
         q, stats = network.apply(params, extra["stats"], view_query, train=True, groups=groups)
-        for view, key in zip(view_keys, jax.random.split(rng, spaces), strict=True):
+        for view, key in zip(view_keys, jax.random.split(rng[0], spaces), strict=True):
             k, target_stats = shuffled(network, target, target_stats, view, key, groups)
             keys.append(jax.lax.stop_gradient(normalize(k["heads"])))
         # query [B, spaces, D], keys [B, keys, spaces, D]

@@ -58,7 +58,7 @@ def make(config, encoder, run):
         pixels = patchify(images, patch)
         count = pixels.shape[1]
         kept = max(1, int(count * (1 - config.mask)))
-        order = jnp.argsort(jax.random.uniform(rng, (len(images), count)), axis=1)  # the first `kept` are visible
+        order = jax.vmap(lambda key: jax.random.permutation(key, count))(rng)  # the first `kept` are visible
         tokens, stats = encoder.apply(
             params["encoder"], extra["stats"]["encoder"], images, train=True, visible=order[:, :kept]
         )

@@ -46,7 +46,7 @@ def make(config, encoder, run):
         view_query, view_key = batch["views"]
         groups = config.bn_groups
         q, stats = network.apply(params, extra["stats"], view_query, train=True, groups=groups)
-        k, target_stats = shuffled(network, target, extra["target"], view_key, rng, groups)
+        k, target_stats = shuffled(network, target, extra["target"], view_key, rng[0], groups)
         key = jax.lax.stop_gradient(normalize(k["projector"]))
         outputs = {"embedding": q["encoder"], "query": q["projector"], "key": key}
         return outputs, {**extra, "stats": stats, "target": target_stats}

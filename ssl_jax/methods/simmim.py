@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Method, init_with_head, masked_loss, need_vit
@@ -35,15 +34,15 @@ RECIPE = {
 }
 
 
-def random_mask(rng, batch, side, *, mask, block):
-    """[B, side * side] bool: of the blocks of block x block patches, the share `mask` (rounded up), for each image.
+def random_mask(rng, side, *, mask, block):
+    """[B, side * side] bool of keys rng [B]: of the blocks of block x block patches, the share `mask` (rounded up).
 
     Blocks in the last row and column are smaller where `block` does not divide `side`.
     """
     blocks = -(-side // block)
-    rank = jnp.argsort(jax.random.uniform(rng, (batch, blocks * blocks)), axis=1)
-    of_blocks = (rank < math.ceil(mask * blocks * blocks)).reshape(batch, blocks, blocks)
-    return of_blocks.repeat(block, axis=1).repeat(block, axis=2)[:, :side, :side].reshape(batch, -1)
+    rank = jax.vmap(lambda key: jax.random.permutation(key, blocks * blocks))(rng)
+    of_blocks = (rank < math.ceil(mask * blocks * blocks)).reshape(-1, blocks, blocks)
+    return of_blocks.repeat(block, axis=1).repeat(block, axis=2)[:, :side, :side].reshape(len(rng), -1)
 
 
 def make(config, encoder, run):
@@ -67,7 +66,7 @@ def make(config, encoder, run):
     def forward(params, target, extra, batch, rng):
         del target
         (images,) = batch["views"]
-        mask = random_mask(rng, len(images), images.shape[1] // patch, mask=config.mask, block=config.block)
+        mask = random_mask(rng, images.shape[1] // patch, mask=config.mask, block=config.block)
         masked = (mask, params["token"])
         tokens, stats = encoder.apply(
             params["encoder"], extra["stats"]["encoder"], images, train=True, dense=True, masked=masked

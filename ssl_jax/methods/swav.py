@@ -48,6 +48,7 @@ def make(config, encoder, run):
         extra["step"] = jnp.zeros([], jnp.int32)
         if config.queue:  # an array without elements cannot be saved
             extra["queue"] = jnp.zeros((2, config.queue, config.out))
+            extra["prototypes"] = jnp.copy(prototypes)  # for the loss, which has no parameters
         return {**params, "prototypes": prototypes}, extra
 
     def forward(params, target, extra, batch, rng):
@@ -59,9 +60,8 @@ def make(config, encoder, run):
         each = jnp.split(normalize(z), len(views))
         outputs = {
             "embedding": y[0],
-            "z": jnp.stack(each[:2]),
+            "z": each[:2],
             "scores": [z @ params["prototypes"].T for z in each],
-            "prototypes": params["prototypes"],
         }
         return outputs, {**extra, "stats": {"encoder": encoder_stats, "projector": projector_stats}}
 
@@ -74,7 +74,7 @@ def make(config, encoder, run):
         del batch
         scores = jax.lax.stop_gradient(outputs["scores"][:2])
         if config.queue:
-            remembered = jax.lax.stop_gradient(extra["queue"] @ outputs["prototypes"].T)
+            remembered = extra["queue"] @ extra["prototypes"].T
             full = extra["step"] * len(scores[0]) >= config.queue
             use = full & (extra["step"] >= config.queue_start * run.steps)
             q = [jax.lax.cond(use, assign, lambda s, r: assign(s, r[:0]), *pair) for pair in zip(scores, remembered)]
@@ -84,10 +84,11 @@ def make(config, encoder, run):
 
     def after(params, extra, outputs, step):
         """Prototypes are unit vectors again; the newest features come first in the queue, the oldest leave it."""
-        extra = {**extra, "step": step + 1}
+        extra, prototypes = {**extra, "step": step + 1}, normalize(params["prototypes"])
         if config.queue:
-            extra["queue"] = jnp.concatenate([outputs["z"], extra["queue"]], axis=1)[:, : config.queue]
-        return {**params, "prototypes": normalize(params["prototypes"])}, extra
+            queue = jnp.concatenate([jnp.stack(outputs["z"]), extra["queue"]], axis=1)[:, : config.queue]
+            extra |= {"queue": queue, "prototypes": prototypes}
+        return {**params, "prototypes": prototypes}, extra
 
     return Method(
         init,

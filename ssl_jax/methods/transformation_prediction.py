@@ -77,16 +77,17 @@ def make(config, encoder, run):
         pair = jnp.stack(batch["views"], axis=1)
         y, stats = network.apply(params, extra["stats"], pair, train=True)
         embedding = jnp.split(y["encoder"], 2, axis=1)[0]
-        return {"embedding": embedding, "prediction": y["head"]}, {"stats": stats}
-
-    def loss(outputs, extra, batch):
-        del extra
         targets = targets_of(batch["drawn"][1], batch["views"][1].shape[-1])
         if not targets:
             raise UserError(
                 "config.augment: the second view has nothing to predict; allowed: preset=transformation, or any of "
                 "second.rotate, shear, zoom, translate, perspective, brightness, contrast"
             )
+        return {"embedding": embedding, "prediction": y["head"], "targets": targets}, {"stats": stats}
+
+    def loss(outputs, extra, batch):
+        del extra, batch
+        targets = outputs["targets"]
         errors, start = {}, 0
         for name, (count, _) in PARTS.items():
             if name in targets:

@@ -44,21 +44,15 @@ def make(config, encoder, run):
         anchor, positive = a["projector"], b["projector"]
         if config.normalize:
             anchor, positive = normalize(anchor), normalize(positive)
-        n = len(anchor)
-        if n < 2:
+        if len(anchor) < 2:
             raise UserError("config.train.batch=1: triplet takes its negative from the batch; allowed: 2 or more")
-        outputs = {
-            "embedding": a["encoder"],
-            "anchor": anchor,
-            "positive": positive,
-            "shift": jax.random.randint(rng, (), 1, n),  # to another image, never to itself
-        }
-        return outputs, {"stats": stats}
+        return {"embedding": a["encoder"], "anchor": anchor, "positive": positive, "rng": rng}, {"stats": stats}
 
     def loss(outputs, extra, batch):
         del extra
         anchor, positive = outputs["anchor"], outputs["positive"]
-        negative = jnp.roll(positive, outputs["shift"], axis=0)
+        shift = jax.random.randint(outputs["rng"][0], (), 1, len(positive))  # to another image, never to itself
+        negative = jnp.roll(positive, shift, axis=0)
         metrics = {"distance": jnp.linalg.norm(jax.lax.stop_gradient(anchor - negative), axis=1).mean()}
         if not mined:
             return triplet(anchor, positive, negative, margin=config.margin), metrics

@@ -19,7 +19,7 @@ def build_encoder(model: Model, channels: int, size: int = 224, *, zero_init: bo
     """
     if model.name not in (*resnet.ARCHITECTURES, *vit.ARCHITECTURES):
         raise unknown("config.model.name", model.name, [*resnet.ARCHITECTURES, *vit.ARCHITECTURES])
-    if model.dtype not in ("float32", "bfloat16"):
+    if model.dtype not in ("float32", "bfloat16", "float64"):  # the last for tests
         raise unknown("config.model.dtype", model.dtype, ("float32", "bfloat16"))
     if model.width <= 0:
         raise UserError(f"config.model.width={model.width}: allowed: more than 0")

@@ -36,7 +36,7 @@ class BatchNorm(nn.Module):
 
     eps 1e-5; running statistics move by 0.1 a step, their variance is the unbiased one. groups > 1: that many equal
     parts of the batch have statistics of their own, and the running ones follow their mean. Statistics are computed and
-    kept in float32 whatever the dtype of x; the output has the dtype of x.
+    kept in float32 at least; the output has the dtype of x.
 
     Raises UserError if the batch does not divide into the groups.
     """
@@ -49,14 +49,14 @@ class BatchNorm(nn.Module):
         features = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         var = self.variable("batch_stats", "var", jnp.ones, features)
-        parts = x.astype(jnp.float32)
+        parts = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if train and not self.is_initializing():
             parts = _split(parts, groups)
             m, v = _statistics(parts, mean.value)
             count = parts.size // v.size
             for kept, now in ((mean, m), (var, v * (count / max(count - 1, 1)))):
                 now = lax.stop_gradient(now.reshape(groups, -1).mean(0))
-                kept.value = 0.9 * kept.value + 0.1 * now
+                kept.value = (0.9 * kept.value + 0.1 * now).astype(kept.value.dtype)
         else:
             m, v = mean.value, var.value
         factor = lax.rsqrt(v + 1e-5)

@@ -84,7 +84,7 @@ class ResNet(nn.Module):
             for i in range(depth):
                 convs = self.block(width, 2 if stage > 1 and i == 0 else 1)
                 x = Block(convs, self.how, self.zero_init, name=f"layer{stage}_{i}")(x, train=train, groups=groups)
-        x = x.astype(jnp.float32)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return x if dense else x.mean((1, 2))
 
 

@@ -44,7 +44,7 @@ def sin_cos(height: int, width: int, features: int) -> np.ndarray:
 
 
 class Block(nn.Module):
-    """Attention and an MLP four times as wide, each added to what goes around it. The sums stay float32."""
+    """Attention and an MLP four times as wide, each added to what goes around it. The sums stay float32 at least."""
 
     heads: int
     dtype: Any
@@ -116,7 +116,7 @@ class ViT(nn.Module):
         batch, height, width = len(x), x.shape[1] // self.patch, x.shape[2] // self.patch
         x = (x - jnp.array(self.mean)) / jnp.array(self.std)
         x = Projection(self.width, self.patch, self.freeze_patch, self.dtype, name="patch_embed_proj")(x)
-        x = x.astype(jnp.float32)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if masked is not None:
             mask, token = masked
             x = jnp.where(mask[..., None], token, x)
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         side = round(x.shape[1] ** 0.5)
         x = jnp.concatenate([class_token, x + sin_cos(side, side, self.width)], axis=1)
         for i in range(self.depth):
-            x = Block(self.heads, jnp.float32, name=f"blocks_{i}")(x)
+            x = Block(self.heads, x.dtype, name=f"blocks_{i}")(x)
         return nn.Dense(self.out, kernel_init=xavier, name="pixels")(Norm(name="norm")(x[:, 1:]))
 
 

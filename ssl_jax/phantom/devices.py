@@ -41,7 +41,7 @@ def support_devices(chest: Chest, margin: dict[str, float], rng: np.random.Gener
             x, y = chest.in_lung(side, 1.15, 0.8)
             curves.append(([x, x - side * 0.2, x - side * 0.22], [y, y - 0.25 + wobble[0], y - 0.65], 0.7))
     smooth = [(*_curve(x, y), dense) for x, y, dense in curves]
-    return image + (0.5 * chest.canvas.lines(smooth, 0.009) if smooth else 0)
+    return image + (0.7 * chest.canvas.lines(smooth, 0.010) if smooth else 0)
 
 
 def skin(chest: Chest, rng: np.random.Generator) -> np.ndarray:
@@ -58,7 +58,7 @@ def skin(chest: Chest, rng: np.random.Generator) -> np.ndarray:
             image += dense * soft_step(1 - chest.canvas.blob(side * x, y + rng.uniform(-0.02, 0.02), 0.03, 0.03), 0.5)
     for _ in range(int(rng.choice((0, 0, 0, 1, 3)))):
         at = chest.canvas.blob(rng.uniform(-0.7, 0.7), rng.uniform(-0.6, 0.6), 0.028, 0.028)
-        image += rng.uniform(0.3, 0.8) * soft_step(1 - at, 0.3) * soft_step(at - rng.choice((-1, 0.25)), 0.2)
+        image += rng.uniform(0.3, 0.8) * soft_step(1 - at, 0.3) * soft_step(at - float(rng.choice((-1, 0.25))), 0.2)
     return image
 
 

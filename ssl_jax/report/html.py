@@ -23,7 +23,8 @@ from ssl_jax.report.page import fold, markdown, note, number, page, percent, pic
 from ssl_jax.run import read_config, read_json, read_lines, write_bytes
 
 COLLAPSED, NARROW = 0.01, 0.1  # embedding std, up to about 1; below the first one training warns, too
-COMMON = {"step", "epoch", "loss", "grad_norm", "embedding_std", "lr", "probe_accuracy", "collapsed"}  # to all methods
+# What all methods report.
+COMMON = {"step", "epoch", "loss", "grad_norm", "embedding_std", "lr", "probe_accuracy", "probe_loss", "collapsed"}
 MOST_IMAGES = 1000  # embedded for the neighbours and the map
 NEIGHBOURS, QUERIES = 6, 10
 MOST_CELLS = 20  # classes up to which the confusion matrix shows its numbers
@@ -220,6 +221,7 @@ def _curves(run: Run) -> str:
     charts = {
         "Loss": {"loss": series(run.lines, "loss")},
         "Accuracy": {name: values for name, values in accuracy.items() if values[0]},
+        "Online probe, loss": {"cross-entropy": series(run.lines, "probe_loss")},
         "Embedding std": {"std": series(run.lines, "embedding_std")},
         "RankMe": {"effective rank": series(run.tested, "rank_me")},
         **{key.replace("_", " ").capitalize(): {key: series(run.lines, key)} for key in own},

@@ -118,7 +118,7 @@ def _classes(cells: Sequence[Cell], baseline: str, share: Mapping[str, float]) -
     ]
     said = []
     for row in rarity(cells, baseline, share):
-        low, high = row["correlation"] - row["half"], row["correlation"] + row["half"]
+        low, high = np.clip((row["correlation"] - row["half"], row["correlation"] + row["half"]), -1, 1)
         what = f"With {row['labels']:,} labels, {row['arm']}: {row['correlation']:+.2f}"
         if np.isnan(low):
             verdict = ", on one seed"

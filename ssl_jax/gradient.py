@@ -1,0 +1,116 @@
+"""The gradient of a method's loss over a batch: at once, or exactly the same in micro-batches that fit in memory.
+
+A loss that compares images is no sum over parts of the batch. So all parts are embedded first, without a gradient; the
+gradient of the loss with respect to these outputs is taken, of the whole batch; and it is pulled back through each
+part, embedded a second time: with the same views, masks and permutations, since all of them are functions of (key,
+place in the batch). Memory grows with the micro-batch and with the outputs, not with the batch. Source: GradCache,
+https://arxiv.org/abs/2101.06983.
+
+BatchNorm is the exception: it sees a micro-batch where it saw the batch. `bn_group` images share their statistics in
+either case, if it is set, and then the gradients are equal again.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ssl_jax.methods.base import Method
+
+Inputs = Mapping[str, jax.Array]
+
+
+def split(tree: Any, parts: int) -> Any:
+    """Arrays [B, ...] as [parts, B / parts, ...]; part i has the images i, i + parts, ...
+
+    A batch that is laid out over devices one stretch after the other is so cut without moving any image: every part
+    lies on all devices. And the parts are the same however many devices there are.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join(tree: Any) -> Any:
+    """What `split` has cut: [parts, B / parts, ...] as [B, ...], in the order of the batch."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+
+def keys_at(key: jax.Array, places: jax.Array) -> jax.Array:
+    """A key for each of `places` [B], a function of nothing else."""
+    return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+
+
+def make_gradient(
+    method: Method, augment: Callable[..., Any], *, micro_batch: int = 0, bn_group: int = 0
+) -> Callable[..., Any]:
+    """A function (params, target, extra, inputs, key) -> (loss, (outputs, extra, metrics)), gradients of params.
+
+    inputs: arrays [B, ...] under "image" (uint8), and "pair", "label", "index" as there are.
+    micro_batch: images embedded at a time, a divisor of B; 0: all.
+    bn_group: images that share the statistics of BatchNorm, a divisor of that; 0: all of them. The running statistics
+        are the means over groups.
+    """
+
+    def forward(params, target, extra, inputs, key):
+        key_views, key_forward = jax.random.split(key)
+        views, drawn = augment(key_views, inputs["image"], inputs.get("pair"), inputs["place"])
+        batch = {"views": views, "drawn": drawn, **{name: inputs[name] for name in method.needs}}
+        rng = keys_at(key_forward, inputs["place"])
+        if not bn_group or bn_group == len(rng):
+            return method.forward(params, target, extra, batch, rng)
+        groups = split((batch, rng), len(rng) // bn_group)
+        outputs, extra = jax.vmap(lambda group: method.forward(params, target, extra, *group))(groups)
+        return join(outputs), jax.tree.map(_mean, extra)
+
+    def whole(params, target, extra, inputs, key):
+        def objective(params):
+            outputs, after = forward(params, target, extra, inputs, key)
+            loss, metrics = method.loss(outputs, extra, inputs)
+            return loss, (outputs, after, metrics)
+
+        return jax.value_and_grad(objective, has_aux=True)(params)
+
+    def in_parts(params, target, extra, inputs, key):
+        parts = split(inputs, len(inputs["place"]) // micro_batch)
+
+        def embed(extra, part):
+            outputs, after = forward(params, target, extra, part, key)
+            return after, outputs
+
+        after, outputs = jax.lax.scan(embed, extra, parts)
+        outputs = join(outputs)
+        leaves, structure = jax.tree.flatten(outputs)
+        real = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+        def objective(of_real):
+            given = list(leaves)
+            for n, leaf in zip(real, of_real, strict=True):
+                given[n] = leaf
+            return method.loss(jax.tree.unflatten(structure, given), extra, inputs)
+
+        (loss, metrics), pulls = jax.value_and_grad(objective, has_aux=True)([leaves[n] for n in real])
+
+        def pull_back(total, part_and_pulls):
+            part, pulls = part_and_pulls
+
+            def pulled(params):
+                made = jax.tree.leaves(forward(params, target, extra, part, key)[0])
+                return sum(jnp.vdot(made[n], pull) for n, pull in zip(real, pulls, strict=True))
+
+            return jax.tree.map(jnp.add, total, jax.grad(pulled)(params)), None
+
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        grads, _ = jax.lax.scan(pull_back, nothing, (parts, split(pulls, len(inputs["place"]) // micro_batch)))
+        return (loss, (outputs, after, metrics)), grads
+
+    def gradient(params, target, extra, inputs: Inputs, key):
+        inputs = {**inputs, "place": jnp.arange(len(inputs["image"]))}
+        cut = micro_batch and micro_batch < len(inputs["image"])
+        return (in_parts if cut else whole)(params, target, extra, inputs, key)
+
+    return gradient
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    """Of each group's statistics [groups, ...]; what is no real number is the same in all."""
+    return x.mean(axis=0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]

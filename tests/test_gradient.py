@@ -1,0 +1,133 @@
+"""The gradient in micro-batches is that of the batch, for every method: float64, and on several devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import Images, tiny_config
+
+from ssl_jax import trainer
+from ssl_jax.augment import make_views
+from ssl_jax.config import method_names
+from ssl_jax.errors import UserError
+from ssl_jax.gradient import join, make_gradient, split
+from ssl_jax.parallel import make_mesh, replicated
+from ssl_jax.parallel import split as over_devices
+from ssl_jax.transforms import target_of
+
+pytestmark = pytest.mark.usefixtures("small_networks")
+QUICK = ("simclr", "moco", "dino", "swav", "mae", "instance_discrimination")  # the others are slow tests
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in method_names()]
+
+
+def double(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
+
+
+def gradients(name, *, micro_batch, bn_group):
+    """(loss, metrics, extra, gradients) of a step on 64 images, in float64."""
+    source = Images(n=64)
+    config = tiny_config(name, train__batch=64)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
+    setup = trainer.set_up(config, source)
+    state = double(trainer.init_state(setup, 0))
+    # Drawn once: that those of a part are the same but for rounding in float32 is a test of its own.
+    drawn = double(jax.jit(make_views(setup.views, setup.method.shares))(jax.random.key(2), source.images))
+
+    def augment(key, images, pairs, places):
+        return jax.tree.map(lambda x: x[places], drawn)
+
+    inputs = {"image": source.images, "label": source.labels, "index": np.arange(64)}
+    gradient = make_gradient(setup.method, augment, micro_batch=micro_batch, bn_group=bn_group)
+    args = state.params, target_of(state.opt_state), state.extra, inputs, jax.random.key(1)
+    (loss, (outputs, extra, metrics)), grads = jax.jit(gradient)(*args)
+    return {"loss": loss, "metrics": metrics, "extra": extra, "grads": grads, "embedding": outputs["embedding"]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_micro_batches_have_the_gradient_of_the_batch(name):
+    with jax.enable_x64(True):
+        whole = gradients(name, micro_batch=0, bn_group=8)
+        parts = gradients(name, micro_batch=8, bn_group=8)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(whole["grads"])) > 1e-4
+    for key in ("loss", "metrics", "grads", "embedding"):
+        for a, b in zip(jax.tree.leaves(parts[key]), jax.tree.leaves(whole[key]), strict=True):
+            # jax.nn.dot_product_attention takes its softmax in float32: for ViTs 1e-6 of the largest.
+            least = 1e-6 * float(jnp.abs(b).max()) if name in ("mae", "simmim") else 1e-9
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=least)
+
+
+def test_batch_norm_over_other_groups_is_another_gradient():
+    """What micro-batches cannot do by themselves: without bn_group the statistics are those of fewer images."""
+    with jax.enable_x64(True):
+        whole, parts = (gradients("simclr", micro_batch=n, bn_group=0) for n in (0, 8))
+    assert abs(float(whole["loss"] - parts["loss"])) > 1e-4
+
+
+def test_views_of_a_part_are_those_of_the_batch():
+    images = Images(n=12).images
+    draw = jax.jit(make_views(trainer.set_up(tiny_config("simclr"), Images()).views))
+    whole, parts = draw(jax.random.key(0), images), draw(jax.random.key(0), images[2::3], None, np.arange(12)[2::3])
+    for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b[2::3], atol=1e-6)
+
+
+def test_parts_are_strided_and_come_back_in_order():
+    x = {"a": jnp.arange(12), "b": jnp.arange(24).reshape(12, 2)}
+    assert split(x, 3)["a"].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert all((join(split(x, 3))[key] == x[key]).all() for key in x)
+
+
+def test_running_statistics_are_the_means_over_groups():
+    with jax.enable_x64(True):
+        grouped = gradients("simclr", micro_batch=0, bn_group=8)["extra"]["stats"]
+        images, config = Images(n=64), tiny_config("simclr", train__batch=64)
+        setup = trainer.set_up(config, images)
+        state = double(trainer.init_state(setup, 0))
+        views, drawn = jax.jit(make_views(setup.views))(jax.random.key(2), images.images)
+        each = []
+        for i in range(8):
+            batch = {"views": [v[i::8] for v in views], "drawn": drawn}
+            each.append(setup.method.forward(state.params, None, state.extra, batch, None)[1]["stats"])
+        mean = jax.tree.map(lambda *x: sum(x) / 8, *each)
+    for a, b in zip(jax.tree.leaves(grouped), jax.tree.leaves(mean), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_steps_in_micro_batches_on_devices(devices):
+    """Losses of 20 steps are those of the whole batch on one device, when groups of BatchNorm are the same."""
+    source, losses = Images(), {}
+    for name, mesh_of, changes in (("whole", 1, {}), ("parts", devices, {"train__micro_batch": 4})):
+        config = tiny_config("simclr", train__bn_group=4, **changes)
+        setup, mesh = trainer.set_up(config, source), make_mesh(mesh_of, 16, 4)
+        state = jax.device_put(trainer.init_state(setup, 0), replicated(mesh))
+        step_fn = jax.jit(trainer.make_step(setup, config, mesh))
+        losses[name] = []
+        for step in range(20):
+            index = np.arange(step * 16, step * 16 + 16) % 48
+            batch = {"image": source.images[index], "index": index, "label": source.labels[index]}
+            state, metrics = step_fn(state, jax.device_put(batch, over_devices(mesh)))
+            losses[name].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses["parts"], losses["whole"], atol=1e-5)
+    assert losses["parts"][-1] < losses["parts"][0]
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"train__micro_batch": 5}, "config.train.micro_batch=5: allowed: 0, or a divisor of config.train.batch=16"),
+        ({"train__bn_group": 3}, "config.train.bn_group=3: allowed: 0, or a divisor of config.train.batch=16"),
+        (
+            {"train__micro_batch": 8, "train__bn_group": 16},
+            "config.train.bn_group=16: allowed: 0, or a divisor of config.train.micro_batch=8",
+        ),
+    ],
+)
+def test_parts_that_do_not_divide(changes, message):
+    with pytest.raises(UserError, match=message):
+        trainer.set_up(tiny_config("simclr", **changes), Images())
+    with pytest.raises(UserError, match="config.train.micro_batch=6: not divisible by the 4 devices"):
+        make_mesh(4, 24, 6)
