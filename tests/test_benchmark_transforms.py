@@ -22,7 +22,7 @@ def options(**changes):
         "seeds": 2,
         "workdir": Path("runs"),
     }
-    return argparse.Namespace(**{**chosen, "examples": 40_000, **changes})
+    return argparse.Namespace(**{**chosen, "examples": 40_000, "workdir": Path("runs"), **changes})
 
 
 def differing(a, b):

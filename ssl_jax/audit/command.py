@@ -133,9 +133,8 @@ def _print_lesions(rows: Sequence[Row]) -> None:
         shares = f"{row['lost']:.1%}", worst["class"], f"{worst['lost']:.1%}", f"{row['disagree']:.1%}"
         table.add_row(row["transform"], strength, row["measure"], *shares)
     Console().print(table)
-    print(
-        "lost: views that keep less than half of a lesion's area or contrast; disagree: pairs of which only one does; *: in the config"
-    )
+    print("lost: views that keep less than half of a lesion's area or contrast; disagree: pairs of which one does")
+    print("*: in the config")
 
 
 def _print_invariance(rows: Sequence[Row]) -> None:

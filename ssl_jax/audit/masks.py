@@ -160,13 +160,14 @@ def _below(name: str, data: Data) -> Path:
 def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
     """Path -> (class, left, top, right, bottom) of its boxes."""
     table = read_table(path, f"--masks={where}")
-    missing = [name for name in COLUMNS if table.find([name]) is None]
-    if missing:
-        raise UserError(f"--masks={where}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}, and class if known")
-    at, kind = [table.find([name]) or 0 for name in COLUMNS], table.find(["class"])
+    found = {name: table.find(name) for name in (*COLUMNS, "class")}
+    for name in COLUMNS:
+        if found[name] is None:
+            raise UserError(f"--masks={where}: no column {name!r}; needed: {', '.join(COLUMNS)}, and class if known")
+    cells = {name: table.column(column) for name, column in found.items() if column is not None}
+    classes = cells.get("class", [""] * len(table.lines))
     boxes: dict[str, list[tuple[str, float, float, float, float]]] = {}
-    for number, row in enumerate(table.rows):
-        image, *corners = (row[column].strip() for column in at)
+    for number, (image, *corners) in enumerate(zip(*(cells[name] for name in COLUMNS), strict=True)):
         try:
             left, top, right, bottom = map(float, corners)
         except ValueError as error:
@@ -174,6 +175,5 @@ def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, floa
         if not (left < right and top < bottom):
             box = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
             raise table.fail(number, f"{box}; allowed: left < right, top < bottom")
-        name = row[kind].strip() if kind is not None else ""
-        boxes.setdefault(image, []).append((name or LESION, left, top, right, bottom))
+        boxes.setdefault(image, []).append((classes[number] or LESION, left, top, right, bottom))
     return boxes
