@@ -160,20 +160,20 @@ def _below(name: str, data: Data) -> Path:
 def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
     """Path -> (class, left, top, right, bottom) of its boxes."""
     table = read_table(path, f"--masks={where}")
-    found = {name: table.find(name) for name in (*COLUMNS, "class")}
-    for name in COLUMNS:
-        if found[name] is None:
-            raise UserError(f"--masks={where}: no column {name!r}; needed: {', '.join(COLUMNS)}, and class if known")
-    cells = {name: table.column(column) for name, column in found.items() if column is not None}
-    classes = cells.get("class", [""] * len(table.lines))
+    missing = [name for name in COLUMNS if table.find(name) is None]
+    if missing:
+        raise UserError(f"--masks={where}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}, and class if known")
+    images, *corners = (table.column(table.find(name) or name) for name in COLUMNS)
+    kind = table.find("class")
+    names = table.column(kind) if kind else [""] * len(images)
     boxes: dict[str, list[tuple[str, float, float, float, float]]] = {}
-    for number, (image, *corners) in enumerate(zip(*(cells[name] for name in COLUMNS), strict=True)):
+    for number, (image, name, *box) in enumerate(zip(images, names, *corners, strict=True)):
         try:
-            left, top, right, bottom = map(float, corners)
+            left, top, right, bottom = map(float, box)
         except ValueError as error:
             raise table.fail(number, f"{error}; allowed: numbers, px") from error
         if not (left < right and top < bottom):
-            box = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
-            raise table.fail(number, f"{box}; allowed: left < right, top < bottom")
-        boxes.setdefault(image, []).append((classes[number] or LESION, left, top, right, bottom))
+            shown = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
+            raise table.fail(number, f"{shown}; allowed: left < right, top < bottom")
+        boxes.setdefault(image, []).append((name or LESION, left, top, right, bottom))
     return boxes

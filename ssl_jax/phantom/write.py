@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
