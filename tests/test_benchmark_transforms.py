@@ -14,8 +14,15 @@ from ssl_jax.config import View, resolve  # noqa: E402
 
 
 def options(**changes):
-    chosen = {"set": "factors", "data": "", "methods": "moco,byol,looc", "views": ",".join(study.VIEWS), "seeds": 2}
-    return argparse.Namespace(**{**chosen, "examples": 40_000, **changes})
+    chosen = {
+        "set": "factors",
+        "data": "",
+        "methods": "moco,byol,looc",
+        "views": ",".join(study.VIEWS),
+        "seeds": 2,
+        "workdir": Path("runs"),
+    }
+    return argparse.Namespace(**{**chosen, "examples": 40_000, "workdir": Path("runs"), **changes})
 
 
 def differing(a, b):

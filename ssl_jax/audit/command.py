@@ -121,9 +121,10 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 
 def _print_lesions(rows: Sequence[Row]) -> None:
     table = Table(box=None, pad_edge=False)
-    for column in ("transform", "strength", "measure", "lost", "worst class", "lost there", "pairs disagree"):
-        number = column in ("strength", "lost", "lost there")
-        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for column in ("transform", "strength", "measure", "lost", "worst class", "lost there", "disagree"):
+        words = column in ("transform", "measure", "worst class")
+        width = None if column == "worst class" else len(column) + 2  # where it is narrow, a long name is cut
+        table.add_column(column, justify="left" if words else "right", no_wrap=True, min_width=width)
     for row in (r for r in rows if r["class"] == "all"):
         same = ("transform", "strength", "measure")
         classes = [r for r in rows if r["class"] != "all" and all(r[k] == row[k] for k in same)]
@@ -131,9 +132,9 @@ def _print_lesions(rows: Sequence[Row]) -> None:
         strength = "" if row["strength"] is None else f"{row['strength']:g}" + " *" * row["configured"]
         shares = f"{row['lost']:.1%}", worst["class"], f"{worst['lost']:.1%}", f"{row['disagree']:.1%}"
         table.add_row(row["transform"], strength, row["measure"], *shares)
-    console = Console()
-    console.print(table, width=max(console.width, 100))  # a class may have a long name; a file has no width
-    print("lost: views that keep less than half of a lesion's area or contrast; *: as in the config")
+    Console().print(table)
+    print("lost: views that keep less than half of a lesion's area or contrast; disagree: pairs of which one does")
+    print("*: in the config")
 
 
 def _print_invariance(rows: Sequence[Row]) -> None:
