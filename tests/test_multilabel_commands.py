@@ -132,7 +132,8 @@ def test_finetune_test_and_predict(encoder, opened, tmp_path, capsys):
         predicted = list(csv.DictReader(file))
     assert len(predicted) == 60 and [predicted[i] for i in known] == rows
     sources[data] = lambda *part: source(*part, groups=False)
-    commands.predict(str(out), data, str(tmp_path / "q.csv"))
+    commands.predict(str(out), data, str(tmp_path / "q.csv"), ["--config.data.labels=('study',)"])
+    assert opened[0][-1][0].labels == ()  # nor any column that the training data had
     assert (tmp_path / "q.csv").read_text().splitlines()[0] == "path,top,middle,bottom,never"
 
 

@@ -17,6 +17,7 @@ from tiny import Images, tiny_config, tiny_encoder
 
 from ssl_jax import run, trainer
 from ssl_jax.checkpoint import steps
+from ssl_jax.config import Data
 from ssl_jax.errors import UserError
 from ssl_jax.report import html
 
@@ -239,6 +240,22 @@ def test_collapse_is_told_in_words(tmp_path, small_networks, capsys):
     config = dataclasses.replace(config, on_collapse="stop")
     with pytest.raises(UserError, match=r"collapsed: embedding std .* stopped by config.on_collapse=stop"):
         trainer.fit(config, tmp_path / "stopped", source)
+
+
+def test_several_labels_an_image_are_watched(tmp_path, small_networks):
+    """The online probe tells its masked cross-entropy, kNN the mean AUC over classes."""
+    source = Images(n=96)
+    source.labels = (source.labels[:, None] == np.arange(3)).astype(np.float32)
+    source.labels[5, 1] = source.labels[7] = np.nan
+    config = tiny_config("simclr", train__duration="20 steps", eval__every="20 steps", data__engine="disk")
+    trainer.fit(config, tmp_path / "run", source)
+    lines = run.read_lines(tmp_path / "run" / "metrics.jsonl")
+    probe = [line["probe_loss"] for line in lines if "loss" in line]
+    assert probe[0] == pytest.approx(np.log(2)) and np.log(2) > probe[10] > probe[-1]  # it starts at zero: p is 1/2
+    assert [line["step"] for line in lines if line.get("knn_auc", 0) > 0.9] == [20]
+    assert "Online probe, loss" in html.write_report(tmp_path / "run").read_text()
+    store = trainer._Loop(dataclasses.replace(config, data=Data(engine="memory")), tmp_path, source)._store()
+    np.testing.assert_array_equal(store["label"], source.labels)  # float, NaN and all
 
 
 def test_workdir_that_is_something_else(tmp_path, small_networks):
