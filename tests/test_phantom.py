@@ -1,12 +1,14 @@
 """Phantom radiographs: reproducible, in CheXpert's layout, with findings that can't be read off something else."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
@@ -253,23 +255,44 @@ def test_raw_pixels_are_far_from_enough(drawn):
     assert 0.5 < np.mean(aucs) < 0.75
 
 
-@pytest.mark.parametrize("name", [name for name in DRAWN if name != "haze"])
-def test_a_finding_is_where_its_mask_says(name):
-    """The same image with and without it: what differs lies in the mask, or near it."""
-    import dataclasses
-
-    def seen(study):
-        return draw(patient, study, 1, 96)
-
+def with_and_without(name, size):
+    """A patient with this finding alone, plainly, and without any: what each image shows, before noise."""
     patient = make_patient(1, VALID, 17)
     none = dataclasses.replace(patient.studies[0], margin=dict.fromkeys(DRAWN, -3.0))
     one = dataclasses.replace(none, margin={**none.margin, name: 1.0})
-    made, empty = seen(one), seen(none)
+    return draw(patient, one, 1, size), draw(patient, none, 1, size)
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWN if name != "haze"])
+def test_a_finding_is_where_its_mask_says(name):
+    """The same image with and without it: what differs lies in the mask, or near it."""
+    made, empty = with_and_without(name, 96)
     assert not empty.masks and name in made.masks
     change = abs(made.image.astype(float) - empty.image)
     mask = made.masks[name]
     assert 0.0005 < mask.mean() < 0.6
     assert change[mask].mean() > 2 * change[~mask].mean()
+
+
+@pytest.mark.parametrize(
+    "name,small,fine",
+    [
+        ("Lung Lesion", True, False),
+        ("Fracture", True, False),
+        ("Atelectasis", True, True),
+        ("Support Devices", True, True),
+        ("Cardiomegaly", False, False),
+        ("Edema", False, False),
+    ],
+)
+def test_kinds_of_findings(name, small, fine):
+    """A crop can cut out what is small; a blur (3 px of 128) takes most of what is fine, and little of the rest."""
+    made, empty = with_and_without(name, 128)
+    mask = made.masks[name]
+    assert (mask.mean() < 0.03) == small
+    change = made.image.astype(float) - empty.image
+    kept = np.sqrt((gaussian_filter(change, 3)[mask] ** 2).mean() / (change[mask] ** 2).mean())
+    assert (kept < 0.45) == fine and (fine or kept > 0.55)
 
 
 # The canvas
