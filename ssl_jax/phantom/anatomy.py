@@ -199,12 +199,9 @@ def bones_and_body(chest: Chest, female: bool, rng: np.random.Generator) -> np.n
     image -= 0.22 * trachea
     image += ribs(chest) + front_ribs(chest)
     line = np.float32(p["collar_y"]) + np.float32(p["collar_tilt"]) * chest.side - 0.12 * chest.side**2
-    image += (
-        np.float32(p["collar"])
-        * soft_step(0.032 - np.abs(y - line), 0.03)
-        * soft_step(0.85 - chest.side, 0.05)
-        * soft_step(chest.side - 0.08, 0.03)
-    )
+    image += np.float32(p["collar"]) * soft_step(0.032 - np.abs(y - line), 0.03) * soft_step(
+        0.85 - chest.side, 0.05
+    ) * soft_step(chest.side - 0.08, 0.03)
     if female:
         for side in (-1, 1):
             disc = chest.canvas.blob(side * p["breast_x"], p["breast_y"], 0.33, 0.27)

@@ -25,18 +25,12 @@ def support_devices(chest: Chest, margin: dict[str, float], rng: np.random.Gener
             curves.append(([side * start[0], bend[0], -0.1, -0.11 + wobble[2]], [start[1], bend[1], -0.4, 0.05], 0.55))
         elif kind == "stomach":
             curves.append(
-                (
-                    [wobble[0], wobble[1], 0.03, 0.2 + wobble[2], 0.34],
-                    [-1.15, -0.3, 0.25, p["base"] + 0.12, p["base"] + 0.2],
-                    0.5,
-                )
+                ([wobble[0], wobble[1], 0.03, 0.2 + wobble[2], 0.34], [-1.15, -0.3, 0.25, p["base"] + 0.12, p["base"] + 0.2], 0.5)
             )
         elif kind == "pacemaker":
             x, y = side * rng.uniform(0.45, 0.6), rng.uniform(-0.55, -0.4)
             image += 0.9 * soft_step(1 - chest.canvas.blob(x, y, 0.11, 0.09) ** 2, 0.2)
-            curves.append(
-                ([x, side * 0.2, -0.1, -0.05, 0.15 + wobble[0]], [y, -0.58, -0.3, 0.1, p["base"] - 0.05], 0.6)
-            )
+            curves.append(([x, side * 0.2, -0.1, -0.05, 0.15 + wobble[0]], [y, -0.58, -0.3, 0.1, p["base"] - 0.05], 0.6))
         else:  # a drain from the flank upwards
             x, y = chest.in_lung(side, 1.15, 0.8)
             curves.append(([x, x - side * 0.2, x - side * 0.22], [y, y - 0.25 + wobble[0], y - 0.65], 0.7))

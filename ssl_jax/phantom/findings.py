@@ -15,9 +15,7 @@ Draw = Callable[[Chest, float, np.random.Generator], np.ndarray]
 def edema(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
     """Haze around the hila, fuller vessels, fine lines at the base."""
     p = chest.person
-    around = (chest.side - 0.27) ** 2 / np.float32(0.07) + (
-        chest.canvas.y - np.float32(p["hilum_y"] + 0.12)
-    ) ** 2 / 0.13
+    around = (chest.side - 0.27) ** 2 / np.float32(0.07) + (chest.canvas.y - np.float32(p["hilum_y"] + 0.12)) ** 2 / 0.13
     haze = np.exp(-around) * (1 + 0.25 * chest.canvas.cloud(rng, 24))
     septa: list[Curve] = []
     for _ in range(14):
@@ -113,9 +111,7 @@ def pleural_other(chest: Chest, amount: float, rng: np.random.Generator) -> np.n
     place = np.float32(rng.uniform(-0.6, 0.3))
     thick = (0.03 + 0.05 * amount) * (1 + 0.5 * chest.canvas.cloud(rng, 12))
     band = soft_step(thick - chest.wall + 0.02, 0.03) * soft_step(0.3 - np.abs(chest.canvas.y - place), 0.1)
-    return (
-        (0.2 + 0.2 * amount) * band * soft_step(chest.wall, 0.03) * soft_step(chest.dome, 0.03) * (chest.left == left)
-    )
+    return (0.2 + 0.2 * amount) * band * soft_step(chest.wall, 0.03) * soft_step(chest.dome, 0.03) * (chest.left == left)
 
 
 def fracture(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:

@@ -54,7 +54,9 @@ def write(
     ):
         if not low <= value <= high:
             raise UserError(f"--{name}={value}: allowed: {low} to {high}")
-    _begin(out, {"phantom": True, "version": VERSION, "seed": seed, "patients": patients, "size": size, "test": test})
+    _begin(
+        out, {"phantom": True, "version": VERSION, "seed": seed, "patients": patients, "size": size, "test": test}
+    )
     items, rows = [], ([], [])
     for part, images in enumerate(((range(1, patients + 1), None), (range(FIRST_TEST, LAST + 1), test))):
         for patient, study, view in itertools.islice(_images(seed, part, images[0]), images[1]):
@@ -99,14 +101,7 @@ def _row(patient: Patient, study: Study, view: int) -> list[str]:
     labels = study.truth if patient.part else study.labels
     texts = ["" if math.isnan(labels[name]) else f"{labels[name]:.1f}" for name in OBSERVATIONS]
     path = f"phantom/{_place(patient, study, view)}.jpg"
-    return [
-        path,
-        "Female" if patient.female else "Male",
-        f"{patient.age}",
-        "Frontal",
-        "AP" if study.ap else "PA",
-        *texts,
-    ]
+    return [path, "Female" if patient.female else "Male", f"{patient.age}", "Frontal", "AP" if study.ap else "PA", *texts]
 
 
 def _place(patient: Patient, study: Study, view: int) -> str:
