@@ -286,7 +286,7 @@ def views(config: ConfigDict, out: str, images: int = 6) -> None:
     from ssl_jax.report.sheet import view_sheet
 
     resolved = resolve(config)
-    source = open_source(resolved.data)
+    source = open_source(dataclasses.replace(resolved.data, cache=""))  # a few images: no reason to decode all
     chosen = np.random.default_rng(resolved.train.seed).permutation(len(source))[: max(1, images)]
     # Every method draws its views from the same two; one-view methods use the first.
     drawn = resolve_views(resolved.augment, 2, min(source.shape[:2]))

@@ -38,6 +38,8 @@ class Data:
     engine: str = "auto"  # memory: decode once, gather on the device; disk: grain, each step; auto: by memory_gb
     memory_gb: float = 2.0  # data sets up to this size are kept in memory under engine=auto
     workers: int = 2  # threads that decode files
+    cache: str = ""  # folder for decoded images, made once and then read instead of the files; empty: none
+    window: str = "auto"  # black and white of a DICOM: auto (its own window, else percentiles) or percentile
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ CHOICES = {
     "data.uncertain": ("ignore", "zeros", "ones", "smooth_zeros", "smooth_ones"),
     "data.blank": ("auto", "ignore", "zeros"),
     "data.frontal": ("frontal", "lateral", "all"),
+    "data.window": ("auto", "percentile"),
     "model.name": ("resnet18", "resnet34", "resnet50", "resnet_thin", "vit_tiny", "vit_small", "vit_base"),
     "model.stem": ("auto", "imagenet", "small"),
     "model.dtype": ("float32", "bfloat16"),

@@ -90,14 +90,20 @@ def from_files(
             content = Path(good[index].path).read_bytes()
         except OSError as error:  # the disk's fault, not the file's: a stand-in would make the run depend on the disk
             raise UserError(f"{printable(good[index].path)!r}: {error.strerror}; it was there at the start") from error
-        return image.decode(content, size, channels)
+        return image.decode(content, size, channels, data.window)
 
+    if data.cache:
+        from ssl_jax.data.cache import cached
+
+        read = cached([file.path for file in good], load, (size, size, channels), data)
+    else:
+        read = load
     number = {name: i for i, name in enumerate(classes)}
     numbers = np.array([number.get(file.label or "", -1) for file in good], np.int32) if classes else None
     return Source(
         [file.name for file in good],
         (size, size, channels),
-        load,
+        read,
         labels=numbers if labels is None else labels[kept],
         classes=classes,
         groups=None if groups is None else groups[kept],

@@ -1,4 +1,4 @@
-"""Phantom radiographs: drawn chest X-rays in CheXpert's layout, for trying methods out where no patient data can be had.
+"""Phantom radiographs: drawn chest X-rays in CheXpert's layout, to try methods out where no patient data can be had.
 
 `patients` says who has what and what a report parser would read, `anatomy` and `findings` draw it, `write` makes the
 files. Everything is a function of (seed, part, patient number); no claim about patients can be made from it.

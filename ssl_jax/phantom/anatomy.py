@@ -4,6 +4,7 @@ Densities are what a structure adds to the logarithm of the attenuation; a lung 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ PERSON: dict[str, tuple[float, float]] = {
     "left_lower": (0.0, 0.09),  # the left dome below the right one
     "mediastinum": (0.085, 0.13),  # half-width
     "knob": (0.05, 0.10),  # radius of the aortic knob
+    "heart_x": (-0.03, 0.04),
     "heart_tilt": (0.3, 1.2),
     "heart_tall": (0.28, 0.38),
     "lung": (0.85, 1.1),  # what a lung takes away
@@ -29,7 +31,7 @@ PERSON: dict[str, tuple[float, float]] = {
     "rib_dip": (-0.16, -0.02),
     "rib_fall": (0.25, 0.55),
     "rib_width": (0.34, 0.5),  # of the gap
-    "rib": (0.08, 0.22),
+    "rib": (0.10, 0.24),
     "front_rib": (0.02, 0.10),
     "front_fall": (0.25, 0.5),
     "spine": (0.06, 0.22),
@@ -38,7 +40,7 @@ PERSON: dict[str, tuple[float, float]] = {
     "collar": (0.06, 0.16),  # clavicles
     "collar_y": (-0.72, -0.58),
     "collar_tilt": (-0.16, 0.10),
-    "vessels": (0.10, 0.24),
+    "vessels": (0.08, 0.28),
     "hilum_y": (-0.12, 0.04),
     "breast": (0.06, 0.2),
     "breast_x": (0.4, 0.52),
@@ -50,7 +52,7 @@ PERSON: dict[str, tuple[float, float]] = {
 # What varies between images of a patient.
 POSE: dict[str, tuple[float, float]] = {
     "turn": (-6.0, 6.0),  # degrees
-    "scale": (0.92, 1.14),
+    "scale": (0.88, 1.15),
     "stretch": (0.92, 1.12),
     "shift_x": (-0.09, 0.09),
     "shift_y": (-0.05, 0.13),
@@ -93,7 +95,7 @@ def draw_range(rng: np.random.Generator, ranges: dict[str, tuple[float, float]])
     return {name: float(rng.uniform(*between)) for name, between in ranges.items()}
 
 
-def rib_cage(y: np.ndarray, p: dict[str, float]) -> np.ndarray:
+def rib_cage(y: Any, p: dict[str, float]) -> np.ndarray:
     """Half-width of the rib cage at a height."""
     rise = np.clip((y - p["top"]) / np.float32(p["base"] + 0.1 - p["top"]), 0, 1)
     return np.float32(p["width"]) * (1 - (1 - rise) ** np.float32(p["shape"])) ** np.float32(0.6)
@@ -109,7 +111,7 @@ def make_chest(
     lifted: tuple[float, float],
     rng: np.random.Generator,
 ) -> Chest:
-    """heart: half-width beyond the usual; mediastinum: the same; lifted: how much the right and left dome are raised."""
+    """heart: half-width beyond the usual; mediastinum: the same; lifted: how far the right and left dome are raised."""
     x, y = canvas.x, canvas.y
     middle = np.float32(p["bend"]) * np.sin(3 * y) + np.float32(rotation) * (y + 0.3)
     offset = x - middle
@@ -119,10 +121,12 @@ def make_chest(
     level = np.where(left, np.float32(p["base"] + p["left_lower"] - lifted[1]), np.float32(p["base"] - lifted[0]))
     dome = level + np.float32(p["dome"]) * bow**2 * 1.2 - y
     # Ventricle: a tilted ellipse to the left; atrium: a smaller one, whose edge is the right border of the heart.
-    a, b = x - np.float32(0.13 + 0.5 * heart + rotation), y - np.float32(p["base"] - 0.16)
+    a, b = x - np.float32(0.13 + p["heart_x"] + 0.5 * heart + rotation), y - np.float32(p["base"] - 0.16)
     across, down = a - np.float32(p["heart_tilt"]) * 0.4 * b, b + np.float32(p["heart_tilt"]) * 0.25 * a
     ventricle = (across / np.float32(0.25 + heart)) ** 2 + (down / np.float32(p["heart_tall"])) ** 2
-    atrium = canvas.blob(-0.04 - 0.3 * heart + rotation, p["base"] - 0.2, 0.15 + 0.4 * heart, p["heart_tall"] * 0.9)
+    atrium = canvas.blob(
+        p["heart_x"] - 0.04 - 0.3 * heart + rotation, p["base"] - 0.2, 0.15 + 0.4 * heart, p["heart_tall"] * 0.9
+    )
     heart_map = soft_step(1 - np.sqrt(np.minimum(ventricle, atrium)), 0.2)
     narrow = np.float32(p["mediastinum"] + mediastinum) * (1 + 0.35 * np.clip(y + 0.1, -0.5, 0.6) ** 2)
     knob = np.sqrt(canvas.blob(0.08 + 0.5 * mediastinum, p["hilum_y"] - 0.27, p["knob"] + 0.03, p["knob"] + 0.04))
@@ -199,9 +203,12 @@ def bones_and_body(chest: Chest, female: bool, rng: np.random.Generator) -> np.n
     image -= 0.22 * trachea
     image += ribs(chest) + front_ribs(chest)
     line = np.float32(p["collar_y"]) + np.float32(p["collar_tilt"]) * chest.side - 0.12 * chest.side**2
-    image += np.float32(p["collar"]) * soft_step(0.032 - np.abs(y - line), 0.03) * soft_step(
-        0.85 - chest.side, 0.05
-    ) * soft_step(chest.side - 0.08, 0.03)
+    image += (
+        np.float32(p["collar"])
+        * soft_step(0.032 - np.abs(y - line), 0.03)
+        * soft_step(0.85 - chest.side, 0.05)
+        * soft_step(chest.side - 0.08, 0.03)
+    )
     if female:
         for side in (-1, 1):
             disc = chest.canvas.blob(side * p["breast_x"], p["breast_y"], 0.33, 0.27)

@@ -22,6 +22,7 @@ class Canvas:
         rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         self.forward = rotation * scale * np.array([1.0, stretch])  # body -> image, half-widths
         self.shift = np.array(shift)
+        self.pixel = size / 2 * scale * stretch**0.5  # pixels in a body unit
         centres = (np.arange(size) + 0.5) / size * 2 - 1
         u, v = centres[None, :] - shift[0], centres[:, None] - shift[1]
         back = np.linalg.inv(self.forward)
@@ -44,7 +45,7 @@ class Canvas:
         place = (np.arange(dots) + 0.5) / dots
         where = begin[:, :, None] * (1 - place) + end[:, :, None] * place
         weight = np.broadcast_to((density * length / dots)[:, None], where.shape[1:])
-        sigma = max(width * half * abs(np.linalg.det(self.forward)) ** 0.5, 0.45)
+        sigma = _rounded(max(width * self.pixel, 0.45))
         peak = np.sqrt(2 * np.pi) * sigma  # a blurred line of one unit a pixel has its maximum at 1 / peak
         return self.blur(self._splat(where.reshape(2, -1), weight.reshape(-1)), sigma) * np.float32(peak)
 
@@ -67,7 +68,7 @@ class Canvas:
 
     def blur(self, image: np.ndarray, sigma: float) -> np.ndarray:
         """Gaussian blur, sigma in pixels; edges repeat."""
-        kernel = _blur_matrix(self.size, round(sigma * 32) / 32)
+        kernel = _blur_matrix(self.size, _rounded(sigma))
         return kernel @ image @ kernel.T
 
     def cloud(self, rng: np.random.Generator, cells: int) -> np.ndarray:
@@ -82,7 +83,14 @@ class Canvas:
 
 def soft_step(distance: np.ndarray, softness: float) -> np.ndarray:
     """0 outside, 1 inside, with an edge of width `softness` around distance 0."""
-    return np.clip(distance / np.float32(softness) + np.float32(0.5), 0, 1)
+    made = distance * np.float32(1 / softness)
+    made += np.float32(0.5)
+    return made.clip(0, 1, out=made)
+
+
+def _rounded(sigma: float) -> float:
+    """To sixteenths, so that few different matrices are made."""
+    return round(sigma * 16) / 16
 
 
 @functools.lru_cache(maxsize=256)

@@ -25,17 +25,23 @@ def support_devices(chest: Chest, margin: dict[str, float], rng: np.random.Gener
             curves.append(([side * start[0], bend[0], -0.1, -0.11 + wobble[2]], [start[1], bend[1], -0.4, 0.05], 0.55))
         elif kind == "stomach":
             curves.append(
-                ([wobble[0], wobble[1], 0.03, 0.2 + wobble[2], 0.34], [-1.15, -0.3, 0.25, p["base"] + 0.12, p["base"] + 0.2], 0.5)
+                (
+                    [wobble[0], wobble[1], 0.03, 0.2 + wobble[2], 0.34],
+                    [-1.15, -0.3, 0.25, p["base"] + 0.12, p["base"] + 0.2],
+                    0.5,
+                )
             )
         elif kind == "pacemaker":
             x, y = side * rng.uniform(0.45, 0.6), rng.uniform(-0.55, -0.4)
             image += 0.9 * soft_step(1 - chest.canvas.blob(x, y, 0.11, 0.09) ** 2, 0.2)
-            curves.append(([x, side * 0.2, -0.1, -0.05, 0.15 + wobble[0]], [y, -0.58, -0.3, 0.1, p["base"] - 0.05], 0.6))
+            curves.append(
+                ([x, side * 0.2, -0.1, -0.05, 0.15 + wobble[0]], [y, -0.58, -0.3, 0.1, p["base"] - 0.05], 0.6)
+            )
         else:  # a drain from the flank upwards
             x, y = chest.in_lung(side, 1.15, 0.8)
             curves.append(([x, x - side * 0.2, x - side * 0.22], [y, y - 0.25 + wobble[0], y - 0.65], 0.7))
     smooth = [(*_curve(x, y), dense) for x, y, dense in curves]
-    return image + (0.5 * chest.canvas.lines(smooth, 0.009) if smooth else 0)
+    return image + (0.7 * chest.canvas.lines(smooth, 0.010) if smooth else 0)
 
 
 def skin(chest: Chest, rng: np.random.Generator) -> np.ndarray:
@@ -52,7 +58,7 @@ def skin(chest: Chest, rng: np.random.Generator) -> np.ndarray:
             image += dense * soft_step(1 - chest.canvas.blob(side * x, y + rng.uniform(-0.02, 0.02), 0.03, 0.03), 0.5)
     for _ in range(int(rng.choice((0, 0, 0, 1, 3)))):
         at = chest.canvas.blob(rng.uniform(-0.7, 0.7), rng.uniform(-0.6, 0.6), 0.028, 0.028)
-        image += rng.uniform(0.3, 0.8) * soft_step(1 - at, 0.3) * soft_step(at - rng.choice((-1, 0.25)), 0.2)
+        image += rng.uniform(0.3, 0.8) * soft_step(1 - at, 0.3) * soft_step(at - float(rng.choice((-1, 0.25))), 0.2)
     return image
 
 

@@ -33,29 +33,26 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
         stretch=pose["stretch"],
         shift=(pose["shift_x"], pose["shift_y"]),
     )
-    margin = study.margin
-    places = {name: patient.rng(PLACES, number) for number, name in enumerate(findings.DRAW)}
+    margin, limited = study.margin, {name: min(max(value, -2.5), 1.5) for name, value in study.margin.items()}
     amounts = {name: findings.amount_of(name, margin[name]) for name in findings.DRAW}
+    # Where a finding is stays the same in all studies of a patient.
+    places = {name: patient.rng(PLACES, i) for i, name in enumerate(findings.DRAW) if amounts[name]}
     side = findings.atelectasis_side(patient.rng(PLACES, list(findings.DRAW).index("Atelectasis")))
     lift = 0.07 * amounts["Atelectasis"]
     chest = anatomy.make_chest(
         canvas,
         person,
         rotation=pose["rotation"],
-        # The shadow of the heart grows with its size, and when the patient lies.
-        heart=0.05 * np.clip(margin["Cardiomegaly"], -2.5, 1.5) + 0.05 + 0.02 * study.ap,
-        mediastinum=0.02 * np.clip(margin["Enlarged Cardiomediastinum"], -2.5, 1.5) + 0.03,
+        # What counts is the heart against the chest; its shadow is larger, too, when the patient lies.
+        heart=0.33 * (person["width"] - 0.78) + 0.04 * limited["Cardiomegaly"] + 0.045 + 0.02 * study.ap,
+        mediastinum=0.02 * limited["Enlarged Cardiomediastinum"] + 0.03,
         lifted=(lift * (side < 0), lift * (side > 0)),
         rng=patient.rng(PERSON, 1),
     )
     density = anatomy.bones_and_body(chest, patient.female, patient.rng(PERSON, 2))
     density -= person["lung"] * chest.lung - chest.vessels
     density += person["grain"] * canvas.cloud(patient.rng(PERSON, 3), size // 3) * chest.lung + skin(chest, rng)
-    changes = {
-        name: np.float32(1) * findings.DRAW[name](chest, amount, places[name])
-        for name, amount in amounts.items()
-        if amount
-    }
+    changes = {name: findings.DRAW[name](chest, amounts[name], place) for name, place in places.items()}
     if margin["Support Devices"] > 0:
         changes["Support Devices"] = support_devices(chest, margin, patient.rng(DEVICES, study.number))
     density += sum(changes.values())
@@ -78,14 +75,13 @@ def make_masks(chest: anatomy.Chest, study: Study, changes: dict[str, np.ndarray
 
 
 def expose(canvas: Canvas, density: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Density as grey levels: the machine sets brightness and contrast by itself, so that neither tells of a finding."""
-    middle = density[canvas.size // 8 : -canvas.size // 8, canvas.size // 8 : -canvas.size // 8]
+    """Density as gray levels; the machine sets brightness and contrast itself, so that neither tells of a finding."""
+    rim = canvas.size // 8
+    middle = density[rim:-rim, rim:-rim]
     blurred = canvas.blur(density, rng.uniform(0.3, 0.9) * canvas.size / 128)
-    level = (blurred - middle.mean()) / middle.std()
-    level *= rng.uniform(0.8, 1.25)
+    level = (blurred - middle.mean()) / middle.std() * np.float32(rng.uniform(0.8, 1.25))
     bright, bend = rng.uniform(-0.35, 0.35), rng.uniform(0.25, 0.5)
     level += bright
     tone = np.tanh(bend * level) / np.tanh(2 * bend) * 0.5 + 0.5
     tone += np.float32(rng.uniform(0.008, 0.04)) * rng.standard_normal(density.shape, np.float32)
-    gray = (tone * 255).clip(0, 255)
-    return np.rint(gray).astype(np.uint8)
+    return np.rint(tone * 255).clip(0, 255).astype(np.uint8)

@@ -1,6 +1,7 @@
 """Who has what: patients with correlated findings, and the labels that a report parser would make of their reports."""
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -41,6 +42,7 @@ DRAWN: dict[str, tuple[float, dict[int, float]]] = {
     "Fracture": (0.05, {TRAUMA: 0.6}),
     "Support Devices": (0.56, {CARE: 0.7, FAILURE: 0.2, TRAUMA: 0.15}),
 }
+THRESHOLD = {name: NormalDist().inv_cdf(1 - share) for name, (share, _) in DRAWN.items()}
 OPACITIES = (HAZE, "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis")  # CheXpert's tree: Lung Opacity
 PERSISTENT = 0.75  # correlation of what two studies of one patient show
 # What a report says: how often it hedges at the threshold, the share of absent findings it calls absent, and the share
@@ -117,25 +119,18 @@ def _study(rng: np.random.Generator, causes: np.ndarray, own: np.ndarray, number
 
     causes, own = today(causes), today(own)
     margin = {}
-    for (name, (share, loads)), chance in zip(DRAWN.items(), own, strict=True):
+    for (name, (_, loads)), chance in zip(DRAWN.items(), own, strict=True):
         explained = sum(load * causes[cause] for cause, load in loads.items())
         rest = np.sqrt(1 - sum(load**2 for load in loads.values()))
-        margin[name] = float(explained + rest * chance) - threshold(share)
+        margin[name] = float(explained + rest * chance) - THRESHOLD[name]
     views = 1 + int(rng.random() < 0.1)
     study = Study(number, views, bool(causes[CARE] + rng.standard_normal() > -0.6), margin, {})
     study.labels.update(_report(rng, study))
     return study
 
 
-def threshold(share: float) -> float:
-    """The value that a standard normal exceeds with probability `share`."""
-    from statistics import NormalDist
-
-    return NormalDist().inv_cdf(1 - share)
-
-
 def _report(rng: np.random.Generator, study: Study) -> dict[str, float]:
-    """Labels as from a report: hedged where the finding is doubtful, silent about most that is absent, at times wrong."""
+    """Labels as from a report: hedged where a finding is doubtful, silent about most that is absent, at times wrong."""
     labels, chance = {}, rng.random((len(OBSERVATIONS), 3))
     for (name, margin), (hedge, silence, error) in zip(study.margins.items(), chance, strict=True):
         if name == "No Finding":

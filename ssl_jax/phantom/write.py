@@ -54,23 +54,20 @@ def write(
     ):
         if not low <= value <= high:
             raise UserError(f"--{name}={value}: allowed: {low} to {high}")
-    _begin(
-        out, {"phantom": True, "version": VERSION, "seed": seed, "patients": patients, "size": size, "test": test}
-    )
-    items, rows = [], ([], [])
-    for part, images in enumerate(((range(1, patients + 1), None), (range(FIRST_TEST, LAST + 1), test))):
-        for patient, study, view in itertools.islice(_images(seed, part, images[0]), images[1]):
-            items.append((part, patient.number, study.number - 1, view))
-            rows[part].append(_row(patient, study, view))
+    _begin(out, {"phantom": True, "version": VERSION, "seed": seed, "patients": patients, "size": size, "test": test})
+    train = _images(seed, 0, range(1, patients + 1))
+    valid = itertools.islice(_images(seed, 1, range(FIRST_TEST, LAST + 1)), test)
+    tables = [[(_item(*image), _row(*image)) for image in images] for images in (train, valid)]
+    items = [item for table in tables for item, _ in table]
     chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
     done = 0
     for count in _run(functools.partial(_write_chunk, out, seed, size), chunks, workers):
         done += count
         if progress:
             progress(done, len(items))
-    for folder, lines in zip(FOLDERS, rows, strict=True):  # last: a folder with its tables is complete
+    for folder, table in zip(FOLDERS, tables, strict=True):  # last: a folder with its tables is complete
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *lines])
+        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(row for _, row in table)])
         _put(out / f"{folder}.csv", text.getvalue().encode())
     return len(items)
 
@@ -97,11 +94,22 @@ def _images(seed: int, part: int, numbers: Iterable[int]) -> Iterator[tuple[Pati
                 yield patient, study, view
 
 
+def _item(patient: Patient, study: Study, view: int) -> Item:
+    return patient.part, patient.number, study.number - 1, view
+
+
 def _row(patient: Patient, study: Study, view: int) -> list[str]:
     labels = study.truth if patient.part else study.labels
     texts = ["" if math.isnan(labels[name]) else f"{labels[name]:.1f}" for name in OBSERVATIONS]
     path = f"phantom/{_place(patient, study, view)}.jpg"
-    return [path, "Female" if patient.female else "Male", f"{patient.age}", "Frontal", "AP" if study.ap else "PA", *texts]
+    return [
+        path,
+        "Female" if patient.female else "Male",
+        f"{patient.age}",
+        "Frontal",
+        "AP" if study.ap else "PA",
+        *texts,
+    ]
 
 
 def _place(patient: Patient, study: Study, view: int) -> str:
@@ -115,21 +123,36 @@ def _run(work: Callable[[list[Item]], int], chunks: list[list[Item]], workers: i
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
-    # Spawned: a fork would copy the threads' locks of a parent in which JAX runs.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+    # Spawned: a fork would copy the locks of a parent in which JAX runs threads.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
         yield from pool.map(work, chunks)
 
 
-def _one_thread() -> None:
-    """The processes share the cores already; matrices of this size gain nothing from threads."""
+def _start_worker() -> None:
+    import multiprocessing
+    import signal
+    import threading
+
     from threadpoolctl import threadpool_limits
 
-    threadpool_limits(1)
+    threadpool_limits(1)  # the processes share the cores already; matrices of this size gain nothing from threads
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the work
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()  # a parent that is killed tells nobody
+
+
+_patient = functools.lru_cache(maxsize=1)(make_patient)  # for the images of one patient
 
 
 def _write_chunk(out: Path, seed: int, size: int, chunk: list[Item]) -> int:
     for part, number, visit, view in chunk:
-        patient = make_patient(seed, part, number)
+        patient = _patient(seed, part, number)
         study = patient.studies[visit]
         place = _place(patient, study, view)
         path = out / f"{place}.jpg"

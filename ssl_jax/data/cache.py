@@ -1,0 +1,194 @@
+"""Decoded images on disk: each file is decoded and resized once; whoever asks for it later reads its bytes.
+
+A store is a folder for one shape and window, whatever the data set: images.u8 holds images one after another,
+index.jsonl a line for each file: path, bytes, time of its last change (ns), place in images.u8, CRC-32 of the image.
+The last line of a path counts. Images are written before their lines: a process that is killed loses only what it
+decoded last.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ssl_jax.config import Data
+from ssl_jax.data.files import printable
+from ssl_jax.data.source import UnreadableError
+from ssl_jax.errors import UserError
+from ssl_jax.progress import counting
+
+log = logging.getLogger("ssl_jax")
+VERSION = 1  # raised when decoding gives other pixels than before, so that images of an earlier version are not used
+GROUP = 64  # images that each thread decodes between two writes
+
+
+class Entry(NamedTuple):
+    """What the index says of a file."""
+
+    size: int  # bytes
+    changed: int  # ns
+    place: int  # in images.u8; -1: it can't be decoded
+    check: int | str  # CRC-32 of the image, or why there is none
+
+
+def cached(
+    paths: Sequence[Path | str], decode: Callable[[int], np.ndarray], shape: tuple[int, int, int], data: Data
+) -> Callable[[int], np.ndarray]:
+    """`decode` (index of a path -> uint8 [H,W,C], or UnreadableError) by way of the store in the folder data.cache.
+
+    What is not there yet, or has changed since (size, time), is decoded now, with progress, by data.workers threads. An
+    image whose checksum is wrong is decoded again when it is asked for. UserError if the folder can't be written.
+    """
+    folder = Path(data.cache).expanduser() / f"{'x'.join(map(str, shape))}-{data.window}-v{VERSION}"
+    names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - Path.absolute takes five times as long
+    stamps = [_stamp(name) for name in names]
+    try:
+        store = Store(folder, shape)
+        missing = [i for i, stamp in enumerate(stamps) if stamp and not store.has(names[i], stamp)]
+        if missing:
+            with store.filling():
+                missing = [i for i in missing if not store.has(names[i], stamps[i])]  # unless another process did
+                _fill(store, missing, names, stamps, decode, data.workers)
+    except OSError as error:
+        raise UserError(f"config.data.cache={data.cache!r}: {error.strerror or error}") from error
+    found = [store.index.get(name) if stamp else None for name, stamp in zip(names, stamps, strict=True)]
+
+    def load(index: int) -> np.ndarray:
+        entry = found[index]
+        if entry is None:  # there is no such file: let it be told as without a cache
+            return decode(index)
+        if entry.place < 0:
+            raise UnreadableError(str(entry.check))
+        image = store.read(entry)
+        if image is None:
+            log.warning("%r: damaged in the cache, decoded again", printable(names[index]))
+            image = decode(index)
+            if _check(image) == entry.check:  # else the file has changed since
+                store.write(image, entry.place)
+        return image
+
+    return load
+
+
+def _fill(
+    store: "Store",
+    missing: Sequence[int],
+    names: Sequence[str],
+    stamps: Sequence[tuple[int, int] | None],
+    decode: Callable[[int], np.ndarray],
+    workers: int,
+) -> None:
+    def attempt(index: int) -> np.ndarray | str:
+        try:
+            return decode(index)
+        except UnreadableError as error:
+            return str(error)
+
+    needed, free = len(missing) * store.nbytes, shutil.disk_usage(store.folder).free
+    if needed > free:
+        raise UserError(
+            f"config.data.cache={str(store.folder)!r}: {len(missing)} images need {needed / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; allowed: a smaller config.data.size, or a folder on a larger disk"
+        )
+    with ThreadPoolExecutor(workers) as pool, counting("cache", "images") as progress:
+        for start in range(0, len(missing), GROUP * workers):
+            group = missing[start : start + GROUP * workers]
+            images = pool.map(attempt, group)
+            store.add([(names[i], *(stamps[i] or (0, 0)), image) for i, image in zip(group, images, strict=True)])
+            progress(start + len(group), len(missing))
+
+
+def _check(image: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(image))
+
+
+def _stamp(name: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(name)  # noqa: PTH116 - Path.stat takes twice as long
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+class Store:
+    """The images of one shape. Any number of processes may read; one at a time adds (`filling`)."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int]):
+        self.folder, self.shape, self.nbytes = folder, shape, int(np.prod(shape))
+        folder.mkdir(parents=True, exist_ok=True)
+        images = folder / "images.u8"
+        images.touch()
+        self._images = images.open("r+b", buffering=0)  # as long as self lives
+        self._lines = folder / "index.jsonl"
+        self.index: dict[str, Entry] = {}
+        self._places = 0
+        self._read_index()
+
+    def _read_index(self) -> int:
+        """Bytes of the whole lines; one that a kill has torn has no end."""
+        content = self._lines.read_bytes() if self._lines.exists() else b""
+        end = content.rfind(b"\n") + 1
+        for line in content[:end].splitlines():
+            name, *entry = json.loads(line)
+            self._note(name, Entry(*entry))
+        return end
+
+    def _note(self, name: str, entry: Entry) -> None:
+        self.index[name] = entry
+        self._places = max(self._places, entry.place + 1)
+
+    def has(self, name: str, stamp: tuple[int, int] | None) -> bool:
+        entry = self.index.get(name)
+        return entry is not None and (entry.size, entry.changed) == stamp
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """Alone: others wait. What another process added meanwhile is in the index then."""
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.warning("%s: another process is filling this cache; waiting for it", self.folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            end = self._read_index()
+            if self._lines.exists():
+                os.truncate(self._lines, end)
+            yield
+
+    def add(self, images: Sequence[tuple[str, int, int, np.ndarray | str]]) -> None:
+        """Images, or why there is none, each with the file's path, size and time."""
+        lines = []
+        for name, size, changed, image in images:
+            known = self.index.get(name)
+            if isinstance(image, str):
+                entry = Entry(size, changed, -1, image)
+            else:
+                place = known.place if known and known.place >= 0 else self._places
+                self.write(image, place)
+                entry = Entry(size, changed, place, _check(image))
+            self._note(name, entry)
+            lines.append(json.dumps([name, *entry]) + "\n")
+        with self._lines.open("a") as file:
+            file.write("".join(lines))
+
+    def write(self, image: np.ndarray, place: int) -> None:
+        content = memoryview(np.ascontiguousarray(image)).cast("B")
+        if os.pwrite(self._images.fileno(), content, place * self.nbytes) < self.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def read(self, entry: Entry) -> np.ndarray | None:
+        """The image uint8 [H,W,C], not to be written to; None if its bytes are not those that were written."""
+        content = os.pread(self._images.fileno(), self.nbytes, entry.place * self.nbytes)
+        if len(content) < self.nbytes or zlib.crc32(content) != entry.check:
+            return None
+        return np.frombuffer(content, np.uint8).reshape(self.shape)

@@ -1,0 +1,175 @@
+"""DICOM images as gray levels or colours, with pydicom (the extra `dicom`).
+
+Only the tags that say what the pixels mean are read. Names, dates and private tags are never looked at, and pydicom's
+own messages, which may quote a file's content, are not passed on.
+"""
+
+import functools
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_jax.data.source import UnreadableError
+from ssl_jax.errors import UserError
+
+MARK = b"DICM"  # bytes 128 to 131
+PERCENTILES = (0.5, 99.5)  # of the pixels: black and white, where a file has no window of its own
+TAGS = """
+    SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns NumberOfFrames BitsAllocated BitsStored
+    HighBit PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept ModalityLUTSequence WindowCenter
+    WindowWidth VOILUTFunction VOILUTSequence ExtendedOffsetTable ExtendedOffsetTableLengths
+    RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor BluePaletteColorLookupTableDescriptor
+    RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData
+    SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
+    SegmentedBluePaletteColorLookupTableData PixelData FloatPixelData DoubleFloatPixelData
+"""
+# What to install for a family of transfer syntaxes, by a word of the name.
+PLUGINS = {
+    "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
+    "JPEG-LS": "pylibjpeg pylibjpeg-libjpeg",
+    "JPEG": "pylibjpeg pylibjpeg-libjpeg",
+}
+
+
+def is_dicom(head: bytes) -> bool:
+    """head: the first 132 bytes of a file, or more."""
+    return head[128:132] == MARK
+
+
+def check(path: Path) -> None:
+    """Raises UnreadableError unless the header is that of an image that can be decompressed here."""
+    _decompressor(_read(path, stop_before_pixels=True))
+
+
+def decode(content: bytes, window: str) -> np.ndarray:
+    """The image in the file `content`, the first of several frames: uint8 [H,W] or, if it has colours, [H,W,3].
+
+    Gray values go through the file's rescale or modality table, then through its window or VOI table (window="auto"),
+    or from percentile to percentile (window="percentile", and where the file has none). MONOCHROME1 is inverted: more
+    is brighter in what is returned. Raises UnreadableError.
+    """
+    header = _read(io.BytesIO(content))
+    compressed = _decompressor(header)
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+
+    try:
+        kind = str(header.PhotometricInterpretation)
+        pixels = pixel_array(header, index=0)
+        if kind == "PALETTE COLOR":
+            return _eight_bits(apply_color_lut(pixels, header))
+        if pixels.ndim == 3:
+            return _eight_bits(pixels, int(header.BitsStored))
+        values = np.asarray(apply_modality_lut(pixels, header), np.float64)
+        shade = _own_window(values, header) if window == "auto" else None
+        if shade is None:
+            padding = header.get("PixelPaddingValue")
+            shade = stretch(values, PERCENTILES, None if padding is None else pixels != padding)
+    except (MemoryError, UnreadableError):
+        raise
+    except Exception as error:
+        more = f"damaged, or it needs: pip install {compressed}" if compressed else "damaged"
+        raise UnreadableError(
+            f"DICOM ({_syntax(header)}) that can't be decoded ({type(error).__name__}): {more}"
+        ) from None
+    shade = 1 - shade if kind == "MONOCHROME1" else shade
+    return (shade * 255).round().astype(np.uint8)
+
+
+def _own_window(values: np.ndarray, header: Any) -> np.ndarray | None:
+    """Values as 0 to 1 through the first VOI table or window of the file; None if it has none, or none that works.
+
+    Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
+    """
+    from pydicom.pixels import apply_voi
+
+    if header.get("VOILUTSequence"):
+        depth = int(header.VOILUTSequence[0].LUTDescriptor[2])
+        return apply_voi(values.round().astype(np.int64), header) / (2.0**depth - 1)
+    centre, width = (_first(header.get(name)) for name in ("WindowCenter", "WindowWidth"))
+    kind = str(header.get("VOILUTFunction") or "LINEAR").upper()
+    if centre is None or width is None or width <= (1 if kind == "LINEAR" else 0):
+        return None
+    if kind == "SIGMOID":
+        return 1 / (1 + np.exp(-4 * (values - centre) / width))
+    if kind == "LINEAR":
+        centre, width = centre - 0.5, width - 1
+    return np.clip((values - centre) / width + 0.5, 0, 1)
+
+
+def stretch(values: np.ndarray, percentiles: tuple[float, float], known: np.ndarray | None = None) -> np.ndarray:
+    """Values as 0 to 1 from percentile to percentile of those that are `known` (no padding); 0 if they are all equal.
+
+    Raises UnreadableError if one is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise UnreadableError("pixels that are not finite")
+    low, high = np.percentile(values if known is None or not known.any() else values[known], percentiles)
+    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
+
+
+def _first(value: Any) -> float | None:
+    """A number, or the first of several."""
+    value = value if value is None or isinstance(value, int | float | str) else next(iter(value), None)
+    return None if value is None or value == "" else float(value)
+
+
+def _eight_bits(pixels: np.ndarray, bits: int = 0) -> np.ndarray:
+    """The upper 8 of the bits in use."""
+    return (pixels >> max((bits or 8 * pixels.dtype.itemsize) - 8, 0)).astype(np.uint8)
+
+
+def _read(file: Any, **options: bool) -> Any:
+    """The tags TAGS of a file, no others."""
+    pydicom = _pydicom()
+    try:
+        header = pydicom.dcmread(file, specific_tags=TAGS.split(), **options)
+    except OSError as error:
+        raise UnreadableError(error.strerror or "damaged DICOM") from None
+    except Exception as error:
+        raise UnreadableError(f"damaged DICOM ({type(error).__name__})") from None
+    if "Rows" not in header or "PhotometricInterpretation" not in header:
+        raise UnreadableError("DICOM without an image")
+    return header
+
+
+def _decompressor(header: Any) -> str:
+    """Packages that decompress the pixels, for a message; "" if they are not compressed, or need none. Raises
+    UnreadableError where none that is installed does."""
+    from pydicom.pixels import get_decoder
+
+    uid = getattr(header.file_meta, "TransferSyntaxUID", None)
+    if uid is None:
+        raise UnreadableError("damaged DICOM (no transfer syntax)")
+    if not uid.is_encapsulated:
+        return ""
+    name = _syntax(header)
+    packages = next((package for word, package in PLUGINS.items() if word in name), "")
+    try:
+        available = get_decoder(uid).is_available
+    except NotImplementedError:
+        raise UnreadableError(f"DICOM compressed as {name}, which is not supported") from None
+    if not available:
+        raise UnreadableError(f"DICOM compressed as {name}, which needs: pip install {packages}")
+    return packages
+
+
+def _syntax(header: Any) -> str:
+    uid = header.file_meta.TransferSyntaxUID
+    return uid.name if uid.is_transfer_syntax else "an unknown transfer syntax"
+
+
+@functools.cache
+def _pydicom() -> Any:
+    try:
+        import pydicom
+    except ImportError:
+        raise UserError("DICOM files need pydicom: pip install 'ssl_jax[dicom]'") from None
+    # Its warnings quote values of tags.
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    warnings.filterwarnings("ignore", module=r"pydicom|ssl_jax\.data\.dicom")
+    return pydicom
