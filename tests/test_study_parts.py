@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from toy_study import toy_config, toy_run, toy_tables
 
@@ -149,3 +150,17 @@ def test_the_config_for_chest_x_rays(spec, arms):
     for (arm, _), of in pretrained.items():
         assert of.method_name == arm and of.model.name == "resnet18" and of.augment.preset == "chest_xray"
     assert made.study.labels[0] == 250 and made.study.seeds == 10
+
+
+def test_phantoms_pass_through_the_readers_and_the_study(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ssl_jax.trainer.fit", _untrained)
+    data, folder = tmp_path / "phantoms", tmp_path / "study"
+    assert cli.main(["phantom", f"--out={data}", "--patients=12", "--size=32", "--test=16"]) == 0
+    smaller = ["data.size=32", "model.width=0.125", "finetune.steps=2", "finetune.epochs=0", "study.labels=(10,)"]
+    flags = [f"--config.{change}" for change in [*smaller, f"data.path={data}", "study.seeds=1"]]
+    assert cli.main(["study", "--config=study_chexpert:phantom", *flags, f"--workdir={folder}"]) == 0
+    truth, about = np.load(folder / "test.npz"), json.loads((folder / "study.json").read_text())
+    assert len(truth["names"]) == 16 and "patient9" in truth["names"][0] and truth["labels"].shape == (16, 10)
+    assert truth["groups"][0] != truth["groups"][-1] and about["phantom"]["patients"] == 12
+    assert (folder / "summary.md").read_text().startswith("# Label efficiency on phantom images")
+    assert "Label-efficiency study on phantom images" in (folder / "report.html").read_text()
