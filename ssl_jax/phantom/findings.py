@@ -113,7 +113,7 @@ def pleural_other(chest: Chest, amount: float, rng: np.random.Generator) -> np.n
     """A thickened, uneven pleura along one wall, or a cap on an apex."""
     left = bool(rng.random() < 0.5)
     place = np.float32(rng.uniform(-0.6, 0.3))
-    thick = (0.03 + 0.05 * amount) * (1 + 0.5 * chest.canvas.cloud(rng, 12))
+    thick = (0.05 + 0.06 * amount) * (1 + 0.5 * chest.canvas.cloud(rng, 12))
     band = soft_step(thick - chest.wall + 0.02, 0.03) * soft_step(0.3 - np.abs(chest.canvas.y - place), 0.1)
     return (
         (0.2 + 0.2 * amount) * band * soft_step(chest.wall, 0.03) * soft_step(chest.dome, 0.03) * (chest.left == left)
@@ -133,11 +133,10 @@ def fracture(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarra
     step = np.float32((0.4 + 0.3 * amount) * p["rib_gap"] * rng.choice((-1, 1)))
     moved = ribs(chest, step * np.exp(-np.clip(outward, 0, 1) / 0.15) * (outward > 0) * near)
     gap = 1 - soft_step(0.018 - np.abs(outward), 0.012) * near
-    bruise = soft_step(0.08 + 0.04 * amount - chest.wall, 0.04) * np.exp(
-        -(((chest.canvas.y - y) / np.float32(0.13)) ** 2)
-    )
+    lens = (0.13 + 0.08 * amount) * np.exp(-(((chest.canvas.y - y) / np.float32(0.14)) ** 2))
+    bruise = soft_step(lens - 0.02 - chest.wall, 0.03)
     here = soft_step(chest.wall, 0.03) * (chest.left == (side > 0))
-    return moved * gap - ribs(chest) + (0.25 + 0.25 * amount) * bruise * here
+    return moved * gap - ribs(chest) + (0.3 + 0.25 * amount) * bruise * here
 
 
 DRAW: dict[str, Draw] = {

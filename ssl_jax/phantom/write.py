@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from ssl_jax.errors import UserError
 from ssl_jax.phantom.draw import draw
@@ -118,7 +119,8 @@ def _place(patient: Patient, study: Study, view: int) -> str:
 
 def _run(work: Callable[[list[Item]], int], chunks: list[list[Item]], workers: int) -> Iterator[int]:
     if workers < 2:
-        yield from map(work, chunks)
+        with threadpool_limits(1):
+            yield from map(work, chunks)
         return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
@@ -133,9 +135,7 @@ def _start_worker() -> None:
     import signal
     import threading
 
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(1)  # the processes share the cores already; matrices of this size gain nothing from threads
+    threadpool_limits(1)  # matrices of this size gain nothing from threads, which wait for one another
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the work
 
     def end_with_parent() -> None:
