@@ -84,7 +84,9 @@ def test_finite_and_loss_falls_and_no_collapse_is_named(name):
         assert in_a_row < trainer.COLLAPSED, collapsed(metrics)
     assert np.all(np.isfinite(losses))
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(state))
-    assert np.mean(losses[-10:]) < np.mean(losses[:5]) - 0.01, losses
+    # Against the random vectors that a queue starts with, a positive is found at once: these two steps do not count.
+    begun = 2 if hasattr(config.method, "queue") else 0
+    assert np.mean(losses[-10:]) < np.mean(losses[begun : begun + 5]) - 0.01, losses
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -97,7 +99,8 @@ def test_jit_equals_no_jit(name):
 
     def run(params, target, extra, batch):
         outputs, after = method.forward(params, target, extra, batch, keys)
-        return outputs, method.loss(outputs, extra, batch), method.post_update(params, after, outputs, 0)
+        made = {name: value for name, value in outputs.items() if name != "rng"}
+        return made, method.loss(outputs, extra, batch), method.post_update(params, after, outputs, 0)
 
     args = state.params, target_of(state.opt_state), state.extra, batch
     jitted = jax.jit(run)(*args)
