@@ -5,22 +5,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-OBSERVATIONS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
+from ssl_jax.data.chexpert import OBSERVATIONS
+
 # Causes, standard normal, shared by all findings of a patient.
 FAILURE, INFECTION, TRAUMA, CARE, CHRONIC = range(5)
 HAZE = "haze"  # a faint opacity with no name of its own; counts as Lung Opacity
