@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from ssl_jax.data.chexpert import STUDY
 
 from ssl_jax.config import Data, Model
 from ssl_jax.data import open_source
+from ssl_jax.data.chexpert import STUDY
 from ssl_jax.models import build_encoder
 
 SIZE, BATCH, SHIFT = 64, 64, 4
