@@ -1,7 +1,6 @@
 """What each command of `ssl-jax` does, as a function of plain values. Each can be called from Python as well."""
 
 import contextlib
-import csv
 import dataclasses
 import functools
 import io
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from ssl_jax import run
 from ssl_jax.config import Config, Data, default, from_json, method_module, method_names, resolve
 from ssl_jax.data import Source, open_source
+from ssl_jax.data import phantom as phantom_of
 from ssl_jax.data.labelled import Labelled, labelled_part
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder
 from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
@@ -234,8 +234,7 @@ def finetune(
         print("\n".join(table(about["test"])))
         if about["test"]["left_out"]:
             print(f"  left out, not to be judged on the test data: {', '.join(about['test']['left_out'])}")
-        made_up = any((place / "phantom.json").is_file() for place in (Path(test), Path(test).parent))
-        title = "Phantoms: reliability" if made_up else "Reliability"
+        title = "Phantoms: reliability" if phantom_of(_data(test, "--test", config.data)) else "Reliability"
         reliability(about["test"]["reliability"], folder / "reliability.png", title=title)
     print(f"classifier: {out}")
     return about
@@ -267,7 +266,7 @@ def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> N
         run.write_npz(path, embeddings=features, names=np.array(names))
     elif path.suffix == ".csv":
         rows = [[name, *(f"{v:.7g}" for v in f)] for name, f in zip(names, features, strict=True)]
-        _write_csv(path, columns, rows)
+        run.write_csv(path, columns, rows, end="\r\n")
     else:
         try:
             import pyarrow
@@ -444,13 +443,6 @@ def _new(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}={folder}: exists already; allowed: a new folder")
 
 
-def _write_csv(path: Path, header: list[str], rows: list[list[Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerows([header, *rows])
-    run.write_bytes(path, text.getvalue().encode())
-
-
 def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: list[str], multilabel: bool) -> None:
     from ssl_jax.classifier import probabilities
 
@@ -462,7 +454,7 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
         columns["predicted"] = [classes[i] for i in odds.argmax(axis=1)]
     # Every digit: rounded, probabilities near 0 and 1 would tie, and their AUC and thresholds would not be the same.
     rows = [[*about, *p] for *about, p in zip(*columns.values(), odds.tolist(), strict=True)]
-    _write_csv(path, [*columns, *classes], rows)
+    run.write_csv(path, [*columns, *classes], rows, end="\r\n")
 
 
 def _readable(encoder: Encoder, data: str, config: Config) -> Source:

@@ -7,6 +7,7 @@ views.png          what the transforms do          report.html        everything
 """
 
 import contextlib
+import csv
 import datetime
 import fcntl
 import importlib.metadata
@@ -15,7 +16,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: not written ({error.strerror})") from error
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], end: str = "\n") -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator=end).writerows([header, *rows])
+    write_bytes(path, text.getvalue().encode())
 
 
 def write_npz(path: Path, **arrays: Any) -> None:

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from ssl_jax.config import Config, Data, Finetune, Study, merge, to_json
+from ssl_jax.data import phantom
 from ssl_jax.data.labelled import labelled_part
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.evaluate.finetune import finetune, predict
@@ -108,13 +109,6 @@ def data_of_test(config: Config) -> Data:
     """config.study.test; without a name of its own, another part of config.data."""
     test = config.study.test
     return test if test.name else dataclasses.replace(config.data, split=test.split, limit=test.limit, pairs="")
-
-
-def phantom(data: Data) -> dict[str, Any] | None:
-    """What phantom.json beside the data says, which a generator of phantom images writes; None where there is none."""
-    path = Path(data.path)
-    found = (path if path.is_dir() else path.parent) / "phantom.json"
-    return json.loads(found.read_text()) if data.path and found.is_file() else None
 
 
 def run_study(

@@ -11,6 +11,7 @@ from toy_study import toy_config, toy_run, toy_tables
 from ssl_jax import cli, run, study
 from ssl_jax.cli import load_config
 from ssl_jax.config import Data, Study, resolve
+from ssl_jax.data import phantom
 from ssl_jax.encoder import export, load_encoder, random_encoder
 
 SETTINGS = Study(arms={"a": {}, "b": {}, "c": {}}, labels=(10, 20, 50), seeds=4)
@@ -66,7 +67,7 @@ def test_figures_and_words_say_phantom(tmp_path):
     (tmp_path / "data" / "phantom.json").write_text('{"phantom": true, "seed": 3, "patients": 7}')
     config = toy_config(labels=(6,), seeds=1, finetune={"lr": (1e-2,), "steps": 2})
     for path in (tmp_path / "data", tmp_path / "data" / "train.csv", tmp_path / "else", ""):
-        found = study.phantom(Data(name="chexpert", path=str(path)))
+        found = phantom(Data(name="chexpert", path=str(path)))
         assert (found is not None) == ("data" in str(path).split("/")[-2:])
     config = dataclasses.replace(config, data=Data(name="npz", path=str(tmp_path / "data" / "x.npz")))
     titles = collections.Counter()

@@ -1,7 +1,5 @@
 """`ssl-jax audit`: reads the data, calls an audit, writes its table and picture."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,9 @@ from rich.table import Table
 
 from ssl_jax import run
 from ssl_jax.config import Config, Data, resolve
-from ssl_jax.data import Source, open_source
+from ssl_jax.data import Source, open_source, phantom
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, started_from
 from ssl_jax.errors import UserError
-from ssl_jax.study import phantom
 
 LEAST = 8  # images for the audit of an encoder
 Row = dict[str, Any]
@@ -111,12 +108,8 @@ def _folder(out: str) -> Path:
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-    run.write_bytes(path, text.getvalue().encode())
+    shown = [[f"{v:.5g}" if isinstance(v, float) else v for v in map(row.get, rows[0])] for row in rows]
+    run.write_csv(path, list(rows[0]), shown)
 
 
 def _print_lesions(rows: Sequence[Row]) -> None:

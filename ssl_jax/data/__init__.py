@@ -5,13 +5,16 @@ A source is a module of this folder whose name is `config.data.name`; it holds `
 
 import dataclasses
 import importlib
+import json
+from pathlib import Path
+from typing import Any
 
 from ssl_jax.config import CHOICES, Data
 from ssl_jax.data.source import Source
 from ssl_jax.data.stream import Partners, order, stream
 from ssl_jax.errors import UserError, unknown
 
-__all__ = ["SOURCES", "Partners", "Source", "open_source", "order", "stream"]
+__all__ = ["SOURCES", "Partners", "Source", "open_source", "order", "phantom", "stream"]
 
 SOURCES = ("chexpert", "csv", "factors", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
 
@@ -36,3 +39,15 @@ def open_source(data: Data, split: str | None = None) -> Source:
             raise unknown(f"config.data.{name}", getattr(data, name), map(str, CHOICES[f"data.{name}"]))
     module = importlib.import_module(f"ssl_jax.data.{data.name}")
     return module.read(dataclasses.replace(data, split=split or data.split))
+
+
+def phantom(data: Data) -> dict[str, Any] | None:
+    """What phantom.json in the folder of the data, or around it, says, which a generator of phantom images writes.
+
+    None where there is none.
+    """
+    path = Path(data.path)
+    found = [
+        place / "phantom.json" for place in (path, path.parent) if data.path and (place / "phantom.json").is_file()
+    ]
+    return json.loads(found[0].read_text()) if found else None

@@ -98,13 +98,16 @@ def from_files(
         read = cached([file.path for file in good], load, (size, size, channels), data)
     else:
         read = load
-    number = {name: i for i, name in enumerate(classes)}
-    numbers = np.array([number.get(file.label or "", -1) for file in good], np.int32) if classes else None
+    if labels is not None:
+        labels = labels[kept]
+    elif classes:
+        number = {name: i for i, name in enumerate(classes)}
+        labels = np.array([number.get(file.label or "", -1) for file in good], np.int32)
     return Source(
         [file.name for file in good],
         (size, size, channels),
         read,
-        labels=numbers if labels is None else labels[kept],
+        labels=labels,
         classes=classes,
         groups=None if groups is None else groups[kept],
         objects=same_object([file.object for file in good], where, data.pairs) if data.pairs else None,

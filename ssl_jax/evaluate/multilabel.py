@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssl_jax.errors import UserError
+from ssl_jax.evaluate.uncertainty import class_aucs
 
 BINS = 10
 
@@ -51,17 +52,14 @@ def rank(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
     The AUC is 0 where no class has both labels; the cross-entropy then decides.
     """
-    from sklearn.metrics import roc_auc_score
-
     scores, known = np.asarray(scores, np.float64), ~np.isnan(labels)
     if not np.isfinite(scores).all():
         return -1.0, -np.inf
-    present = labels >= 0.5
-    columns = [(present[k, c], scores[k, c]) for c, k in enumerate(known.T)]
-    aucs = [roc_auc_score(y, s) for y, s in columns if y.any() and not y.all()]
+    aucs = class_aucs(scores, labels)
+    aucs = aucs[~np.isnan(aucs)]
     odds, y = scores[known], labels[known]
     log_loss = np.logaddexp(0, odds) - y * odds
-    return float(np.mean(aucs)) if aucs else 0.0, -float(log_loss.mean()) if len(y) else 0.0
+    return float(np.mean(aucs)) if len(aucs) else 0.0, -float(log_loss.mean()) if len(y) else 0.0
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:

@@ -1,6 +1,5 @@
 """Phantom data on disk, in the layout of CheXpert's own download, so that its reader takes them as they are."""
 
-import csv
 import functools
 import io
 import itertools
@@ -18,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from ssl_jax.errors import UserError
 from ssl_jax.phantom.draw import draw
 from ssl_jax.phantom.patients import OBSERVATIONS, Patient, Study, make_patient
+from ssl_jax.run import write_bytes, write_csv
 
 COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *OBSERVATIONS)
 FOLDERS = ("train", "valid")
@@ -67,9 +67,7 @@ def write(
         if progress:
             progress(done, len(items))
     for folder, table in zip(FOLDERS, tables, strict=True):  # last: a folder with its tables is complete
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(row for _, row in table)])
-        _put(out / f"{folder}.csv", text.getvalue().encode())
+        write_csv(out / f"{folder}.csv", COLUMNS, (row for _, row in table))
     return len(items)
 
 
@@ -80,7 +78,7 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     if not told.is_file():
         if any(out.iterdir()):
             raise UserError(f"--out={str(out)!r}: not empty; allowed: a new folder")
-        _put(told, (json.dumps(about, indent=1) + "\n").encode())
+        write_bytes(told, (json.dumps(about, indent=1) + "\n").encode())
     there = json.loads(told.read_text())
     if there != about:
         different = ", ".join(f"{key}={there.get(key)}" for key in about if there.get(key) != about[key])
@@ -165,7 +163,7 @@ def _write_chunk(out: Path, seed: int, size: int, chunk: list[Item]) -> int:
         for name, mask in made.masks.items():
             (masks / f"{name}.png").write_bytes(_encode(mask.astype(np.uint8) * 255, "PNG", compress_level=1))
         path.parent.mkdir(parents=True, exist_ok=True)
-        _put(path, _encode(made.image, "JPEG", quality=QUALITY))  # last: an image that is there has its masks
+        write_bytes(path, _encode(made.image, "JPEG", quality=QUALITY))  # last: an image that is there has its masks
     return len(chunk)
 
 
@@ -173,10 +171,3 @@ def _encode(image: np.ndarray, kind: str, **options: int) -> bytes:
     content = io.BytesIO()
     Image.fromarray(image).save(content, kind, **options)
     return content.getvalue()
-
-
-def _put(path: Path, content: bytes) -> None:
-    """All of a file or nothing of it."""
-    half = path.with_name(path.name + ".part")
-    half.write_bytes(content)
-    half.replace(path)

@@ -6,8 +6,6 @@
 A cell is a mapping with "arm", "labels", "seed", "chosen" and "scores", what `evaluate.metrics` returns.
 """
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from ssl_jax import run
 from ssl_jax.evaluate.metrics import interval, paired
 from ssl_jax.evaluate.uncertainty import bootstrap_by_group
-from ssl_jax.run import write_bytes
 
 METRICS = ("top1", "balanced_accuracy", "macro_auc", "top5", "macro_ap", "brier")
 REPEATS = 1000  # of the bootstrap over test patients
@@ -201,10 +199,8 @@ def write_results(path: Path, cells: Sequence[Cell]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
     shown = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    csv.writer(text, lineterminator="\n").writerows([list(rows[0]), *shown])
-    write_bytes(path, text.getvalue().encode())
+    run.write_csv(path, list(rows[0]), shown)
 
 
 def table(rows: Sequence[Row], key: str, form: str, arms: Sequence[str]) -> str:
