@@ -5,6 +5,7 @@ not notice changed bytes inside an array file; the digests, kept in the checkpoi
 """
 
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ssl_jax import parallel
 from ssl_jax.errors import UserError
 
 
@@ -28,7 +30,7 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
 
     path = folder.absolute() / f"{step:09d}"
     try:
-        _make_room(folder, state)
+        parallel.by_first(functools.partial(_make_room, folder, state))
         about = {"arrays": _describe(state), "structure": _structure(state)}
         ocp.save(path, state, custom_metadata=about, overwrite=True)
     except Exception as error:  # tensorstore, orbax and the operating system each raise their own kind
@@ -36,7 +38,7 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
         raise UserError(
             f"{path}: checkpoint not written ({reason}); earlier checkpoints stay, free space and rerun"
         ) from error
-    for old in steps(folder)[:-keep]:
+    for old in steps(folder)[:-keep] if parallel.leads() else ():
         doomed = folder / f"{old:09d}"
         # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a step's name.
         shutil.rmtree(doomed.rename(folder / f"removed-{old}"), ignore_errors=True)
@@ -68,9 +70,9 @@ def restore_latest(folder: Path, like: Any, warn: Callable[[str], None]) -> Any 
     for step in reversed(found):
         path = folder.absolute() / f"{step:09d}"
         state, problem = _restore(path, like)
-        if problem is None:
+        if not parallel.anywhere(problem is not None):
             return state
-        warn(f"{path}: damaged checkpoint ({problem}); trying the one before it")
+        warn(f"{path}: damaged checkpoint ({problem or 'another process cannot read it'}); trying the one before it")
     if found:
         raise UserError(f"{folder}: all {len(found)} checkpoints are damaged; remove the folder to start again")
     return None

@@ -17,7 +17,11 @@ MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png), or table of boxes (path
 COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "pretrain": (
         "train an encoder (the same command continues an interrupted run)",
-        {"config": (..., CONFIG), "workdir": (..., "run folder to make or to continue")},
+        {
+            "config": (..., CONFIG),
+            "workdir": (..., "run folder to make or to continue"),
+            "cluster": (False, "join the hosts of a TPU pod (SLURM, Open MPI and GKE are noticed without it)"),
+        },
     ),
     "evaluate": (
         "judge an encoder: kNN, linear probe or fine-tuning, on all or few labels",

@@ -34,13 +34,16 @@ def start_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def pretrain(config: ConfigDict, workdir: str) -> Encoder:
+def pretrain(config: ConfigDict, workdir: str, cluster: bool = False) -> Encoder:
+    from ssl_jax import parallel
     from ssl_jax.report.html import write_report
     from ssl_jax.trainer import fit
 
+    parallel.join_processes(cluster)
     folder = Path(workdir)
     encoder = fit(resolve(config), folder)
-    print(f"encoder: {folder / 'encoder'}\nreport:  {write_report(folder)}")
+    if parallel.leads():
+        print(f"encoder: {folder / 'encoder'}\nreport:  {write_report(folder)}")
     return encoder
 
 

@@ -1,10 +1,17 @@
-"""Devices: the mesh, what is split over it and what is not. Nothing else in the library counts devices.
+"""Devices and processes: the mesh, what is split over it and what is not. Nothing else counts devices or processes.
 
 Every array of a batch is split along its first axis over the mesh axis "data"; everything else is replicated. Under
-`jax.jit` all code sees the global batch, so a loss or a BatchNorm needs no collective of its own.
+`jax.jit` all code sees the global batch, so a loss or a BatchNorm needs no collective of its own. Of several processes
+each loads the images of its own devices; files are written by the first.
 """
 
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ssl_jax.errors import UserError
@@ -39,3 +46,107 @@ def split(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+SILENCE = 30  # seconds without a sign of life after which a process counts as dead, and all others end
+ANSWER = 4096  # bytes of what the first process tells the others
+
+
+def join_processes(cluster: bool = False) -> None:
+    """Joins the other processes of the same job, if there are: before anything else asks jax for its devices.
+
+    They are found by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by what SLURM's srun, Open MPI
+    and GKE put into the environment; with `cluster` by whatever else jax knows (a TPU pod's metadata server).
+    """
+    given = os.environ
+    options: Any = {"heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": SILENCE}
+    if "JAX_COORDINATOR_ADDRESS" in given:
+        try:
+            count, mine = int(given["JAX_NUM_PROCESSES"]), int(given["JAX_PROCESS_ID"])
+        except (KeyError, ValueError):
+            raise UserError(
+                "JAX_COORDINATOR_ADDRESS: set without numbers in JAX_NUM_PROCESSES and JAX_PROCESS_ID; "
+                "allowed: all three or none"
+            ) from None
+        jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], count, mine, **options)
+        return
+    # SLURM_STEP_NUM_TASKS is srun's; a batch script alone has SLURM_NTASKS, and nobody else to wait for.
+    tasks = max(int(given.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    if cluster or tasks > 1 or "," in given.get("TPU_WORKER_HOSTNAMES", ""):
+        jax.distributed.initialize(**options)
+
+
+def leads() -> bool:
+    """Whether this is the first process, the one that writes files and talks."""
+    return jax.process_index() == 0
+
+
+def by_first(work: Callable[[], Any]) -> Any:
+    """What `work` returns (to be told in JSON) in the first process, told to all; they wait, and end if it fails."""
+    if jax.process_count() == 1:
+        return work()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    failed: Exception | None = None
+    told = b""
+    if leads():
+        try:
+            told = json.dumps(work()).encode()
+        except Exception as error:
+            failed = error
+    message = np.frombuffer(told.ljust(ANSWER), np.uint8)
+    heard = np.asarray(broadcast_one_to_all(message)).tobytes().strip()
+    if failed:
+        raise failed
+    if not heard:
+        raise SystemExit(2)  # the first process says why
+    return json.loads(heard)
+
+
+def anywhere(sign: bool) -> bool:
+    """Whether `sign` is true in any process."""
+    if jax.process_count() == 1:
+        return sign
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(np.any(process_allgather(np.array(sign))))
+
+
+def rows_here(mesh: Mesh, batch: int) -> np.ndarray:
+    """Places int64 [N] in a batch of the images that this process' devices hold, ascending."""
+    there = split(mesh).addressable_devices_indices_map((batch,)).values()
+    return np.unique(np.concatenate([np.arange(batch)[at] for at in there if at is not None]))
+
+
+def assemble(mesh: Mesh, batch: int, rows: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Arrays [batch, ...] split over all devices, of which this process has the `rows`: parts [len(rows), ...]."""
+
+    def whole(part: np.ndarray) -> jax.Array:
+        def piece(at):
+            first, last, _ = at[0].indices(batch)
+            begin = np.searchsorted(rows, first)
+            return part[begin : begin + last - first]
+
+        return jax.make_array_from_callback((batch, *part.shape[1:]), split(mesh), piece)
+
+    return {name: whole(part) for name, part in parts.items()}
+
+
+def everywhere(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays, the same in every process, on all devices."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(np.shape(x), replicated(mesh), lambda at: np.asarray(x)[at]), tree
+    )
+
+
+def on_each(mesh: Mesh, value: int) -> jax.Array:
+    """int32 [devices], on the devices of each process its own `value`."""
+    count = mesh.devices.size
+    return jax.make_array_from_callback(
+        (count,), split(mesh), lambda at: np.full(len(np.arange(count)[at]), value, np.int32)
+    )
+
+
+def here(tree: Any) -> Any:
+    """Replicated arrays as arrays of this process alone, which it may use without the others."""
+    return tree if jax.process_count() == 1 else jax.device_put(jax.device_get(tree))

@@ -10,16 +10,16 @@ from typing import Any
 class Progress:
     """Shows step, loss, speed, waiting and time left. Use as a context; `say` prints a line that stays."""
 
-    def __init__(self, total: int, start: int, title: str, unit: str = "steps", note: str = ""):
+    def __init__(self, total: int, start: int, title: str, unit: str = "steps", note: str = "", quiet: bool = False):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.total, self.title = total, title
+        self.total, self.title, self.quiet = total, title, quiet
         self.console = Console(stderr=True)
         self.bar = None
         self.began, self.first, self.said = time.monotonic(), start, 0.0
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             columns = [
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -44,7 +44,7 @@ class Progress:
     def say(self, text: str) -> None:
         if self.bar:
             self.console.print(text, highlight=False, markup=False)
-        else:
+        elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
     def update(self, step: int, values: dict[str, Any]) -> None:

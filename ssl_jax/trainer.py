@@ -5,9 +5,11 @@ A batch travels: data.order -> raw uint8 images -> (inside the step) views -> me
 continued from its TrainState alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssl_jax import checkpoint, run
+from ssl_jax import checkpoint, parallel, run
 from ssl_jax.augment import make_views
 from ssl_jax.augment import resolve as resolve_views
 from ssl_jax.config import Config, View, method_module, to_steps
@@ -102,8 +104,8 @@ def _check_parts(config: Config) -> None:
 PROBE = optax.adam(1e-3)
 
 
-def init_state(setup: Setup, seed: int) -> TrainState:
-    """Parameters, optimizer and state of step 0, a function of the seed alone."""
+def init_state(setup: Setup, seed: int, layout: Any = None) -> TrainState:
+    """Parameters, optimizer and state of step 0, a function of the seed alone. layout: their sharding."""
     views = [jnp.zeros((2, v.size, v.size, setup.shape[2])) for v in setup.views]
 
     def init(key):
@@ -117,7 +119,7 @@ def init_state(setup: Setup, seed: int) -> TrainState:
         return TrainState(jnp.zeros([], jnp.int32), params, setup.tx.init(params), extra, probe)
 
     # A generator of its own: the data order and the views use fold_in(key(seed), step).
-    return jax.jit(init)(jax.random.fold_in(jax.random.key(seed), 2**31 - 1))
+    return jax.jit(init, out_shardings=layout)(jax.random.fold_in(jax.random.key(seed), 2**31 - 1))
 
 
 def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
@@ -180,19 +182,23 @@ def _probe_step(probe, embedding, label):
 
 
 def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gather: bool) -> Iterator[dict]:
-    """Batches of steps start to stop - 1 on the devices: indices into the store in memory, or images from disk."""
+    """Batches of steps start to stop - 1 on the devices: indices into the store in memory, or images from disk.
+
+    Each process makes the rows of its own devices only.
+    """
+    size, seed, rows = config.train.batch, config.train.seed, parallel.rows_here(mesh, config.train.batch)
     if gather:
         partners = None if source.objects is None else Partners(source.objects)
         for step in range(start, stop):
-            index = order(config.train.seed, len(source), config.train.batch, step)
-            batch = {"index": index.astype(np.int32)}
+            index = order(seed, len(source), size, step)
+            batch = {"index": index[rows].astype(np.int32)}
             if partners:
-                batch["partner"] = partners(config.train.seed, index, step).astype(np.int32)
-            yield jax.device_put(batch, split(mesh))
+                batch["partner"] = partners(seed, index, step)[rows].astype(np.int32)
+            yield parallel.assemble(mesh, size, rows, batch)
     else:
-        options = {"batch": config.train.batch, "seed": config.train.seed, "workers": config.data.workers}
+        options: Any = {"batch": size, "seed": seed, "workers": config.data.workers, "rows": rows}
         for batch in stream(source, start=start, stop=stop, **options):
-            yield jax.device_put({**batch, "index": batch["index"].astype(np.int32)}, split(mesh))
+            yield parallel.assemble(mesh, size, rows, {**batch, "index": batch["index"].astype(np.int32)})
 
 
 def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
@@ -200,30 +206,43 @@ def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
 
     Raises UserError for mistakes and for a loss that is not finite; SystemExit(75) after SIGTERM or SIGINT, saved.
     """
-    with run.lock(workdir):
-        run.start(workdir, config)
+    with contextlib.ExitStack() as held:
+
+        def enter() -> None:
+            held.enter_context(run.lock(workdir))
+            run.start(workdir, config)
+
+        parallel.by_first(enter)
         source = source or open_source(config.data)
         total = to_steps(config.train.duration, len(source), config.train.batch)
-        if run.read_json(workdir / "encoder" / "encoder.json").get("step") == total:
+
+        def look() -> dict[str, Any]:
+            done = run.read_json(workdir / "encoder" / "encoder.json").get("step") == total
+            # How convolutions are written changes the last bits: a continued run keeps what it began with.
+            conv = run.read_json(workdir / "environment.json").get("conv") or resolve_conv(config.model.conv)
+            if not done:
+                run.record_environment(workdir, conv=conv)
+            return {"done": done, "conv": conv}
+
+        found = parallel.by_first(look)
+        if found["done"]:
             return load_encoder(workdir)
-        # How convolutions are written changes the last bits: a continued run keeps what it began with.
-        conv = run.read_json(workdir / "environment.json").get("conv") or resolve_conv(config.model.conv)
-        run.record_environment(workdir, conv=conv)
-        return _Loop(
-            dataclasses.replace(config, model=dataclasses.replace(config.model, conv=conv)), workdir, source
-        ).run()
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=found["conv"]))
+        # All processes do the same; what others than the first write is thrown away, but for their part of checkpoints.
+        out = workdir if parallel.leads() else Path(held.enter_context(tempfile.TemporaryDirectory()))
+        return _Loop(config, workdir, out, source).run()
 
 
 class _Loop:
     """The state of `fit`: what is open and running around the pure step."""
 
-    def __init__(self, config: Config, workdir: Path, source: Any):
-        self.config, self.workdir, self.source = config, workdir, source
+    def __init__(self, config: Config, workdir: Path, out: Path, source: Any):
+        self.config, self.workdir, self.out, self.source = config, workdir, out, source
         self.setup = set_up(config, source)
         self.mesh = make_mesh(config.train.devices, config.train.batch, config.train.micro_batch)
-        self.state = jax.device_put(init_state(self.setup, config.train.seed), replicated(self.mesh))
+        self.state = init_state(self.setup, config.train.seed, replicated(self.mesh))
         self.gather = _in_memory(config, source)
-        self.stopped_by: int | None = None
+        self.stopped_by = 0  # the signal that this process got; all end after the same step
         self.pending: list[tuple[int, dict]] = []  # metrics of steps not looked at yet, still on the device
         self.skipped_in_a_row = self.collapsed_in_a_row = 0
         self.warned = False
@@ -233,25 +252,25 @@ class _Loop:
 
     def run(self) -> Encoder:
         config, total = self.config, self.setup.steps
-        say = functools.partial(print, flush=True)
+        say = functools.partial(print, flush=True) if parallel.leads() else lambda _: None
         restored = checkpoint.restore_latest(self.workdir / "checkpoints", self.state, say)
         self.state = self.state if restored is None else restored
         start = self.saved = int(self.state.step)
-        self.metrics = run.Lines(self.workdir / "metrics.jsonl", start)
-        self.timing = run.Lines(self.workdir / "timing.jsonl", start)
+        self.metrics = run.Lines(self.out / "metrics.jsonl", start)
+        self.timing = run.Lines(self.out / "timing.jsonl", start)
         if start < total:
             self._sheet()
             title = f"{config.method_name} {config.model.name}"
             title += f" (from step {start})" if start else ""
             previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
             try:
-                with Progress(total, start, title, note="compiling") as self.progress:
+                with Progress(total, start, title, note="compiling", quiet=not parallel.leads()) as self.progress:
                     self._steps(start, total)
             finally:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
         encoder = self._encoder(total)
-        export(self.workdir / "encoder", encoder)
+        export(self.out / "encoder", encoder)
         return encoder
 
     def _steps(self, start: int, total: int) -> None:
@@ -260,7 +279,7 @@ class _Loop:
         save_every = max(1, self.every(config.train.save_every))
         eval_every = self.every(config.eval.every)
         evaluate = self._evaluation() if eval_every else None
-        before, waited, since, marked = None, 0.0, start, time.monotonic()
+        before, stopped, waited, since, marked = None, 0, 0.0, start, time.monotonic()
         source = batches(config, self.source, self.mesh, start, total, self.gather)
         for step in range(start + 1, total + 1):
             asked = time.monotonic()
@@ -269,13 +288,15 @@ class _Loop:
                 # The device was idle at most while we waited, and only if its step had ended when the batch came.
                 waited += (time.monotonic() - asked) * before["loss"].is_ready()
                 jax.block_until_ready(before)
+                stopped = int(before["stop"])
+            batch["stop"] = parallel.on_each(self.mesh, self.stopped_by)
             self.state, before = step_fn(self.state, store, batch)
             self.pending.append((step, before))
             if step == start + 1:  # compiled: the clock starts
                 jax.block_until_ready(before)
                 waited, since, marked = 0.0, step, time.monotonic()
             last = step == total
-            if step % log_every == 0 or last or self.stopped_by:
+            if step % log_every == 0 or last or stopped:
                 values = self._check()
                 now = time.monotonic()
                 seconds = max(now - marked, 1e-9)
@@ -293,14 +314,14 @@ class _Loop:
                 began = time.monotonic()
                 self.metrics.append({"step": step, **evaluate()})
                 marked += time.monotonic() - began  # neither evaluating nor saving counts as training
-            if step % save_every == 0 or last or self.stopped_by:
+            if step % save_every == 0 or last or stopped:
                 self._check()
                 began = time.monotonic()
                 checkpoint.save(self.workdir / "checkpoints", step, self.state, config.train.keep)
                 self.saved = step
                 marked += time.monotonic() - began
-            if self.stopped_by and not last:
-                name = signal.Signals(self.stopped_by).name
+            if stopped and not last:
+                name = signal.Signals(stopped).name
                 self.progress.say(f"{name}: saved step {step} in {self.workdir}; the same command continues it")
                 raise SystemExit(REQUEUE)
 
@@ -308,11 +329,13 @@ class _Loop:
         step = make_step(self.setup, self.config, self.mesh)
 
         def gathered(state, store, batch):
+            asked = batch.pop("stop")
             if self.gather:
                 batch = {**batch, **{name: values[batch["index"]] for name, values in store.items()}}
                 if "partner" in batch:
                     batch["pair"] = store["image"][batch["partner"]]
-            return step(state, batch)
+            state, metrics = step(state, batch)
+            return state, {**metrics, "stop": asked.max()}
 
         whole = replicated(self.mesh)
         return jax.jit(gathered, donate_argnums=0, out_shardings=(whole, whole))
@@ -324,7 +347,7 @@ class _Loop:
         arrays: dict[str, Any] = {"image": self.source.arrays()}
         if self.source.labels is not None:
             arrays["label"] = self.source.labels
-        return jax.device_put(arrays, replicated(self.mesh))
+        return parallel.everywhere(self.mesh, arrays)
 
     def _check(self) -> dict[str, Any]:
         """Looks at every step since the last look; returns the newest step's metrics, {} where there was none.
@@ -334,7 +357,7 @@ class _Loop:
         values: dict[str, Any] = {}
         sign = ""
         for step, metrics in self.pending:
-            values = {k: np.asarray(v).item() for k, v in metrics.items()}
+            values = {k: np.asarray(v).item() for k, v in metrics.items() if k != "stop"}
             skipped = bool(values.pop("skipped", 0))
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
             if skipped and self.skipped_in_a_row <= MOST_SKIPPED:
@@ -385,7 +408,9 @@ class _Loop:
         self.stopped_by = number
 
     def _encoder(self, step: int) -> Encoder:
-        params, stats = self.setup.method.encoder(self.state.params, target_of(self.state.opt_state), self.state.extra)
+        state = self.state
+        params, stats = self.setup.method.encoder(state.params, target_of(state.opt_state), state.extra)
+        params, stats = parallel.here((params, stats))
         size, channels = min(self.setup.shape[:2]), self.setup.shape[2]
         about = describe(self.config, size, channels, step)
         return Encoder(self.setup.encoder, params, stats, size, channels, about)
@@ -429,7 +454,7 @@ class _Loop:
     def _sheet(self) -> None:
         from ssl_jax.report.sheet import view_sheet
 
-        out = self.workdir / "views.png"
+        out = self.out / "views.png"
         if not out.exists():
             chosen = np.random.default_rng(self.config.train.seed).permutation(len(self.source))[:6]
             view_sheet(np.stack([self.source.load(int(i)) for i in chosen]), self.setup.views, out)

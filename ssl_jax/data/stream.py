@@ -62,13 +62,13 @@ class Partners:
 
 
 def stream(
-    source: Source, *, batch: int, seed: int, start: int, stop: int, workers: int
+    source: Source, *, batch: int, seed: int, start: int, stop: int, workers: int, rows: np.ndarray | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches of steps start to stop - 1, decoded ahead of use by `workers` threads of grain.
 
     Each is {"image": uint8 [B,H,W,C], "index": int64 [B]} and, if the source has labels, "label": int32 [B]; the same
     images in the same order as `source.arrays()[order(...)]`; with source.objects also "pair" uint8 [B,H,W,C], the
-    images of `Partners`. About two batches are held ahead.
+    images of `Partners`. About two batches are held ahead. rows: the places in the batch that are wanted, all if None.
     """
     import grain
 
@@ -79,21 +79,22 @@ def stream(
 
     @functools.lru_cache(maxsize=4)  # all images of a step ask for it
     def pairs(step: int) -> np.ndarray:
-        return partners(seed, order(seed, examples, batch, step), step)
+        return partners(seed, order(seed, examples, batch, step), step)[rows]
 
     def load(position: int) -> dict[str, np.ndarray]:
         step, piece = divmod(position, pieces)
         part = slice(piece * PIECE, (piece + 1) * PIECE)
-        made = {"image": _images(source, order(seed, examples, batch, step)[part])}
+        made = {"image": _images(source, order(seed, examples, batch, step)[rows][part])}
         return made if source.objects is None else {**made, "pair": _images(source, pairs(step)[part])}
 
-    pieces = -(-batch // PIECE)
+    rows = np.arange(batch) if rows is None else rows
+    pieces = -(-len(rows) // PIECE)
     positions = grain.MapDataset.range(start * pieces, stop * pieces)
     reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2 * pieces, workers))
     images = iter(positions.map(load).to_iter_dataset(reading))
     try:
         for step in range(start, stop):
-            index = np.array(order(seed, examples, batch, step))
+            index = order(seed, examples, batch, step)[rows]
             parts = [next(images) for _ in range(pieces)]
             made = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]} | {"index": index}
             yield made if labels is None else {**made, "label": labels[index]}

@@ -1,0 +1,111 @@
+"""Two processes of one job, as on two hosts: the same losses as one process, one end, one set of checkpoints."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssl_jax import run
+from ssl_jax.checkpoint import steps
+from ssl_jax.trainer import REQUEUE
+
+SMALL = {
+    "data.name": "synthetic", "data.limit": 48, "data.size": 16, "model.name": "resnet_thin", "model.width": 0.25,
+    "method.hidden": 16, "method.out": 8, "train.batch": 16, "train.duration": "12 steps", "train.save_every": "4 steps",
+    "train.log_every": "1 steps", "optim.name": "sgd", "optim.lr": 0.01, "optim.lr_batch": 0, "eval.every": "6 steps",
+}  # fmt: skip
+
+
+def start(workdir, count, devices, method="simclr", **changes):
+    """`count` processes of one job; each has a share of `devices` simulated devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {**SMALL, **changes}
+    command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config=pretrain:{method}", f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in settings.items()]
+    made = []
+    for number in range(count):
+        flags = f"--xla_force_host_platform_device_count={devices // count} --xla_backend_optimization_level=0"
+        env = {**os.environ, "XLA_FLAGS": flags}
+        if count > 1:
+            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+            env["JAX_PROCESS_ID"] = str(number)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+        made.append(subprocess.Popen(command, **options))
+    return made
+
+
+def finish(processes):
+    """[(exit code, stdout, stderr)] of each."""
+    told = [process.communicate(timeout=300) for process in processes]
+    return [(process.returncode, *text) for process, text in zip(processes, told, strict=True)]
+
+
+def losses(workdir):
+    return [line["loss"] for line in run.read_lines(workdir / "metrics.jsonl") if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    [(code, _, err)] = finish(start(workdir, 1, 2))
+    assert code == 0, err
+    return workdir
+
+
+def test_two_processes_train_as_one(alone, tmp_path):
+    both = finish(start(tmp_path / "run", 2, 2))
+    assert [code for code, *_ in both] == [0, 0], both
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=0, atol=1e-5)
+    assert "encoder:" in both[0][1] and "encoder:" not in both[1][1]  # one speaks
+    names = {p.name for p in alone.iterdir()}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == names
+
+
+def test_a_signal_to_one_ends_both_and_one_process_goes_on(alone, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(workdir, 2, 2, **{"data.engine": "disk"})
+    end = time.monotonic() + 200
+    while time.monotonic() < end and len(losses(workdir)) < 5 and processes[0].poll() is None:
+        time.sleep(0.02)
+    processes[1].terminate()
+    both = finish(processes)
+    assert [code for code, *_ in both] == [REQUEUE, REQUEUE], both
+    saved = steps(workdir / "checkpoints")[-1]
+    assert 5 <= saved < 12 and f"saved step {saved}" in both[0][2]
+    [(code, _, err)] = finish(start(workdir, 1, 1, **{"data.engine": "disk"}))
+    assert code == 0, err
+    assert f"from step {saved}" in err
+    np.testing.assert_allclose(losses(workdir), losses(alone), rtol=0, atol=1e-5)
+
+
+def test_a_dead_process_ends_the_job(tmp_path):
+    processes = start(tmp_path / "run", 2, 2, **{"train.duration": "100000 steps"})
+    end = time.monotonic() + 200
+    while time.monotonic() < end and len(losses(tmp_path / "run")) < 3 and processes[0].poll() is None:
+        time.sleep(0.02)
+    processes[1].kill()
+    began = time.monotonic()
+    (code, _, err), _ = finish(processes)
+    assert code not in (0, REQUEUE) and time.monotonic() - began < 60
+    assert err.strip()
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine")
+    both = finish(start(tmp_path / "full", 2, 2))
+    assert [code for code, *_ in both] == [2, 2], both
+    assert "not empty and no run folder" in both[0][2] and "not empty" not in both[1][2]
+
+
+def test_half_of_what_names_a_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    [(code, _, err)] = finish(start(Path(tmp_path) / "run", 1, 1))
+    assert code == 2 and "JAX_NUM_PROCESSES" in err
