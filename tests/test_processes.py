@@ -16,8 +16,9 @@ from ssl_jax.trainer import REQUEUE
 
 SMALL = {
     "data.name": "synthetic", "data.limit": 48, "data.size": 16, "model.name": "resnet_thin", "model.width": 0.25,
-    "method.hidden": 16, "method.out": 8, "train.batch": 16, "train.duration": "12 steps", "train.save_every": "4 steps",
-    "train.log_every": "1 steps", "optim.name": "sgd", "optim.lr": 0.01, "optim.lr_batch": 0, "eval.every": "6 steps",
+    "method.hidden": 16, "method.out": 8, "train.batch": 16, "train.duration": "12 steps",
+    "train.save_every": "4 steps", "train.log_every": "1 steps", "optim.name": "sgd", "optim.lr": 0.01,
+    "optim.lr_batch": 0, "eval.every": "6 steps",
 }  # fmt: skip
 
 
