@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check lint clean
+.PHONY: demo test test-slow check lint bench-gpu clean
 
 demo: $(VENV)/installed  ## pretrain on Fashion-MNIST without labels, then compare few-label accuracy with training from scratch
 	@BIN=$(BIN) scripts/find_fashion_mnist.sh
@@ -20,6 +20,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-gpu: $(VENV)/installed  ## images/s and memory of training steps on a GPU; PyTorch's beside them if it is installed
+	$(BIN)/python benchmarks/gpu.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

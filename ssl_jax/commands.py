@@ -164,18 +164,24 @@ def study(config: ConfigDict, workdir: str, cells: str = "") -> None:
             raise SystemExit(REQUEUE)
         train = open_source(resolved.data)
         size, channels = min(train.shape[:2]), train.shape[2]
+
+        def pretrained(arm: str, number: int) -> Encoder:
+            made = needed[arm, number]
+            own = made.data != resolved.data  # pairs, say, or fewer images
+            return fit(made, homes[arm, number], open_source(made.data) if own else train)
+
         if part and not part[0]:
-            for place, made in needed.items():
+            for place, home in homes.items():
                 try:
-                    fit(made, homes[place], train)
+                    pretrained(*place)
                 except BusyError:
-                    print(f"{homes[place]}: left to the process that is working on it")
+                    print(f"{home}: left to the process that is working on it")
             return
 
         def get_encoder(arm: str, arm_config: Config, number: int) -> Encoder:
             if of.from_scratch(resolved.study.arms[arm]):
                 return random_encoder(arm_config.model, size, channels, number)
-            return fit(needed[arm, number], homes[arm, number], train)
+            return pretrained(arm, number)
 
         test = open_source(dataclasses.replace(of.data_of_test(resolved), size=size, channels=channels))
         given: Any = {"get_encoder": get_encoder, "train": train, "test": test, "part": part}

@@ -206,18 +206,22 @@ def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
 
     Raises UserError for mistakes and for a loss that is not finite; SystemExit(75) after SIGTERM or SIGINT, saved.
     """
+    source = source or open_source(config.data)
+    total = to_steps(config.train.duration, len(source), config.train.batch)
     with contextlib.ExitStack() as held:
 
+        def finished() -> bool:
+            return run.read_json(workdir / "encoder" / "encoder.json").get("step") == total
+
         def enter() -> None:
-            held.enter_context(run.lock(workdir))
+            # A finished run is only read: tasks of one study that start together all want its encoder.
+            held.enter_context(run.lock(workdir, shared=finished()))
             run.start(workdir, config)
 
         parallel.by_first(enter)
-        source = source or open_source(config.data)
-        total = to_steps(config.train.duration, len(source), config.train.batch)
 
         def look() -> dict[str, Any]:
-            done = run.read_json(workdir / "encoder" / "encoder.json").get("step") == total
+            done = finished()
             # How convolutions are written changes the last bits: a continued run keeps what it began with.
             conv = run.read_json(workdir / "environment.json").get("conv") or resolve_conv(config.model.conv)
             if not done:

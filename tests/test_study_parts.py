@@ -133,23 +133,40 @@ def test_tasks_of_an_array_share_a_folder(tmp_path, capsys, monkeypatch):
     assert "Label-efficiency study" in page and "Pretraining of simclr-2" in page
 
 
+def test_an_arm_may_pretrain_on_other_data(tmp_path, monkeypatch):
+    given = {}
+
+    def fit(config, workdir, source):
+        given[workdir.name] = (config.data.limit, len(source))
+        return _untrained(config, workdir, source)
+
+    monkeypatch.setattr("ssl_jax.trainer.fit", fit)
+    (tmp_path / "study.py").write_text(
+        STUDY.replace("    return config", '    config.study.arms["few"] = {"data": {"limit": 16}}\n    return config')
+    )
+    args = ("study", f"--config={tmp_path / 'study.py'}", f"--workdir={tmp_path / 'out'}")
+    assert cli.main([*args, "--cells=0/1"]) == 0
+    assert given["few"] == (16, 16) and given["simclr"][1] > 16
+
+
 @pytest.mark.parametrize(
     ("spec", "arms"),
     [
         ("study_chexpert", ["moco", "triplet"]),
-        ("study_chexpert:phantom", ["moco", "triplet"]),
+        ("study_chexpert:phantom", ["moco", "moco_crop", "moco_patient", "triplet"]),
         ("study_chexpert:phantom,byol", ["byol"]),
     ],
 )
 def test_the_config_for_chest_x_rays(spec, arms):
     made = resolve(load_config(spec, ["--config.data.path=DIR"]))
-    assert [p.arm for p in study.plan(made.study)[:3]][: len(arms) + 1] == ["supervised", *arms]
+    assert [p.arm for p in study.plan(made.study)[: len(arms) + 1]] == ["supervised", *arms]
     assert study.data_of_test(made).path == "DIR"
     assert study.from_scratch(made.study.arms["supervised"]) and made.data.labels == ("study",)
     pretrained = study.pretrainings(made)
     assert [key for key in pretrained] == [(arm, 0) for arm in arms]
     for (arm, _), of in pretrained.items():
-        assert of.method_name == arm and of.model.name == "resnet18" and of.augment.preset == "chest_xray"
+        assert of.method_name == arm.split("_")[0] and of.model.name == "resnet18" and of.augment.preset == "chest_xray"
+        assert of.data.pairs == ("patient" if arm.endswith("patient") else "")
     assert made.study.labels[0] == 250 and made.study.seeds == 10
 
 

@@ -127,6 +127,13 @@ def test_second_run_of_a_finished_one_changes_nothing(uninterrupted):
     assert (uninterrupted / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_a_finished_run_can_be_read_by_many_at_once(uninterrupted):
+    """Tasks of a study start together, and each loads the same encoders."""
+    with run.lock(uninterrupted, shared=True):
+        done = finish(uninterrupted)
+    assert done.returncode == 0, done.stderr
+
+
 def test_another_config_in_the_same_folder_is_refused(uninterrupted):
     done = finish(uninterrupted, "--config.optim.lr=0.5", "--config.train.seed=3")
     assert done.returncode == 2

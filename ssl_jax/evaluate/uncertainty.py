@@ -1,7 +1,7 @@
 """How sure a score on a test set is: the bootstrap by patient, and DeLong's test of two models on the same images."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,16 +19,32 @@ def bootstrap_by_group(
     groups: int [N], equal for images of one patient. Images of a patient are alike, so that drawing images would show
     more certainty than there is.
     """
+    return percentiles([statistic(index) for index in _draws(groups, repeats, seed)])
+
+
+def bootstrap_weights(groups: np.ndarray, repeats: int = 1000, seed: int = 0) -> np.ndarray:
+    """How often each image is in each draw of `bootstrap_by_group`, float [repeats, N].
+
+    A statistic that can be told from them is found for all draws at once; `percentiles` of it are the interval.
+    """
+    draws = _draws(groups, repeats, seed)
+    return np.stack([np.bincount(index, minlength=len(groups)) for index in draws]).astype(np.float64)
+
+
+def _draws(groups: np.ndarray, repeats: int, seed: int) -> Iterator[np.ndarray]:
     order = np.argsort(groups, kind="stable")
     count = np.unique(groups, return_counts=True)[1]
     first = np.cumsum(count) - count
     rng = np.random.default_rng(seed)
-    values = []
     for _ in range(repeats):
         drawn = rng.integers(0, len(count), len(count))
         size = count[drawn]
         within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-        values.append(statistic(order[np.repeat(first[drawn], size) + within]))
+        yield order[np.repeat(first[drawn], size) + within]
+
+
+def percentiles(values: Any) -> tuple[Any, Any]:
+    """(low, high): 2.5 % and 97.5 % of the values of all draws (first axis), nan left out."""
     made = np.asarray(values, np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nan in all draws

@@ -7,6 +7,7 @@ A cell is a mapping with "arm", "labels", "seed", "chosen" and "scores", what `e
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from ssl_jax import run
 from ssl_jax.evaluate.metrics import interval, paired
-from ssl_jax.evaluate.uncertainty import bootstrap_by_group
+from ssl_jax.evaluate.uncertainty import bootstrap_weights, percentiles
 
 METRICS = ("top1", "balanced_accuracy", "macro_auc", "top5", "macro_ap", "brier")
 REPEATS = 1000  # of the bootstrap over test patients
@@ -114,24 +115,21 @@ def over_patients(
         return []
     positive, negative = labels >= 0.5, labels < 0.5
     classes = np.flatnonzero(positive.any(axis=0) & negative.any(axis=0))
+    weights = bootstrap_weights(groups, REPEATS)
     rows = []
     for arm, count in (key for key in scores if key[0] != baseline and (baseline, key[1]) in scores):
-        gain = {
-            c: np.subtract(
-                *(_in_order(scores[a, count][:, :, c], positive[:, c], negative[:, c]) for a in (arm, baseline))
+        drawn = []  # of each class the difference in every draw
+        for c in classes:
+            present, absent = weights[:, positive[:, c]], weights[:, negative[:, c]]
+            mine, others = (
+                _in_order(scores[a, count][:, :, c], positive[:, c], negative[:, c]) for a in (arm, baseline)
             )
-            for c in classes
-        }
-
-        def difference(chosen: np.ndarray, gain: Mapping[Any, np.ndarray] = gain) -> float:
-            drawn = []
-            for c, pairs in gain.items():
-                mine, others = (np.cumsum(x[:, c])[chosen[x[chosen, c]]] - 1 for x in (positive, negative))
-                if len(mine) and len(others):
-                    drawn.append(pairs[np.ix_(mine, others)].mean())
-            return float(np.mean(drawn)) if drawn else math.nan
-
-        low, high = bootstrap_by_group(difference, groups, repeats=REPEATS)
+            pairs = present.sum(axis=1) * absent.sum(axis=1)
+            gain = ((present @ (mine - others)) * absent).sum(axis=1)
+            drawn.append(np.where(pairs > 0, gain / np.maximum(pairs, 1), np.nan))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a draw that says nothing of any class
+            low, high = percentiles(np.nanmean(drawn, axis=0))
         rows.append({"arm": arm, "labels": count, "low": low, "high": high})
     return rows
 
