@@ -140,7 +140,9 @@ def vicregl(*arrays, **hyper):
 # loss, by hand, shapes, hyper-parameters, positions of arguments that get a gradient
 CASES = {
     "barlow_twins": (losses.barlow_twins, barlow_by_hand, [(6, 4), (6, 4)], {"off_diagonal": 0.1}, (0, 1)),
+    "barlow_twins, wide": (losses.barlow_twins, barlow_by_hand, [(4, 7), (4, 7)], {"off_diagonal": 0.1}, (0, 1)),
     "vicreg": (losses.vicreg, vicreg_by_hand, [(6, 4), (6, 4)], WEIGHTS, (0, 1)),
+    "vicreg, wide": (losses.vicreg, vicreg_by_hand, [(4, 7), (4, 7)], WEIGHTS, (0, 1)),
     "vicregl": (vicregl, vicregl_by_hand, MAPS, {**WEIGHTS, "alpha": 0.75, "matches": (3, 2)}, range(6)),
     "tico": (losses.tico, tico_by_hand, [(6, 4), (6, 4), (4, 4)], {"beta": 0.9, "rho": 8.0}, (0,)),
     "swav": (
