@@ -91,6 +91,7 @@ class Model:
     positions: str = "fixed"  # ViT: fixed (sines and cosines) or learned
     freeze_patch: bool = False  # ViT: the projection of the patches keeps its initial, random values (MoCo v3)
     pool: str = "cls"  # ViT: the embedding is the class token (cls) or the mean of the patches (mean)
+    remat: str = "none"  # blocks: what lies inside a block is computed again for the gradient, not kept: less memory
     conv: str = "auto"  # CPU only: native or patches; auto: native with AVX-512, patches without
     mean: tuple[float, ...] = ()  # per channel, of images in [0, 1]; empty: ImageNet's for 3 channels, else 0.5
     std: tuple[float, ...] = ()  # empty: ImageNet's for 3 channels, else 0.25

@@ -21,7 +21,15 @@ def pictures(batch, seed=0):
 @functools.cache
 def tiny(**changes):
     """A network that compiles fast, of all kinds of layers; images 15x15x1."""
-    shape = {"widths": (8, 12), "depths": (1, 1), "block": basic, "stem": (3, 1), "pool": True, "zero_init": False}
+    shape = {
+        "widths": (8, 12),
+        "depths": (1, 1),
+        "block": basic,
+        "stem": (3, 1),
+        "pool": True,
+        "zero_init": False,
+        "remat": "none",
+    }
     given = {**shape, "mean": (0.5,), "std": (0.25,), "dtype": jnp.float32, "how": "native", **changes}
     made = network_of(ResNet(**given))
     made = made._replace(apply=jax.jit(made.apply, static_argnames=("train", "groups")))
@@ -240,3 +248,26 @@ def test_linear():
     params, stats = linear(3, zero=True).init(jax.random.key(0), x)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(params))
     assert set(linear(3, bias=False).init(jax.random.key(0), x)[0]["linear"]) == {"kernel"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
+def test_blocks_made_again_for_the_gradient_give_the_same(name):
+    def computed(remat):
+        network = build_encoder(Model(name=name, width=0.25, depth=4, patch=4, remat=remat), 1, 32)
+        x = jnp.asarray(np.random.default_rng(0).random((32, 32, 32, 1), np.float32))
+        params, stats = jax.jit(network.init)(jax.random.key(0), x[:2])
+
+        def loss(params):
+            y, after = network.apply(params, stats, x, train=True)
+            return jnp.square(y).mean(), after
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        return jax.jit(gradient)(params), str(jax.make_jaxpr(gradient)(params)).count("checkpoint[")
+
+    (kept, none), (again, blocks) = computed("none"), computed("blocks")
+    assert none == 0 and blocks > 0
+    assert jax.tree.structure(kept) == jax.tree.structure(again)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(np.abs(a).max()))
+    with pytest.raises(UserError, match="config.model.remat='all': unknown"):
+        build_encoder(Model(name=name, remat="all"), 1, 32)

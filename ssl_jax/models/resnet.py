@@ -15,7 +15,7 @@ from ssl_jax.config import Model
 from ssl_jax.errors import unknown
 from ssl_jax.methods.base import Network
 from ssl_jax.models.conv import resolve_conv
-from ssl_jax.models.layers import BatchNorm, Conv, network
+from ssl_jax.models.layers import BatchNorm, Conv, network, rematerialized
 
 SMALL_UP_TO = 64  # px: the largest images for which stem=auto is the small stem
 
@@ -31,7 +31,7 @@ class Block(nn.Module):
     zero_init: bool
 
     @nn.compact
-    def __call__(self, x, *, train: bool, groups: int = 1):
+    def __call__(self, x, train: bool, groups: int):
         y, stride = x, 1
         for i, (features, size, step) in enumerate(self.convs, 1):
             last = i == len(self.convs)
@@ -70,9 +70,11 @@ class ResNet(nn.Module):
     dtype: Any
     how: str
     zero_init: bool
+    remat: str
 
     @nn.compact
     def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False):
+        made = rematerialized(Block, self.remat, static=(2, 3))
         size, stride = self.stem
         # Normalised by subtraction, not folded into the first convolution, whose padding is zero after it.
         x = ((x - jnp.array(self.mean)) / jnp.array(self.std)).astype(self.dtype)
@@ -83,7 +85,7 @@ class ResNet(nn.Module):
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True), 1):
             for i in range(depth):
                 convs = self.block(width, 2 if stage > 1 and i == 0 else 1)
-                x = Block(convs, self.how, self.zero_init, name=f"layer{stage}_{i}")(x, train=train, groups=groups)
+                x = made(convs, self.how, self.zero_init, name=f"layer{stage}_{i}")(x, train, groups)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return x if dense else x.mean((1, 2))
 
@@ -119,6 +121,7 @@ def build_resnet(
             dtype=jnp.dtype(model.dtype),
             how=resolve_conv(model.conv),
             zero_init=zero_init,
+            remat=model.remat,
         )
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Network
-from ssl_jax.models.layers import network
+from ssl_jax.models.layers import network, rematerialized
 
 SMALL_UP_TO = 64  # px: the largest images for which patch=0 is not 16
 xavier = nn.initializers.xavier_uniform()
@@ -108,10 +108,12 @@ class ViT(nn.Module):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     dtype: Any
+    remat: str
 
     @nn.compact
     def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False, visible=None, masked=None):
         del train, groups
+        block = rematerialized(Block, self.remat)
         check_patch(self.patch, x.shape[1:3])
         batch, height, width = len(x), x.shape[1] // self.patch, x.shape[2] // self.patch
         x = (x - jnp.array(self.mean)) / jnp.array(self.std)
@@ -127,7 +129,7 @@ class ViT(nn.Module):
         class_token = self.param("cls_token", token_init, (1, 1, self.width)) + of_class
         x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, self.width)), x], axis=1)
         for i in range(self.depth):
-            x = Block(self.heads, self.dtype, name=f"blocks_{i}")(x)
+            x = block(self.heads, self.dtype, name=f"blocks_{i}")(x)
         x = Norm(name="norm")(x)
         if visible is not None:
             return x
@@ -218,6 +220,7 @@ def build_vit(model: Model, size: int, mean: tuple[float, ...], std: tuple[float
             mean=mean,
             std=std,
             dtype=jnp.dtype(model.dtype),
+            remat=model.remat,
         )
     )
     return made._replace(patch=patch)
