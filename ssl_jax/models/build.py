@@ -14,13 +14,15 @@ def build_encoder(model: Model, channels: int, size: int = 224, *, zero_init: bo
     It then takes images of any size (a ViT: that its patch divides). zero_init: blocks of a ResNet start as the
     identity (https://arxiv.org/abs/1706.02677, section 5.1).
 
-    Raises UserError for an unknown name, stem or dtype, for mean or std of another length than `channels`, and for a
+    Raises UserError for an unknown name, stem, dtype or remat, for mean or std of another length than `channels`, and for a
     patch that does not divide `size`.
     """
     if model.name not in (*resnet.ARCHITECTURES, *vit.ARCHITECTURES):
         raise unknown("config.model.name", model.name, [*resnet.ARCHITECTURES, *vit.ARCHITECTURES])
     if model.dtype not in ("float32", "bfloat16", "float64"):  # the last for tests
         raise unknown("config.model.dtype", model.dtype, ("float32", "bfloat16"))
+    if model.remat not in ("none", "blocks"):
+        raise unknown("config.model.remat", model.remat, ("none", "blocks"))
     if model.width <= 0:
         raise UserError(f"config.model.width={model.width}: allowed: more than 0")
     mean, std = normalization(model, channels)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Network
 from ssl_jax.models.conv import conv
 
@@ -34,11 +34,7 @@ class Conv(nn.Module):
 def rematerialized(block: type[nn.Module], remat: str, static: tuple[int, ...] = ()) -> type[nn.Module]:
     """The block itself, or with remat="blocks" one that computes what lies inside it again when the gradient needs it,
     instead of keeping it (https://arxiv.org/abs/1604.06174). static: which of its arguments are no arrays, self is 0.
-
-    Raises UserError for another `remat`.
     """
-    if remat not in ("none", "blocks"):
-        raise unknown("config.model.remat", remat, ("none", "blocks"))
     return nn.remat(block, static_argnums=static) if remat == "blocks" else block
 
 
