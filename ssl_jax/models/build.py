@@ -14,8 +14,8 @@ def build_encoder(model: Model, channels: int, size: int = 224, *, zero_init: bo
     It then takes images of any size (a ViT: that its patch divides). zero_init: blocks of a ResNet start as the
     identity (https://arxiv.org/abs/1706.02677, section 5.1).
 
-    Raises UserError for an unknown name, stem, dtype or remat, for mean or std of another length than `channels`, and for a
-    patch that does not divide `size`.
+    Raises UserError for an unknown name, stem, dtype or remat, for mean or std of another length than `channels`, and
+    for a patch that does not divide `size`.
     """
     if model.name not in (*resnet.ARCHITECTURES, *vit.ARCHITECTURES):
         raise unknown("config.model.name", model.name, [*resnet.ARCHITECTURES, *vit.ARCHITECTURES])
