@@ -20,6 +20,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch scripts/*.sh .ci/run
 
 bench-gpu: $(VENV)/installed  ## images/s and memory of training steps on a GPU; PyTorch's beside them if it is installed
 	$(BIN)/python benchmarks/gpu.py
