@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import signal
 import subprocess
@@ -37,12 +38,13 @@ def command(workdir, *more, duration="60 steps", method="moco"):
     return [sys.executable, "-m", "ssl_jax.cli", "pretrain", *config, *flags, *more]
 
 
-def start(*args, **kwargs):
-    return subprocess.Popen(command(*args, **kwargs), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*args, env=None, **kwargs):
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+    return subprocess.Popen(command(*args, **kwargs), **given)
 
 
-def finish(*args, **kwargs):
-    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=300)
+def finish(*args, env=None, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=300, env=env)
 
 
 def wait_for(process, workdir, count, what="metrics"):
@@ -116,6 +118,34 @@ def test_signals_save_and_ask_for_requeue(uninterrupted, tmp_path, number):
     assert done.returncode == 0, done.stderr
     assert f"from step {saved}" in done.stderr
     assert final_arrays(workdir) == final_arrays(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_fewer_devices(tmp_path):
+    """8 devices, then 2, then 1: parameters and queue are restored, and the losses are those of 1 throughout."""
+
+    def on(devices):
+        flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+        return {"env": {**os.environ, "XLA_FLAGS": flags}, "duration": "20 steps"}
+
+    flags = ("--config.train.devices=0", "--config.eval.every=0 steps")
+    workdir = tmp_path / "run"
+    for devices, until in ((8, 4), (2, 11)):
+        process = start(workdir, *flags, **on(devices))
+        wait_for(process, workdir, until)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == trainer.REQUEUE, err
+    saved = steps(workdir / "checkpoints")[-1]
+    assert 11 <= saved < 20
+    done = finish(workdir, *flags, **on(1))
+    assert done.returncode == 0 and f"from step {saved}" in done.stderr, done.stderr
+    assert finish(tmp_path / "one", *flags, **on(1)).returncode == 0
+    found, wanted = (
+        [line["loss"] for line in run.read_lines(tmp_path / name / "metrics.jsonl")] for name in ("run", "one")
+    )
+    assert len(found) == 20
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_second_run_of_a_finished_one_changes_nothing(uninterrupted):
