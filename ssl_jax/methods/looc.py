@@ -16,6 +16,7 @@ from ssl_jax.errors import UserError, unknown
 from ssl_jax.losses import info_nce, similarities
 from ssl_jax.losses.common import normalize
 from ssl_jax.methods.base import (
+    RANKED,
     Method,
     Network,
     at_chance,
@@ -81,7 +82,7 @@ def make(config, encoder, run):
             others = jnp.delete(keys[:, :, i], i, axis=1) if i else None
             found = query[:, i], keys[:, i, i], queue[:, i], others
             values[f"loss_{space}"] = info_nce(*found, temperature=config.temperature)
-        metrics = search_metrics(values["loss_all"], similarities(query[:, 0], keys[:, 0, 0], queue[:, 0]))
+        metrics = search_metrics(values["loss_all"], similarities(query[RANKED, 0], keys[RANKED, 0, 0], queue[:, 0]))
         return jnp.stack(list(values.values())).mean(), metrics | values
 
     def push_keys(params, extra, outputs, step):

@@ -11,7 +11,17 @@ import jax
 from ssl_jax.errors import unknown
 from ssl_jax.losses import info_nce, similarities
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, at_chance, init_with_target, new_queue, push, search_metrics, shuffled, stack
+from ssl_jax.methods.base import (
+    RANKED,
+    Method,
+    at_chance,
+    init_with_target,
+    new_queue,
+    push,
+    search_metrics,
+    shuffled,
+    stack,
+)
 from ssl_jax.models import linear, mlp
 from ssl_jax.transforms import track_target
 
@@ -53,9 +63,9 @@ def make(config, encoder, run):
 
     def loss(outputs, extra, batch):
         del batch
-        found = outputs["query"], outputs["key"], extra["queue"]
-        value = info_nce(*found, temperature=config.temperature)
-        return value, search_metrics(value, similarities(*found))
+        query, key, queue = outputs["query"], outputs["key"], extra["queue"]
+        value = info_nce(query, key, queue, temperature=config.temperature)
+        return value, search_metrics(value, similarities(query[RANKED], key[RANKED], queue))
 
     def push_keys(params, extra, outputs, step):
         del step

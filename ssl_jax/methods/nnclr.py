@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ssl_jax.losses import indexed_info_nce
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, at_chance, init_of, new_queue, one_by_one, push, search_metrics, stack
+from ssl_jax.methods.base import RANKED, Method, at_chance, init_of, new_queue, one_by_one, push, search_metrics, stack
 from ssl_jax.models import mlp
 
 
@@ -59,7 +59,7 @@ def make(config, encoder, run):
         each = [indexed_info_nce(*pair, own, temperature=config.temperature) for pair in pairs]
         value = (each[0] + each[1]) / 2
         neighbour, prediction = pairs[0]
-        return value, search_metrics(value, neighbour @ normalize(prediction).T, own)
+        return value, search_metrics(value, neighbour[RANKED] @ normalize(prediction).T, own[RANKED])
 
     def remember(params, extra, outputs, step):
         del step
