@@ -53,7 +53,7 @@ def ours(name: str) -> dict:
     from ssl_jax.cli import load_config
     from ssl_jax.config import resolve
     from ssl_jax.data.source import Source
-    from ssl_jax.parallel import make_mesh, replicated
+    from ssl_jax.parallel import make_mesh
     from ssl_jax.trainer import init_state, make_step, set_up
 
     recipe, changes = CASES[name]
@@ -63,7 +63,7 @@ def ours(name: str) -> dict:
     source = Source([str(i) for i in range(IMAGES)], images.shape[1:], images.__getitem__)
     mesh = make_mesh(1, config.train.batch, config.train.micro_batch)
     setup = set_up(config, source)
-    state, store = init_state(setup, 0, replicated(mesh)), jax.device_put(images)
+    state, store = init_state(setup, 0, mesh), jax.device_put(images)
     run = make_step(setup, config, mesh)
 
     def step(state, store, index):

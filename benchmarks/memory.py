@@ -62,7 +62,7 @@ def step(batch: int, micro_batch: int = 0, remat: str = "") -> dict:
 
     from ssl_jax.config import default, resolve
     from ssl_jax.data.source import Source
-    from ssl_jax.parallel import make_mesh, replicated
+    from ssl_jax.parallel import make_mesh
     from ssl_jax.trainer import init_state, make_step, set_up
 
     config = default("simclr")
@@ -76,7 +76,7 @@ def step(batch: int, micro_batch: int = 0, remat: str = "") -> dict:
     images = np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), np.uint8)
     source = Source([str(i) for i in range(len(images))], images.shape[1:], images.__getitem__)
     mesh, setup = make_mesh(1, batch, micro_batch), set_up(resolved, source)
-    state, store = init_state(setup, 0, replicated(mesh)), jax.device_put(images)
+    state, store = init_state(setup, 0, mesh), jax.device_put(images)
     run, index = make_step(setup, resolved, mesh), np.arange(batch, dtype=np.int32)
     program = jax.jit(lambda state, store, index: run(state, {"image": store[index], "index": index}), donate_argnums=0)
     compiled = program.lower(state, store, index).compile()

@@ -131,28 +131,46 @@ class Judge:
         return {"knn": self.top1(votes), "linear": self.top1(probe.scores(queries))} | tuned
 
 
-def cost(method: str, steps: int = 8) -> dict:
-    """Of one training step, compiled: wall and CPU seconds (medians over `steps`), and the memory that it needs."""
-    flags = [f"--config.{key}={value}" for key, value in QUIET.items()]
-    config = resolve(load_config(f"methods_fashion_mnist:{method}", flags))
-    source = open_source(config.data)
-    setup, mesh = set_up(config, source), make_mesh(config.train.devices, config.train.batch)
-    state = init_state(setup, 0)
-    index = np.arange(config.train.batch)
-    batch = {"image": source.take(index).arrays(), "label": np.asarray(source.labels)[index], "index": index}
-    step = jax.jit(make_step(setup, config, mesh), donate_argnums=0).lower(state, batch).compile()
-    memory = step.memory_analysis()
-    wall, cpu = [], []
-    for _ in range(steps + 2):
+class Step:
+    """A compiled training step, and how long each of its calls took."""
+
+    def __init__(self, method: str):
+        flags = [f"--config.{key}={value}" for key, value in QUIET.items()]
+        config = resolve(load_config(f"methods_fashion_mnist:{method}", flags))
+        source = open_source(config.data)
+        setup, mesh = set_up(config, source), make_mesh(config.train.devices, config.train.batch)
+        index = np.arange(config.train.batch)
+        self.state, self.batch_size, self.wall, self.cpu = init_state(setup, 0), config.train.batch, [], []
+        self.batch = {"image": source.take(index).arrays(), "label": np.asarray(source.labels)[index], "index": index}
+        step = jax.jit(make_step(setup, config, mesh), donate_argnums=0)
+        self.run = step.lower(self.state, self.batch).compile()
+        memory = self.run.memory_analysis()
+        self.mb = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**20
+
+    def __call__(self) -> None:
         began, used = time.perf_counter(), time.process_time()
-        state, found = step(state, batch)
-        jax.block_until_ready(state)
-        wall.append(time.perf_counter() - began)
-        cpu.append(time.process_time() - used)
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    row = {"method": method, "batch": config.train.batch, "cores": len(os.sched_getaffinity(0))}
-    row |= {"step_s": round(statistics.median(wall[2:]), 4), "step_cpu_s": round(statistics.median(cpu[2:]), 4)}
-    return row | {"step_mb": round(needed / 2**20, 1)}
+        self.state, _ = self.run(self.state, self.batch)
+        jax.block_until_ready(self.state)
+        self.wall.append(time.perf_counter() - began)
+        self.cpu.append(time.process_time() - used)
+
+
+def cost(method: str, simclr: Step, rounds: int = 12) -> dict:
+    """Of a training step: medians of wall and CPU seconds, its memory; and of SimCLR's, taking turns with it.
+
+    A machine's speed changes by a third within minutes; what takes turns can be compared.
+    """
+    step = Step(method)
+    simclr.wall, simclr.cpu = [], []
+    for _ in range(rounds + 2):
+        step()
+        simclr()
+    row = {"method": method, "batch": step.batch_size, "cores": len(os.sched_getaffinity(0))}
+    for name, one in (("", step), ("simclr_", simclr)):
+        row[f"{name}step_s"] = round(statistics.median(one.wall[2:]), 4)
+        row[f"{name}step_cpu_s"] = round(statistics.median(one.cpu[2:]), 4)
+        row[f"{name}step_mb"] = round(one.mb, 1)
+    return row
 
 
 def table(path: Path) -> str:
@@ -171,8 +189,7 @@ def table(path: Path) -> str:
         return f"{statistics.median(float(r[key]) for r in found[name]):.1f}" if found[name][0][key] else ""
 
     def relative(name: str, key: str) -> str:
-        known = name in costs and "simclr" in costs
-        return f"{float(costs[name][key]) / float(costs['simclr'][key]):.2f}" if known else ""
+        return f"{float(costs[name][key]) / float(costs[name][f'simclr_{key}']):.2f}" if name in costs else ""
 
     def speed(name: str) -> str:
         return f"{int(costs[name]['batch']) / float(costs[name]['step_s']):.0f}" if name in costs else ""
@@ -219,11 +236,10 @@ def main() -> None:
         if name not in [*FLOORS, *method_names()]:
             sys.exit(f"--methods={name}: unknown; allowed: {', '.join([*FLOORS, *method_names()])}")
     if args.cost:
-        done = {row["method"] for row in rows(RESULTS / "methods_cost.csv")}
+        done, simclr = {row["method"] for row in rows(RESULTS / "methods_cost.csv")}, Step("simclr")
         for name in names:
             if name not in done and name not in FLOORS:
-                add(RESULTS / "methods_cost.csv", cost(name))
-                jax.clear_caches()
+                add(RESULTS / "methods_cost.csv", cost(name, simclr))
     elif not args.table:
         run(names, args.seeds, args.workdir, RESULTS / "methods_runs.csv")
     (RESULTS / "methods.md").write_text(table(RESULTS / "methods_runs.csv"))

@@ -120,7 +120,7 @@ def _shape(x: Any) -> str:
 
 
 def _digest(x: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(parallel.whole(x)).tobytes()).hexdigest()
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

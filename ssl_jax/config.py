@@ -127,6 +127,7 @@ class Train:
     save_every: str = "1 epochs"
     keep: int = 2  # checkpoints kept
     devices: int = 0  # devices in the mesh; 0: all
+    shard: int = 1  # devices among which parameters and optimizer state are split (FSDP); 1: each holds them whole
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,7 @@ CHOICES = {
 AT_LEAST_1 = (
     "train.batch",
     "train.keep",
+    "train.shard",
     "model.depth",
     "finetune.steps",
     "finetune.batch",

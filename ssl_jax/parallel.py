@@ -1,13 +1,15 @@
 """Devices and processes: the mesh, what is split over it and what is not. Nothing else counts devices or processes.
 
-Every array of a batch is split along its first axis over the mesh axis "data"; everything else is replicated. Under
-`jax.jit` all code sees the global batch, so a loss or a BatchNorm needs no collective of its own. Of several processes
-each loads the images of its own devices; files are written by the first.
+Every array of a batch is split along its first axis over all devices. Parameters and the rest of the state lie whole on
+each device, or, with `config.train.shard`, split among so many of them. Under `jax.jit` all code sees the global batch
+and whole parameters, so a loss or a BatchNorm needs no collective of its own. Of several processes each loads the
+images of its own devices; files are written by the first.
 """
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,12 +19,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ssl_jax.errors import UserError
 
 
-def make_mesh(devices: int, batch: int, micro_batch: int = 0) -> Mesh:
+def make_mesh(devices: int, batch: int, micro_batch: int = 0, shard: int = 1) -> Mesh:
     """A mesh of the first `devices` devices (0: all); `batch`, and `micro_batch` unless 0, must divide among them."""
     there = len(jax.devices())
     if devices > there:
         raise UserError(f"config.train.devices={devices}: only {there} found; allowed: 0 (all) to {there}")
-    count = devices or there
+    return mesh_of(jax.devices()[: devices or there], batch, micro_batch, shard)
+
+
+def mesh_of(devices: Sequence[Any], batch: int, micro_batch: int = 0, shard: int = 1) -> Mesh:
+    """A mesh [devices / shard, shard] of these devices; raises UserError for what does not divide among them."""
+    count = len(devices)
     if micro_batch % count:
         raise UserError(
             f"config.train.micro_batch={micro_batch}: not divisible by the {count} devices; "
@@ -34,18 +41,40 @@ def make_mesh(devices: int, batch: int, micro_batch: int = 0) -> Mesh:
             f"config.train.batch={batch}: not divisible by the {count} devices; allowed: multiples of {count}, "
             f"such as {' or '.join(map(str, near))} (or config.train.devices)"
         )
+    if count % shard:
+        raise UserError(f"config.train.shard={shard}: allowed: a divisor of the {count} devices")
     # Auto axes: under jax's default of explicit ones a product of sharded embeddings with themselves is refused.
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+    axes = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((count // shard, shard), AXES, axis_types=axes, devices=devices)
+
+
+AXES = ("data", "shard")
+SMALL = 2**16  # numbers in an array of the state up to which it is not worth splitting
+LARGE = 2**26  # numbers from which it is split over all devices, whatever config.train.shard is (a queue, a bank)
 
 
 def split(mesh: Mesh) -> NamedSharding:
     """First axis over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def layout(mesh: Mesh, state: Any) -> Any:
+    """Where each array of a train state lies: split along its longest axis that divides; small ones whole on each."""
+
+    def place(x: Any) -> NamedSharding:
+        over = AXES if x.size >= LARGE else AXES[1:]
+        parts = math.prod(mesh.shape[axis] for axis in over)
+        fits = [(length, -axis) for axis, length in enumerate(x.shape) if length % parts == 0]
+        if parts == 1 or x.size <= SMALL or not fits:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*[None] * -max(fits)[1], over))
+
+    return jax.tree.map(place, state)
 
 
 SILENCE = 30  # seconds without a sign of life after which a process counts as dead, and all others end
@@ -147,6 +176,19 @@ def on_each(mesh: Mesh, value: int) -> jax.Array:
     )
 
 
+def whole(tree: Any) -> Any:
+    """Arrays of the state, split ones put together; all processes must ask."""
+
+    def gather(x: Any) -> Any:
+        at = getattr(x, "sharding", None)
+        if not isinstance(at, NamedSharding) or at.is_fully_replicated:
+            return x
+        return jax.jit(lambda x: x, out_shardings=NamedSharding(at.mesh, PartitionSpec()))(x)
+
+    return jax.tree.map(gather, tree)
+
+
 def here(tree: Any) -> Any:
-    """Replicated arrays as arrays of this process alone, which it may use without the others."""
+    """Arrays of the state as arrays of this process alone, which it may use without the others."""
+    tree = whole(tree)
     return tree if jax.process_count() == 1 else jax.device_put(jax.device_get(tree))

@@ -35,7 +35,7 @@ from ssl_jax.gradient import make_gradient
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Method, Network, Run
 from ssl_jax.models import resolve_conv
-from ssl_jax.parallel import make_mesh, replicated, split
+from ssl_jax.parallel import layout, make_mesh, replicated, split
 from ssl_jax.progress import Progress
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
@@ -104,8 +104,8 @@ def _check_parts(config: Config) -> None:
 PROBE = optax.adam(1e-3)
 
 
-def init_state(setup: Setup, seed: int, layout: Any = None) -> TrainState:
-    """Parameters, optimizer and state of step 0, a function of the seed alone. layout: their sharding."""
+def init_state(setup: Setup, seed: int, mesh: Any = None) -> TrainState:
+    """Parameters, optimizer and state of step 0, a function of the seed alone; laid out over `mesh`, if there is."""
     views = [jnp.zeros((2, v.size, v.size, setup.shape[2])) for v in setup.views]
 
     def init(key):
@@ -119,7 +119,8 @@ def init_state(setup: Setup, seed: int, layout: Any = None) -> TrainState:
         return TrainState(jnp.zeros([], jnp.int32), params, setup.tx.init(params), extra, probe)
 
     # A generator of its own: the data order and the views use fold_in(key(seed), step).
-    return jax.jit(init, out_shardings=layout)(jax.random.fold_in(jax.random.key(seed), 2**31 - 1))
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
+    return jax.jit(init, out_shardings=mesh and layout(mesh, jax.eval_shape(init, key)))(key)
 
 
 def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
@@ -243,9 +244,10 @@ class _Loop:
     def __init__(self, config: Config, workdir: Path, out: Path, source: Any):
         self.config, self.workdir, self.out, self.source = config, workdir, out, source
         self.setup = set_up(config, source)
-        self.mesh = make_mesh(config.train.devices, config.train.batch, config.train.micro_batch)
-        self.state = init_state(self.setup, config.train.seed, replicated(self.mesh))
-        self.gather = _in_memory(config, source)
+        train = config.train
+        self.mesh = make_mesh(train.devices, train.batch, train.micro_batch, train.shard)
+        self.state = init_state(self.setup, train.seed, self.mesh)
+        self.gather = in_memory(config, source)
         self.stopped_by = 0  # the signal that this process got; all end after the same step
         self.pending: list[tuple[int, dict]] = []  # metrics of steps not looked at yet, still on the device
         self.skipped_in_a_row = self.collapsed_in_a_row = 0
@@ -341,8 +343,8 @@ class _Loop:
             state, metrics = step(state, batch)
             return state, {**metrics, "stop": asked.max()}
 
-        whole = replicated(self.mesh)
-        return jax.jit(gathered, donate_argnums=0, out_shardings=(whole, whole))
+        placed = layout(self.mesh, self.state)
+        return jax.jit(gathered, donate_argnums=0, out_shardings=(placed, replicated(self.mesh)))
 
     def _store(self) -> dict[str, jax.Array]:
         """The whole data set on the devices, if it is to be gathered there."""
@@ -464,7 +466,8 @@ class _Loop:
             view_sheet(np.stack([self.source.load(int(i)) for i in chosen]), self.setup.views, out)
 
 
-def _in_memory(config: Config, source: Any) -> bool:
+def in_memory(config: Config, source: Any) -> bool:
+    """Whether the whole data set is decoded once and lies on the devices."""
     if config.data.engine == "auto":
         return len(source) * int(np.prod(source.shape)) <= config.data.memory_gb * 1e9
     return config.data.engine == "memory"

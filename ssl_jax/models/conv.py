@@ -45,12 +45,12 @@ def _native_is_fast() -> bool:
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how: str = "native") -> jax.Array:
     """Convolution of x [B, H, W, C] with kernel [k, k, C, D] -> [B, H', W', D], padded by `padding` on all sides.
 
-    how: what `resolve_conv` returned. On a CPU, "native" still means patches for the shapes that are slow natively.
-    All ways agree but for rounding.
+    how: what `resolve_conv` returned. On a CPU, "native" still means patches for the shapes that are slow natively;
+    "lax" never does: a program for another machine is compiled there. All ways agree but for rounding.
     """
     k = kernel.shape[0]
     height, width = (_out(n, k, stride, padding) for n in x.shape[1:3])
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and how != "lax":
         if k == 1 and padding == 0:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
         # Natively, 16 to 127 channels run on one thread. Forward and both gradients on 2 cores with AVX-512, native

@@ -1,0 +1,50 @@
+"""Parameters and optimizer state split among devices (config.train.shard): the same losses, a part on each device."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import Images, tiny_config
+
+from ssl_jax import checkpoint, parallel, trainer
+from ssl_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("small_networks")
+
+
+def train(config, source, mesh, steps=20):
+    setup = trainer.set_up(config, source)
+    state = trainer.init_state(setup, 0, mesh)
+    placed = (parallel.layout(mesh, state), parallel.replicated(mesh))
+    step_fn, losses = jax.jit(trainer.make_step(setup, config, mesh), out_shardings=placed), []
+    for step in range(steps):
+        index = np.arange(step * 16, step * 16 + 16) % 48
+        batch = {"image": source.images[index], "index": index.astype(np.int32), "label": source.labels[index]}
+        state, metrics = step_fn(state, jax.device_put(batch, parallel.split(mesh)))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+@pytest.mark.parametrize("name", ["byol", "moco", "instance_discrimination", "mae"])
+def test_split_parameters_train_as_whole_ones(name, monkeypatch, tmp_path):
+    """On 4 devices, parameters split in two and the largest arrays in four; saved, and restored on one device."""
+    monkeypatch.setattr(parallel, "SMALL", 32)
+    monkeypatch.setattr(parallel, "LARGE", 512)
+    config, source = tiny_config(name), Images()
+    one = parallel.make_mesh(1, 16)
+    _, wanted = train(config, source, one)
+    state, losses = train(config, source, parallel.make_mesh(4, 16, shard=2))
+    np.testing.assert_allclose(losses, wanted, rtol=0, atol=1e-5)
+    arrays = jax.tree.leaves(state)
+    parts = {x.size // x.addressable_shards[0].data.size for x in arrays}
+    assert parts == {1, 2, 4}
+    assert all(x.size <= 32 or x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(state.params))
+    checkpoint.save(tmp_path, 20, state, 1)
+    like = trainer.init_state(trainer.set_up(config, source), 0, one)
+    restored = checkpoint.restore_latest(tmp_path, like, pytest.fail)
+    for found, saved in zip(jax.tree.leaves(restored), arrays, strict=True):
+        np.testing.assert_array_equal(found, saved)
+
+
+def test_a_part_that_is_no_divisor_is_one_line():
+    with pytest.raises(UserError, match=r"config.train.shard=3: allowed: a divisor of the 4 devices"):
+        parallel.make_mesh(4, 16, shard=3)
