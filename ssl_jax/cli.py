@@ -90,6 +90,17 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         "one self-contained HTML page about a run or a study",
         {"workdir": (..., "run or study folder"), "out": ("", ".html file; default: report.html in the folder")},
     ),
+    "plan": (
+        "predict memory, speed and hours of a run on a TPU slice, from its program compiled here",
+        {
+            "config": (..., CONFIG),
+            "topology": ("", "slice: version and sides, such as v5e:4x8 or v5p:2x2x4"),
+            "sweep": ("", "several slices with commas between: a table"),
+            "images": (0, "images in the data set, if it is not on this machine"),
+            "classes": (0, "and their classes, 0 without labels"),
+            "out": ("", "folder for a table and a figure"),
+        },
+    ),
     "phantom": (
         "draw chest radiographs with known findings, in CheXpert's layout, to try things out on",
         {

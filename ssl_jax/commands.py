@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ READ = ("window", "frontal")  # fields of config.data that a classifier's images
 
 
 def start_jax() -> None:
-    """JAX's compilation cache in the user's cache folder, unless the environment names another."""
+    """JAX's compilation cache in the user's cache folder, unless the environment names another.
+
+    And with the TPU compiler installed for `plan`, no search for a TPU on a machine that has only its processor.
+    """
+    accelerators = [*Path("/dev").glob("accel*"), *Path("/dev").glob("nvidia*"), *Path("/dev").glob("vfio")]
+    if find_spec("libtpu") and not accelerators and "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ssl_jax" / "xla"))
@@ -322,6 +329,14 @@ def phantom(out: str, patients: int = 10_000, seed: int = 0, size: int = 128, te
         numbers = {"patients": patients, "seed": seed, "size": size, "test": test}
         count = write(Path(out), **numbers, workers=os.cpu_count() or 1, progress=progress)
     print(f"{count} phantom radiographs: {out}")
+
+
+def plan(
+    config: ConfigDict, topology: str = "", sweep: str = "", images: int = 0, classes: int = 0, out: str = ""
+) -> None:
+    from ssl_jax.plan import command
+
+    command(resolve(config), topology, sweep, images, classes, out)
 
 
 def report(workdir: str, out: str = "") -> None:
