@@ -77,6 +77,8 @@ def start(workdir: Path, config: Config) -> None:
         # A run of an earlier version lacks the keys that came later: they are at their defaults.
         saved = to_json(resolve(from_json(read_config(workdir))))
         changed = differences(json.loads(json.dumps(saved)), made)
+        # These say where a run's numbers lie: it goes on on other devices.
+        changed = [what for what in changed if not what.startswith(("config.train.devices:", "config.train.shard:"))]
         begun = (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
         if changed and begun:
             raise UserError(
