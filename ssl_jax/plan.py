@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +65,11 @@ class Plan:
     memory_s: float = 0.0
     network_s: float = 0.0
     steps: int = 0
+
+    @property
+    def version(self) -> str:
+        """Of the chip, a key of CHIPS."""
+        return self.topology.partition(":")[0]
 
     @property
     def step_s(self) -> float:
@@ -259,9 +264,8 @@ def collectives(hlo: str) -> Iterator[tuple[str, int, float]]:
         if opened := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
             current = opened[1]
             lines[current] = []
-            entry = current if line.startswith("ENTRY") else ""
-            if entry:
-                calls.append(("", entry, 1))
+            if line.startswith("ENTRY"):
+                calls.append(("", current, 1))
         elif current:
             lines[current].append(line)
             trips = re.search(r"known_trip_count[^\d]*(\d+)", line)
@@ -302,29 +306,29 @@ def seconds_of(kind: str, size: float, chip: Chip, sides: tuple[int, ...]) -> fl
     return sent.get(kind, size * share) / (chip.network * used / chip.links) + hops * HOP
 
 
-def compare(config: Config, slices: Sequence[str], source: Any, say: Callable[[str], None] = print) -> list[Plan]:
+def compare(config: Config, slices: Sequence[str], source: Any) -> list[Plan]:
     """A plan for each slice, told as it is made; where the batch does not fit, of the largest micro-batch that does."""
     made = []
     for topology in slices:
         one = plan(config, topology, source)
         if not one.fits:
-            room = CHIPS[topology.partition(":")[0]].memory
-            say(f"{topology}: needs {one.memory / 2**30:.1f} of {room / 2**30:.1f} GiB a chip: does not fit")
+            room = CHIPS[one.version].memory
+            print(f"{topology}: needs {one.memory / 2**30:.1f} of {room / 2**30:.1f} GiB a chip: does not fit")
             micro_batch, smaller = largest_micro_batch(config, topology, source, one.memory)
             if smaller is None:
-                say(f"{topology}: not even an image a chip at a time fits (config.train.micro_batch)")
+                print(f"{topology}: not even an image a chip at a time fits (config.train.micro_batch)")
                 made.append(one)
                 continue
-            say(f"{topology}: config.train.micro_batch={micro_batch} is the largest that fits")
+            print(f"{topology}: config.train.micro_batch={micro_batch} is the largest that fits")
             one = smaller
-        say(told(one))
+        print(told(one))
         made.append(one)
     return made
 
 
 def told(one: Plan) -> str:
     """A few lines for people."""
-    room = CHIPS[one.topology.partition(":")[0]].memory
+    room = CHIPS[one.version].memory
     kinds = [f"{number} {kind} ({size / 1e6:.1f} MB)" for kind, (number, size) in one.collectives.items()]
     return "\n".join(
         [

@@ -302,9 +302,8 @@ def shuffled(network: Network, params, stats, x, rng, groups: int) -> tuple[Any,
     return jax.tree.map(lambda v: v[back], y), stats
 
 
-RANKED = slice(
-    256
-)  # the images of a batch that `search_metrics` looks at: enough for a mean, at any batch little memory
+# The images of a batch that `search_metrics` looks at: enough for a mean, at any batch little memory.
+RANKED = slice(256)
 
 
 def search_metrics(loss: jax.Array, similarity: jax.Array, index: jax.Array | int = 0) -> Metrics:

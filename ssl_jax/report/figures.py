@@ -167,10 +167,10 @@ def _figure(columns: int, *, width: float, height: float, share: Any = False) ->
 
 def scaling(plans: Sequence[Any], path: Path) -> None:
     """Predicted images/s against chips, a line for each kind of chip, beside what perfect scaling would give."""
-    kinds = list(dict.fromkeys(one.topology.partition(":")[0] for one in plans))
+    kinds = list(dict.fromkeys(one.version for one in plans))
     with _figure(1, width=5, height=3.7) as (figure, axes):
         for kind, color in zip(kinds, COLORS):
-            of = sorted((p for p in plans if p.topology.startswith(f"{kind}:")), key=lambda p: p.chips)
+            of = sorted((p for p in plans if p.version == kind), key=lambda p: p.chips)
             chips = np.array([p.chips for p in of])
             axes[0].loglog(chips, [p.images_per_s for p in of], "o-", color=color, label=kind, base=2)
             axes[0].loglog(chips, of[0].images_per_s * chips / chips[0], ":", color=color, linewidth=1, base=2)
