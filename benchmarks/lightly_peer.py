@@ -180,7 +180,9 @@ class DINO(WithTarget):
     def loss(self, views, step):
         with torch.no_grad():
             teacher = self.target(torch.cat(views[:2])).chunk(2)
-        student = [out for same in (views[:2], views[2:]) for out in self.online(torch.cat(same)).chunk(len(same))]
+        student = [
+            out for same in (views[:2], views[2:]) if same for out in self.online(torch.cat(same)).chunk(len(same))
+        ]
         return self.criterion(list(teacher), student)
 
     def embedder(self):

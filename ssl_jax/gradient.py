@@ -21,18 +21,26 @@ from ssl_jax.methods.base import Method
 Inputs = Mapping[str, jax.Array]
 
 
-def split(tree: Any, parts: int) -> Any:
-    """Arrays [B, ...] as [parts, B / parts, ...]; part i has the images i, i + parts, ...
+def split(tree: Any, parts: int, stretch: int = 1) -> Any:
+    """Arrays [B, ...] as [parts, B / parts, ...]; part i has the stretches of so many images i, i + parts, ...
 
-    A batch that is laid out over devices one stretch after the other is so cut without moving any image: every part
-    lies on all devices. And the parts are the same however many devices there are.
+    A batch that is laid out over devices one part after the other is so cut without moving any image: every part lies
+    on all devices. And the parts are the same however many devices there are.
     """
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+    def cut(x):
+        return x.reshape(-1, parts, stretch, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
+
+    return jax.tree.map(cut, tree)
 
 
-def join(tree: Any) -> Any:
+def join(tree: Any, stretch: int = 1) -> Any:
     """What `split` has cut: [parts, B / parts, ...] as [B, ...], in the order of the batch."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), tree)
+
+    def mend(x):
+        return x.reshape(len(x), -1, stretch, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(mend, tree)
 
 
 def keys_at(key: jax.Array, places: jax.Array) -> jax.Array:
@@ -47,8 +55,10 @@ def make_gradient(
 
     inputs: arrays [B, ...] under "image" (uint8), and "pair", "label", "index" as there are.
     micro_batch: images embedded at a time, a divisor of B; 0: all.
-    bn_group: images that share the statistics of BatchNorm, a divisor of that; 0: all of them.
+    bn_group: images that share the statistics of BatchNorm, neighbours in the batch, a divisor of that; 0: all of
+    them. Groups stay whole in micro-batches, and on their devices if their number divides among them.
     """
+    stretch = bn_group or 1
 
     def forward(params, target, extra, inputs, key):
         key_views, key_forward = jax.random.split(key)
@@ -57,9 +67,9 @@ def make_gradient(
         rng = keys_at(key_forward, inputs["place"])
         if not bn_group or bn_group == len(rng):
             return method.forward(params, target, extra, batch, rng)
-        groups = split((batch, rng), len(rng) // bn_group)
+        groups = split((batch, rng), len(rng) // bn_group, bn_group)
         outputs, after = jax.vmap(lambda group: method.forward(params, target, extra, *group))(groups)
-        return join(outputs), {**extra, **jax.tree.map(lambda x: x.mean(axis=0), _statistics(after))}
+        return join(outputs, bn_group), {**extra, **jax.tree.map(lambda x: x.mean(axis=0), _statistics(after))}
 
     def whole(params, target, extra, inputs, key):
         def objective(params):
@@ -71,14 +81,14 @@ def make_gradient(
 
     def in_parts(params, target, extra, inputs, key):
         count = len(inputs["place"]) // micro_batch
-        parts = split(inputs, count)
+        parts = split(inputs, count, stretch)
 
         def embed(total, part):
             outputs, after = forward(params, target, extra, part, key)
             return jax.tree.map(jnp.add, total, _statistics(after)), outputs
 
         total, outputs = jax.lax.scan(embed, jax.tree.map(jnp.zeros_like, _statistics(extra)), parts)
-        after, outputs = {**extra, **jax.tree.map(lambda x: x / count, total)}, join(outputs)
+        after, outputs = {**extra, **jax.tree.map(lambda x: x / count, total)}, join(outputs, stretch)
         leaves, structure = jax.tree.flatten(outputs)
         real = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
@@ -100,7 +110,7 @@ def make_gradient(
             return jax.tree.map(jnp.add, total, jax.grad(pulled)(params)), None
 
         nothing = jax.tree.map(jnp.zeros_like, params)
-        grads, _ = jax.lax.scan(pull_back, nothing, (parts, split(pulls, count)))
+        grads, _ = jax.lax.scan(pull_back, nothing, (parts, split(pulls, count, stretch)))
         return (loss, (outputs, after, metrics)), grads
 
     def gradient(params, target, extra, inputs: Inputs, key):

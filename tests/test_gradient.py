@@ -77,7 +77,9 @@ def test_views_of_a_part_are_those_of_the_batch():
 def test_parts_are_strided_and_come_back_in_order():
     x = {"a": jnp.arange(12), "b": jnp.arange(24).reshape(12, 2)}
     assert split(x, 3)["a"].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
-    assert all((join(split(x, 3))[key] == x[key]).all() for key in x)
+    assert split(x, 3, stretch=2)["a"].tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    for stretch in (1, 2, 4):
+        assert all((join(split(x, 3, stretch), stretch)[key] == x[key]).all() for key in x)
 
 
 def test_running_statistics_are_the_means_over_groups():
@@ -89,7 +91,7 @@ def test_running_statistics_are_the_means_over_groups():
         views, drawn = jax.jit(make_views(setup.views))(jax.random.key(2), images.images)
         each = []
         for i in range(8):
-            batch = {"views": [v[i::8] for v in views], "drawn": drawn}
+            batch = {"views": [v[8 * i : 8 * i + 8] for v in views], "drawn": drawn}
             each.append(setup.method.forward(state.params, None, state.extra, batch, None)[1]["stats"])
         mean = jax.tree.map(lambda *x: sum(x) / 8, *each)
     for a, b in zip(jax.tree.leaves(grouped), jax.tree.leaves(mean), strict=True):

@@ -55,8 +55,9 @@ def without_jit(function):
 def test_rotations_are_exact_quarter_turns():
     """No pixel is interpolated: a blurred or black border would tell the turn."""
     images = noise(3, 7, 7, 2)
-    for k, turned in enumerate(np.split(rotation.quarter_turns(images), 4)):
-        np.testing.assert_array_equal(turned, np.rot90(images, k, axes=(1, 2)))
+    turned = rotation.quarter_turns(images)
+    for k in range(4):
+        np.testing.assert_array_equal(turned[k::4], np.rot90(images, k, axes=(1, 2)))
 
 
 # Jigsaw puzzles

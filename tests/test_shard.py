@@ -1,4 +1,4 @@
-"""Parameters and optimizer state split among devices (config.train.shard): the same losses, a part on each device."""
+"""What lies on which device, and what travels between them; parameters split among devices (config.train.shard)."""
 
 import jax
 import numpy as np
@@ -7,6 +7,7 @@ from tiny import Images, tiny_config
 
 from ssl_jax import checkpoint, parallel, trainer
 from ssl_jax.errors import UserError
+from ssl_jax.plan import collectives
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
@@ -48,3 +49,38 @@ def test_split_parameters_train_as_whole_ones(name, monkeypatch, tmp_path):
 def test_a_part_that_is_no_divisor_is_one_line():
     with pytest.raises(UserError, match=r"config.train.shard=3: allowed: a divisor of the 4 devices"):
         parallel.make_mesh(4, 16, shard=3)
+
+
+EMBEDDINGS = 16 * 8 * 4  # bytes: a batch of projections
+
+
+def travelling(name, **changes):
+    """{kind: [bytes]} of the collectives in a step on 4 devices."""
+    config, source, mesh = tiny_config(name, **changes), Images(), parallel.make_mesh(4, 16)
+    setup = trainer.set_up(config, source)
+    state = trainer.init_state(setup, 0, mesh)
+    batch = {"image": source.images[:16], "index": np.arange(16, dtype=np.int32), "label": source.labels[:16]}
+    step = jax.jit(trainer.make_step(setup, config, mesh), out_shardings=parallel.replicated(mesh))
+    text = step.lower(state, jax.device_put(batch, parallel.split(mesh))).compile().as_text()
+    kinds = {}
+    for kind, often, size in collectives(text):
+        kinds.setdefault(kind, []).extend([size] * often)
+    return kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "gathered"),
+    [("byol", []), ("dino", []), ("rotation", []), ("simclr", [2 * EMBEDDINGS]), ("moco_v3", [EMBEDDINGS] * 2)],
+)
+def test_images_stay_on_their_device(name, gathered):
+    """Sums are all that is exchanged (gradients, statistics), and the embeddings that a loss compares, once."""
+    kinds = travelling(name)
+    kinds.pop("all-reduce")
+    assert kinds == ({"all-gather": gathered} if gathered else {})
+
+
+def test_groups_of_batch_norm_on_one_device_need_no_exchange():
+    """What is left: gradients and running statistics, loss and metrics, the gradient of the gathered embeddings."""
+    everywhere, here = (travelling("simclr", train__bn_group=n)["all-reduce"] for n in (0, 4))
+    networks = 2 + 1  # layers with BatchNorm: the encoder's two, the projector's
+    assert len(here) <= len(everywhere) - 2 * networks + 1, (here, everywhere)

@@ -1,6 +1,7 @@
 """What several losses share."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,18 @@ def normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
     """
     # rsqrt of a clamped square, not a clamped norm: the derivative of the norm itself is infinite at zero.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), epsilon**2))
+
+
+def interleave(views: Sequence[jax.Array]) -> jax.Array:
+    """V arrays [B, ...] as one, [B * V, ...], in which the views of an image stand side by side.
+
+    One view after the other would be the more obvious order. But where the batch is split over devices, half of all
+    images would then change their device.
+
+    >>> interleave([jnp.array([1, 2]), jnp.array([10, 20])]).tolist()
+    [1, 10, 2, 20]
+    """
+    return jnp.stack(list(views), axis=1).reshape(-1, *views[0].shape[1:])
 
 
 def log_sum_exp(query: jax.Array, keys: jax.Array, *, skip_own: bool = False, chunk: int = 0) -> jax.Array:

@@ -6,7 +6,7 @@ Where the matrix of all similarities would be large it is not made (`common.log_
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.losses.common import log_sum_exp, normalize
+from ssl_jax.losses.common import interleave, log_sum_exp, normalize
 
 
 def nt_xent(z_a: jax.Array, z_b: jax.Array, *, temperature: float) -> jax.Array:
@@ -25,7 +25,7 @@ def nt_xent(z_a: jax.Array, z_b: jax.Array, *, temperature: float) -> jax.Array:
     1.9459
     """
     z_a, z_b = normalize(z_a), normalize(z_b)
-    z = jnp.concatenate([z_a, z_b])
+    z = interleave([z_a, z_b])
     return log_sum_exp(z / temperature, z, skip_own=True).mean() - jnp.sum(z_a * z_b, axis=-1).mean() / temperature
 
 
@@ -60,13 +60,15 @@ def similarities(query: jax.Array, key: jax.Array, negatives: jax.Array, own: ja
     return jnp.concatenate([positive, query @ normalize(negatives).T, *others], axis=1)
 
 
-def indexed_info_nce(query: jax.Array, keys: jax.Array, index: jax.Array, *, temperature: float) -> jax.Array:
+def indexed_info_nce(
+    query: jax.Array, keys: jax.Array, index: jax.Array | None = None, *, temperature: float
+) -> jax.Array:
     """InfoNCE in which every query finds its key among the same ones: mean of -log softmax(q . keys / T)_index.
 
     Args:
       query: [B, D], normalised here.
       keys: [K, D], normalised here.
-      index: [B], which of the keys is the query's.
+      index: [B], which of the keys is the query's; None: key i of query i.
       temperature: T > 0.
 
     Source: instance discrimination, equation 2 (keys: a memory bank), https://arxiv.org/abs/1805.01978; NNCLR,
@@ -76,7 +78,8 @@ def indexed_info_nce(query: jax.Array, keys: jax.Array, index: jax.Array, *, tem
     2.0794
     """
     query, keys = normalize(query) / temperature, normalize(keys)
-    return (log_sum_exp(query, keys) - jnp.sum(query * keys[index], axis=-1)).mean()
+    positive = keys if index is None else keys[index]
+    return (log_sum_exp(query, keys) - jnp.sum(query * positive, axis=-1)).mean()
 
 
 def nce(
@@ -164,7 +167,7 @@ def in_batch_info_nce(query: jax.Array, key: jax.Array, *, temperature: float) -
     >>> round(float(in_batch_info_nce(one, one, temperature=0.2)), 4)  # collapsed: log(B)
     1.3863
     """
-    return indexed_info_nce(query, jax.lax.stop_gradient(key), jnp.arange(len(query)), temperature=temperature)
+    return indexed_info_nce(query, jax.lax.stop_gradient(key), temperature=temperature)
 
 
 def sup_con(z_a: jax.Array, z_b: jax.Array, label: jax.Array, *, temperature: float) -> jax.Array:
@@ -182,9 +185,9 @@ def sup_con(z_a: jax.Array, z_b: jax.Array, label: jax.Array, *, temperature: fl
     >>> round(float(sup_con(jnp.ones((4, 8)), jnp.ones((4, 8)), jnp.zeros(4, int), temperature=0.5)), 4)  # log(2B - 1)
     1.9459
     """
-    z = normalize(jnp.concatenate([z_a, z_b]))
+    z = normalize(interleave([z_a, z_b]))
     own = jnp.where(label >= 0, label, -1 - jnp.arange(len(label)))
-    group = jnp.concatenate([own, own])
+    group = interleave([own, own])
     # The mean over a view's positives is its product with the mean of its class without itself.
     _, number = jnp.unique(group, return_inverse=True, size=len(group))
     total = jax.ops.segment_sum(z, number, len(group))[number] - z

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ssl_jax.errors import UserError
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses.common import interleave, normalize
 from ssl_jax.losses.reconstruction import masked_error
 
 Params = Any
@@ -182,9 +182,9 @@ def together(network: Network, params, stats, views, **kwargs) -> tuple[list[Any
     outputs = []
     for _, same in groupby(views, key=lambda view: view.shape):
         group = list(same)
-        y, stats = network.apply(params, stats, jnp.concatenate(group), train=True, **kwargs)
-        n = len(group[0])
-        outputs += [jax.tree.map(lambda x, at=i * n, n=n: x[at : at + n], y) for i in range(len(group))]
+        y, stats = network.apply(params, stats, interleave(group), train=True, **kwargs)
+        count = len(group)
+        outputs += [jax.tree.map(lambda x, at=slice(i, None, count): x[at], y) for i in range(count)]
     return outputs, stats
 
 
@@ -248,7 +248,7 @@ def lost_spread(cause: str, least: float = 0.05) -> Callable[[Mapping[str, float
 
 def entropies(targets: Sequence[jax.Array]) -> Metrics:
     """Of probabilities, arrays [B, K]: the mean entropy of an image, and the entropy of the mean over all images."""
-    p = jnp.concatenate(list(targets))
+    p = interleave(targets)
     entropy = jax.scipy.special.entr
     return {"target_entropy": entropy(p).sum(axis=1).mean(), "mean_target_entropy": entropy(p.mean(axis=0)).sum()}
 

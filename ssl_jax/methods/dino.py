@@ -74,7 +74,7 @@ def make(config, encoder, run):
         return value, entropies(dino_targets(teacher, centre, temperature=cold))
 
     def move_centre(params, extra, outputs, step):
-        mean = jnp.concatenate(outputs["teacher"]).mean(axis=0)
+        mean = jnp.stack(outputs["teacher"]).mean(axis=(0, 1))
         centre = config.centre_momentum * extra["centre"] + (1 - config.centre_momentum) * mean
         return params, {**extra, "centre": centre, "step": step + 1}
 

@@ -53,13 +53,12 @@ def make(config, encoder, run):
 
     def loss(outputs, extra, batch):
         del batch
-        own = jnp.arange(len(outputs["embedding"]))
         neighbours = [extra["queue"][jnp.argmax(z @ extra["queue"].T, axis=1)] for z in outputs["z"]]
         pairs = list(zip(neighbours, reversed(outputs["prediction"]), strict=True))
-        each = [indexed_info_nce(*pair, own, temperature=config.temperature) for pair in pairs]
+        each = [indexed_info_nce(*pair, temperature=config.temperature) for pair in pairs]
         value = (each[0] + each[1]) / 2
-        neighbour, prediction = pairs[0]
-        return value, search_metrics(value, neighbour[RANKED] @ normalize(prediction).T, own[RANKED])
+        neighbour, prediction = pairs[0][0][RANKED], normalize(pairs[0][1])
+        return value, search_metrics(value, neighbour @ prediction.T, jnp.arange(len(neighbour)))
 
     def remember(params, extra, outputs, step):
         del step

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import optax
 
+from ssl_jax.losses.common import interleave
 from ssl_jax.methods.base import Method, init_of, stack
 from ssl_jax.models import linear
 
@@ -28,11 +29,11 @@ RECIPE = {
 
 
 def quarter_turns(images):
-    """[B, s, s, C] -> [4 B, s, s, C], all images turned by 0, then by 90 degrees, by 180, by 270.
+    """[B, s, s, C] -> [4 B, s, s, C], each image turned by 0, 90, 180 and 270 degrees.
 
     By transposing and flipping: an interpolated border would give the answer away.
     """
-    return jnp.concatenate([jnp.rot90(images, k, axes=(1, 2)) for k in range(4)])
+    return interleave([jnp.rot90(images, k, axes=(1, 2)) for k in range(4)])
 
 
 def make(config, encoder, run):
@@ -43,8 +44,8 @@ def make(config, encoder, run):
         del target, rng
         (images,) = batch["views"]
         y, stats = network.apply(params, extra["stats"], quarter_turns(images), train=True)
-        logits = y["classifier"].reshape(4, len(images), 4).swapaxes(0, 1)  # [B, turn, 4]
-        return {"embedding": y["encoder"][: len(images)], "logits": logits}, {"stats": stats}
+        logits = y["classifier"].reshape(-1, 4, 4)  # [B, turn, 4]
+        return {"embedding": y["encoder"][::4], "logits": logits}, {"stats": stats}
 
     def loss(outputs, extra, batch):
         del extra, batch

@@ -56,8 +56,8 @@ def make(config, encoder, run):
         stats, views = extra["stats"], batch["views"]
         y, encoder_stats = together(encoder, params["encoder"], stats["encoder"], views)
         # The projector sees the views of all sizes at once, as the official one does.
-        z, projector_stats = projector.apply(params["projector"], stats["projector"], jnp.concatenate(y), train=True)
-        each = jnp.split(normalize(z), len(views))
+        z, projector_stats = together(projector, params["projector"], stats["projector"], y)
+        each = [normalize(view) for view in z]
         outputs = {
             "embedding": y[0],
             "z": each[:2],

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.losses import mined_triplet, triplet
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses.common import interleave, normalize
 from ssl_jax.methods.base import Method, init_of, one_label, stack, together
 from ssl_jax.models import mlp
 
@@ -56,11 +56,11 @@ def make(config, encoder, run):
         metrics = {"distance": jnp.linalg.norm(jax.lax.stop_gradient(anchor - negative), axis=1).mean()}
         if not mined:
             return triplet(anchor, positive, negative, margin=config.margin), metrics
-        z, label = jnp.concatenate([anchor, positive]), one_label(batch)
+        z, label = interleave([anchor, positive]), one_label(batch)
         known = label >= 0
         same = (label[:, None] == label) & known
         metrics["anchors"] = ((same.sum(axis=1) > 1) & (~same & known).any(axis=1) & known).sum()
-        return mined_triplet(z, jnp.tile(label, 2), margin=config.margin, mining=config.mining), metrics
+        return mined_triplet(z, interleave([label, label]), margin=config.margin, mining=config.mining), metrics
 
     def collapsed(metrics):
         if metrics["distance"] < 0.05 * config.margin:
