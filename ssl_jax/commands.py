@@ -32,13 +32,16 @@ def start_jax() -> None:
 
     And with the TPU compiler installed for `plan`, no search for a TPU on a machine that has only its processor.
     """
-    accelerators = [*Path("/dev").glob("accel*"), *Path("/dev").glob("nvidia*"), *Path("/dev").glob("vfio")]
-    if find_spec("libtpu") and not accelerators and "JAX_PLATFORMS" not in os.environ:
+    if find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ and not _accelerators():
         jax.config.update("jax_platforms", "cpu")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ssl_jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _accelerators() -> list[Path]:
+    return [path for name in ("accel*", "nvidia*", "vfio") for path in Path("/dev").glob(name)]
 
 
 def pretrain(config: ConfigDict, workdir: str, cluster: bool = False) -> Encoder:

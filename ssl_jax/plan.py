@@ -38,13 +38,14 @@ class Chip(NamedTuple):
     network: float  # one way over all its links, bytes a second
     links: int
     wraps: int  # a side of the slice that is a multiple of this closes to a ring
+    megacore: bool  # its two cores are one device
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 6, 4),
-    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 4, 16),
-    "v5p": Chip(459e12, 95e9, 2765e9, 600e9, 6, 4),
-    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 4, 16),
+    "v4": Chip(275e12, 32 * 2**30, 1200e9, 300e9, 6, 4, True),
+    "v5e": Chip(197e12, 16 * 2**30, 819e9, 200e9, 4, 16, False),
+    "v5p": Chip(459e12, 95e9, 2765e9, 600e9, 6, 4, True),
+    "v6e": Chip(918e12, 32 * 2**30, 1638e9, 400e9, 4, 16, False),
 }
 
 
@@ -124,13 +125,15 @@ def slice_of(topology: str) -> tuple[Chip, tuple[int, ...], list[Any]]:
         raise unknown("--topology", name, CHIPS)
     if not re.fullmatch(r"\d+(x\d+)*", shape):
         raise UserError(f"--topology={topology}: allowed: VERSION:SIDExSIDE, such as v5e:4x8 or v4:2x2x4")
-    # Without a TPU in this machine the compiler must not ask the network where its TPU is.
-    for key, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost")):
+    # Without a TPU in this machine the compiler must not ask the network where one is, nor complain of its absence.
+    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    for key, value in here.items():
         os.environ.setdefault(key, value)
     try:
         from jax.experimental import topologies
 
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        options = {"topology_name": topology, "chip_config_name": "megacore" if CHIPS[name].megacore else "default"}
+        devices = topologies.get_topology_desc(platform="tpu", **options).devices
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if "libtpu" in reason or "not installed" in reason:
@@ -326,6 +329,15 @@ def compare(config: Config, slices: Sequence[str], source: Any) -> list[Plan]:
     return made
 
 
+def as_row(one: Plan) -> dict[str, Any]:
+    """Of a table; of what does not fit only the memory is known."""
+    known = ("topology", "chips", "batch", "micro_batch", "fits", "memory")
+    predicted = ("flops", "bytes", "compute_s", "memory_s", "network_s", "step_s", "limit", "images_per_s", "hours")
+    row = {key: getattr(one, key) for key in known}
+    row |= {key: getattr(one, key) if one.fits else "" for key in predicted}
+    return row | {kind: one.collectives.get(kind, (0, 0.0))[0] for kind in KINDS.split("|")}
+
+
 def told(one: Plan) -> str:
     """A few lines for people."""
     room = CHIPS[one.version].memory
@@ -346,7 +358,7 @@ def told(one: Plan) -> str:
 
 def command(config: Config, topology: str, sweep: str, images: int, classes: int, out: str) -> list[Plan]:
     """What `ssl-jax plan` does."""
-    slices = [name for name in (topology or sweep).split(",") if name]
+    slices = [name for name in f"{topology},{sweep}".split(",") if name]
     if not slices:
         raise UserError(
             "--topology: missing; allowed: a TPU slice such as v5e:4x8 (or several: --sweep=v5e:2x4,v5e:4x4)"
@@ -365,11 +377,8 @@ def command(config: Config, topology: str, sweep: str, images: int, classes: int
                     f"{one.images_per_s:10,.0f} {one.hours:6.1f}  {one.limit:8} {share:.0%}"
                 )
     if out:
-        known = ["topology", "chips", "batch", "micro_batch", "fits", "memory"]  # also of what does not fit
-        header = [*known, "flops", "bytes", "compute_s", "memory_s", "network_s"]
-        header += ["step_s", "limit", "images_per_s", "hours", "collectives"]
-        rows = [[getattr(one, key) if one.fits or key in known else "" for key in header] for one in made]
-        run.write_csv(Path(out) / "plan.csv", header, rows)
+        rows = [as_row(one) for one in made]
+        run.write_csv(Path(out) / "plan.csv", list(rows[0]), [list(row.values()) for row in rows])
         scaling([one for one in made if one.fits], Path(out) / "plan.png")
         print(f"table and figure: {out}")
     return made

@@ -1,4 +1,7 @@
-"""Four simulated devices and a compilation cache, for this process and every process that a test starts."""
+"""Four simulated devices and a compilation cache, for this process and every process that a test starts.
+
+TEST_DEVICES=8 in the environment: eight.
+"""
 
 import os
 import re
@@ -8,7 +11,8 @@ from pathlib import Path
 import pytest
 
 # Most of the time goes into compiling; programs this small gain nothing from LLVM's optimizations.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+DEVICES = os.environ.get("TEST_DEVICES", "4")
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ssl_jax_tests_"))

@@ -14,9 +14,9 @@ from ssl_jax import run
 from ssl_jax.checkpoint import steps
 from ssl_jax.trainer import REQUEUE
 
-# One process and two have other threads, so other rounding. At a larger rate it decides, once in a while, on which side of
-# 0 an input of a ReLU falls: seen at 0.003 as a jump from 1e-6 to 2e-4 within one step. At this rate the second loss still
-# differs by 0.03 from that at 0.001, so a gradient that is wrong by a factor would show.
+# One process and two have other threads, so other rounding. At a larger rate it decides, once in a while, on which side
+# of 0 an input of a ReLU falls: seen at 0.003 as a jump from 1e-6 to 2e-4 within one step. At this rate the second loss
+# still differs by 0.03 from that at 0.001, so a gradient that is wrong by a factor would show.
 SMALL = {
     "data.name": "synthetic", "data.limit": 48, "data.size": 16, "model.name": "resnet_thin", "model.width": 0.25,
     "method.hidden": 16, "method.out": 8, "train.batch": 16, "train.duration": "12 steps",

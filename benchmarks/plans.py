@@ -1,0 +1,84 @@
+"""What published recipes would need of TPU slices, as `ssl-jax plan` predicts it: nothing is run on a TPU.
+
+    pip install -e '.[plan]'
+    python benchmarks/plans.py [--slices=v5e:2x4,v5e:8x8,v5p:8x8x8] [--recipes=simclr,byol] [--groups]
+
+Every recipe of configs/imagenet.py named here, in bfloat16, at its paper's batch, is compiled for every slice: minutes
+each. Where the batch does not fit, the largest micro-batch that does is searched. With --groups also with statistics of
+BatchNorm of each chip alone (train.bn_group), where there is BatchNorm. A finished row of results/plans.csv is not made
+again; the table is results/plans.md.
+"""
+
+import argparse
+import csv
+import dataclasses
+from pathlib import Path
+
+from methods import add, rows
+
+from ssl_jax import plan
+from ssl_jax.cli import load_config
+from ssl_jax.commands import start_jax
+from ssl_jax.config import resolve
+from ssl_jax.errors import UserError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CSV, TABLE = RESULTS / "plans.csv", RESULTS / "plans.md"
+RECIPES = ("simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae")
+WITHOUT = ("dino", "mae", "moco_v2")  # no BatchNorm, or in groups of its own
+
+
+def predicted(recipe: str, topology: str, grouped: bool) -> dict:
+    config = resolve(load_config(f"imagenet:{recipe}", ["--config.model.dtype=bfloat16"]))
+    if grouped:
+        chips = len(plan.slice_of(topology)[2])
+        config = dataclasses.replace(
+            config, train=dataclasses.replace(config.train, bn_group=config.train.batch // chips)
+        )
+    [made] = plan.compare(config, [topology], plan.describe(config.data, 0, 0))
+    return plan.as_row(made)
+
+
+def table() -> str:
+    head = ["recipe", "batch", "slice", "chips", "at a time", "GiB a chip", "all-reduce", "other collectives"]
+    head += ["network, ms", "ms a step", "images/s", "hours", "limit"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in sorted(csv.DictReader(CSV.open()), key=lambda row: (RECIPES.index(row["recipe"]), int(row["chips"]))):
+        name = f"`{row['recipe']}`" + (", BatchNorm of a chip" if row["grouped"] == "True" else "")
+        cells = [name, row["batch"], row["topology"], row["chips"]]
+        if row["fits"] == "True":
+            others = [f"{row[kind]} {kind}" for kind in plan.KINDS.split("|")[1:] if row[kind] != "0"]
+            cells += [row["micro_batch"] if row["micro_batch"] != "0" else "all", f"{float(row['memory']) / 2**30:.1f}"]
+            cells += [row["all-reduce"], ", ".join(others) or "none", f"{1e3 * float(row['network_s']):.1f}"]
+            cells += [f"{1e3 * float(row['step_s']):.0f}", f"{float(row['images_per_s']):,.0f}"]
+            cells += [f"{float(row['hours']):.1f}", row["limit"]]
+        else:
+            cells += [f"does not fit: {float(row['memory']) / 2**30:.0f} GiB", *[""] * 8]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--slices", default="v5e:2x4,v5e:8x8,v5p:8x8x8")
+    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--groups", action="store_true")
+    args = parser.parse_args()
+    start_jax()
+    for topology in args.slices.split(","):
+        for recipe in args.recipes.split(","):
+            job = {"recipe": recipe, "topology": topology, "grouped": str(args.groups)}
+            done = any(all(row[key] == value for key, value in job.items()) for row in rows(CSV))
+            if done or (args.groups and recipe in WITHOUT):
+                continue
+            print(f"{recipe}, {topology}", flush=True)
+            try:
+                add(CSV, {**job, **predicted(recipe, topology, args.groups)})
+            except UserError as error:  # a batch that does not divide among the chips
+                print(error, flush=True)
+                continue
+            TABLE.write_text(table())
+
+
+if __name__ == "__main__":
+    main()
