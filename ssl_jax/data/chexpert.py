@@ -108,11 +108,11 @@ class _List:
         return np.flatnonzero([f"_{view}" in path for path in self.paths])
 
     def files(self, root: Path, pairs: str) -> list[File]:
-        def file(row: int) -> File:
-            shown = str(self.patients[row]) if pairs else ""
-            return File(f"{root}/{self.paths[row]}", self.paths[row], None, self.table.at(row), shown)
-
-        return [file(row) for row in self.rows.tolist()]
+        patients = self.patients.tolist()
+        return [
+            File(f"{root}/{path}", path, None, self.table.at(row), str(patients[row]) if pairs else "")
+            for row, path in ((row, self.paths[row]) for row in self.rows.tolist())
+        ]
 
 
 def _observations(labels: tuple[str, ...]) -> list[str]:

@@ -27,8 +27,8 @@ class Table(NamedTuple):
 
     where: str
     header: list[str]
-    cells: list[Sequence[str]]  # N of each name of the header
-    lines: list[int]  # of each row
+    cells: Sequence[Sequence[str]]  # N of each name of the header
+    lines: Sequence[int]  # of each row
 
     def find(self, *names: str) -> str | None:
         """The first of these columns that there is, as the header writes it; upper and lower case are the same."""
@@ -70,20 +70,18 @@ def read_table(path: Path, where: str) -> Table:
         raise UserError(f"{where}: byte {error.start} is not UTF-8") from error
     first = text.partition("\n")[:1]
     reader = csv.reader(io.StringIO(text), delimiter=max(",\t;", key=lambda mark: _width(first, mark)))
-    rows, lines = [], []
     try:
         header = [name.strip() for name in next(reader, [])]
-        for row in reader:
-            if not any(row):
-                continue
-            if len(row) != len(header):
-                many = f"{len(row)} values; the header has {len(header)} columns"
-                raise UserError(f"{where} (line {reader.line_num}): {many}")
-            rows.append(tuple(row))  # which the garbage collector need not look into again, unlike a list
-            lines.append(reader.line_num)
+        # A list of tuples, made at one go: the garbage collector need not look into them again, unlike into lists.
+        rows = [(reader.line_num, *row) for row in reader if any(row)]
     except csv.Error as error:
         raise UserError(f"{where} (line {reader.line_num}): {error}") from error
-    return Table(where, header, list(zip(*rows, strict=True)) or [()] * len(header), lines)
+    for row in rows:
+        if len(row) != len(header) + 1:
+            many = f"{len(row) - 1} values; the header has {len(header)} columns"
+            raise UserError(f"{where} (line {row[0]}): {many}")
+    columns: list[tuple] = list(zip(*rows, strict=True)) or [()] * (len(header) + 1)
+    return Table(where, header, columns[1:], columns[0])
 
 
 def several_labels(table: Table, names: Sequence[str], paths: Sequence[str], data: Data, blank: float) -> np.ndarray:
@@ -101,7 +99,7 @@ def several_labels(table: Table, names: Sequence[str], paths: Sequence[str], dat
         if strange:
             row = min(strange)
             raise table.fail(row, f"{name}={cells[row]!r}; allowed: 0 to 1, -1 (uncertain) or nothing")
-        made[:, k] = [meaning[cell] for cell in cells]
+        made[:, k] = np.fromiter(map(meaning.__getitem__, cells), np.float32, len(cells))
         uncertain = np.flatnonzero(made[:, k] == -1)
         made[uncertain, k] = low
         if low < high:
