@@ -165,10 +165,10 @@ def plan(config: Config, topology: str, source: Any) -> Plan:
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not used:
+        used = out_of_memory(str(error), sum(map(_bytes_a_chip, jax.tree.leaves(args))))
+        if not used:
             raise
-        return Plan(**about, fits=False, memory=float(used[1]) * 1024 ** ("KMGT".index(used[2]) + 1))
+        return Plan(**about, fits=False, memory=used)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     needed -= memory.alias_size_in_bytes
@@ -193,6 +193,22 @@ def plan(config: Config, topology: str, source: Any) -> Plan:
         memory_s=cost["bytes accessed"] * loops / chip.bandwidth,
         network_s=sum(n * seconds_of(kind, size, chip, sides) for kind, n, size in found),
     )
+
+
+def out_of_memory(message: str, arguments: float) -> float:
+    """Bytes that a chip would need, from what the TPU compiler says when they are not there; 0: it says anything else.
+
+    One of its messages counts all that the step uses; another, what it makes on the way alone, without its arguments.
+    """
+    found = re.search(r"RESOURCE_EXHAUSTED.*?(?:Used |(HLO temporaries) \()([\d.]+)([KMGT])", message, re.DOTALL)
+    if not found:
+        return 0.0
+    return float(found[2]) * 1024 ** ("KMGT".index(found[3]) + 1) + (arguments if found[1] else 0.0)
+
+
+def _bytes_a_chip(x: jax.ShapeDtypeStruct) -> float:
+    shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+    return math.prod(shape) * (x.dtype.itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 8)
 
 
 def abstract(setup: trainer.Setup, config: Config, source: Any, mesh: Mesh) -> tuple[trainer.TrainState, dict]:

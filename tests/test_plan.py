@@ -92,6 +92,15 @@ def test_mistakes_are_one_line(flag, message, capsys):
     assert message in told and told.count("\n") == 1
 
 
+def test_memory_is_read_from_what_the_compiler_says():
+    """Two messages of libtpu 0.0.42: the whole program, and what it makes on the way without its arguments."""
+    whole = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.50G of "
+    assert plan.out_of_memory(whole + "15.75G hbm. Exceeded hbm capacity by 11.75G.", 2**30) == 27.5 * 2**30
+    inner = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.03G) exceeds "
+    assert plan.out_of_memory(inner + "available HBM (15.75G).", 2**30) == pytest.approx(17.03 * 2**30)
+    assert plan.out_of_memory("INTERNAL: Used 1.0G of", 2**30) == 0
+
+
 @pytest.mark.skipif(HAS_COMPILER, reason="libtpu is installed")
 def test_without_the_compiler_one_line_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
