@@ -94,10 +94,12 @@ def test_mistakes_are_one_line(flag, message, capsys):
 
 def test_memory_is_read_from_what_the_compiler_says():
     """Two messages of libtpu 0.0.42: the whole program, and what it makes on the way without its arguments."""
-    whole = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.50G of "
-    assert plan.out_of_memory(whole + "15.75G hbm. Exceeded hbm capacity by 11.75G.", 2**30) == 27.5 * 2**30
-    inner = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.03G) exceeds "
-    assert plan.out_of_memory(inner + "available HBM (15.75G).", 2**30) == pytest.approx(17.03 * 2**30)
+    start = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory "
+    whole = start + "in memory space hbm. Used 27.50G of 15.75G hbm. Exceeded hbm capacity by 11.75G."
+    assert plan.out_of_memory(whole, 2**30) == 27.5 * 2**30
+    start = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+    inner = start + "for HLO temporaries (16.03G) exceeds available HBM (15.75G)."
+    assert plan.out_of_memory(inner, 2**30) == pytest.approx(17.03 * 2**30)
     assert plan.out_of_memory("INTERNAL: Used 1.0G of", 2**30) == 0
 
 
