@@ -17,10 +17,10 @@ from pathlib import Path
 from methods import add, rows
 
 from ssl_jax import plan
-from ssl_jax.cli import load_config
 from ssl_jax.commands import start_jax
 from ssl_jax.config import resolve
 from ssl_jax.errors import UserError
+from ssl_jax.settings import load_config
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CSV, TABLE = RESULTS / "plans.csv", RESULTS / "plans.md"

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ssl_jax.errors import UserError, unknown
@@ -172,51 +171,6 @@ def _overrides(argv: Sequence[str]) -> list[str]:
     return found
 
 
-def find_config(spec: str) -> tuple[Path, list[str]]:
-    """The file that --config names, and its argument: a path, or the name of a config that ships with the package."""
-    name, *argument = spec.split(":", 1)
-    here = Path(__file__).parent
-    shipped = next((d for d in (here / "configs", here.parent / "configs") if d.is_dir()), here / "configs")
-    for path in (Path(name), shipped / Path(name).name, shipped / f"{Path(name).name}.py"):
-        if path.is_file() and path.suffix == ".py":
-            return path, argument
-    names = [p.stem for p in shipped.glob("*.py") if p.stem != "__init__"]
-    raise unknown("--config", spec, names)
-
-
-def load_config(spec: str, overrides: Sequence[str]) -> Any:
-    """The ConfigDict of --config=SPEC with its overrides applied."""
-    import runpy
-
-    path, argument = find_config(spec)
-    made = runpy.run_path(str(path))
-    if "get_config" not in made:
-        raise UserError(f"--config={spec}: no function get_config in {path}")
-    return override(made["get_config"](*argument), overrides)
-
-
-def override(config: Any, overrides: Sequence[str]) -> Any:
-    """ml_collections' own parsing of --config.key=value, with errors of one line."""
-    from absl import flags
-    from ml_collections import ConfigDict, config_flags
-
-    for item in overrides:
-        path, place = item.removeprefix("--config.").split("=", 1)[0], config
-        parts = path.split(".")
-        for depth, part in enumerate(parts):
-            if not isinstance(place, ConfigDict) or part not in place:
-                known = list(place) if isinstance(place, ConfigDict) else []
-                raise unknown(f"--{'.'.join(['config', *parts[:depth]])}", part, known)
-            place = place[part]
-    values = flags.FlagValues()
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(overrides))
-        values(["ssl-jax", *overrides])
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())[:300]}") from None
-    return values["config"].value
-
-
 def _tell_warnings() -> None:
     """The library's warnings (a file that is skipped, say) as plain lines on stderr."""
     import logging
@@ -248,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         values, overrides = parse(argv[0], argv[1:])
         from ssl_jax import commands
+        from ssl_jax.settings import load_config
 
         _tell_warnings()
         commands.start_jax()

@@ -6,7 +6,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ssl_jax import run
-from ssl_jax.config import Config, Data, default, from_json, method_module, method_names, resolve
+from ssl_jax.config import Config, method_module, method_names, resolve
 from ssl_jax.data import Source, open_source
 from ssl_jax.data import phantom as phantom_of
 from ssl_jax.data.labelled import Labelled, labelled_part
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder
 from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
+from ssl_jax.settings import data_of, settings_of
 
 PROTOCOLS = ("knn", "linear", "finetune")
 READ = ("window", "frontal")  # fields of config.data that a classifier's images must be read with, as in training
@@ -75,7 +76,7 @@ def evaluate(
     if labels < 0 or seeds < 1:
         raise UserError(f"--labels={labels} --seeds={seeds}: allowed: labels 0 (all) or more, seeds 1 or more")
     folder = Path(workdir)
-    encoder, config = load_encoder(folder), _settings(folder, overrides)
+    encoder, config = load_encoder(folder), settings_of(folder, overrides)
     train, held, what = _train_and_test(encoder, config, data, test)
     y, classes, groups = train.labels, train.source.classes, train.source.groups
     draws = [nested_subset(y, labels, seed, groups) if labels else np.arange(len(y)) for seed in range(seeds)]
@@ -223,10 +224,10 @@ def finetune(
     from ssl_jax.evaluate.tested import judge, table, thresholds_of
     from ssl_jax.report.figures import reliability
 
-    encoder, config = load_encoder(workdir), _settings(Path(workdir), overrides)
+    encoder, config = load_encoder(workdir), settings_of(Path(workdir), overrides)
     folder = Path(out)
     _new(folder, "--out")
-    source = open_source(encoder.data(_data(data, "--data", config.data)))
+    source = open_source(encoder.data(data_of(data, "--data", config.data)))
     train, classes = labelled_part(source, source, data), source.classes
     held = None
     if test:  # before training, or a wrong name of a class would cost all of it
@@ -253,7 +254,7 @@ def finetune(
         print("\n".join(table(about["test"])))
         if about["test"]["left_out"]:
             print(f"  left out, not to be judged on the test data: {', '.join(about['test']['left_out'])}")
-        title = "Phantoms: reliability" if phantom_of(_data(test, "--test", config.data)) else "Reliability"
+        title = "Phantoms: reliability" if phantom_of(data_of(test, "--test", config.data)) else "Reliability"
         reliability(about["test"]["reliability"], folder / "reliability.png", title=title)
     print(f"classifier: {out}")
     return about
@@ -266,7 +267,7 @@ def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) ->
     from ssl_jax.evaluate.finetune import predict as scores_of
 
     classifier, about = load_classifier(Path(workdir))
-    source = _readable(classifier.encoder, data, _settings(Path(workdir), overrides, about.get("read", {})))
+    source = _readable(classifier.encoder, data, settings_of(Path(workdir), overrides, about.get("read", {})))
     scores = scores_of(classifier, source.arrays())
     _write_predictions(Path(out), source, scores, about["classes"], about.get("multilabel", False))
     print(f"{len(scores)} predictions: {out}")
@@ -278,7 +279,7 @@ def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> N
     if path.suffix not in (".npz", ".csv", ".parquet"):
         raise UserError(f"--out={out}: unknown ending {path.suffix!r}; allowed: .npz, .csv, .parquet")
     encoder = load_encoder(workdir)
-    source = _readable(encoder, data, _settings(Path(workdir), overrides))
+    source = _readable(encoder, data, settings_of(Path(workdir), overrides))
     features, names = encoder.embed(source.arrays()), source.names
     columns = ["file", *(f"e{i}" for i in range(features.shape[1]))]
     if path.suffix == ".npz":
@@ -401,48 +402,9 @@ def name_needs_labels(name: str) -> bool:
 # What several commands share.
 
 
-def _settings(folder: Path, overrides: Sequence[str], read: Mapping[str, Any] | None = None) -> Config:
-    """The run's config with overrides; the defaults for an exported encoder that has no run folder, or a classifier,
-    with what it says of how images are read."""
-    from ssl_jax.cli import override
-
-    found = (folder / "config.json").is_file()
-    config = from_json(run.read_config(folder)) if found else default()
-    config.data.update(read or {})
-    return resolve(override(config, overrides))
-
-
-def _data(text: str, flag: str, like: Data) -> Data:
-    """Data as a flag names it, read as `like` says."""
-    path = Path(text)
-    kinds = {".csv": "csv", ".tsv": "csv", ".npz": "npz"}
-    if text == "fashion_mnist":
-        name, place = "fashion_mnist", ""
-    elif text.startswith("tfds:"):
-        name, place = "tfds", text.removeprefix("tfds:")
-    elif path.is_dir():
-        name, place = "chexpert" if _is_chexpert(path) else "folder", text
-    elif path.is_file() and path.suffix.lower() in kinds:
-        name, place = kinds[path.suffix.lower()], text
-    else:
-        found = "not found" if not path.exists() else f"unknown ending {path.suffix!r}"
-        allowed = "a folder, a .csv, .tsv or .npz file, fashion_mnist, tfds:NAME"
-        raise UserError(f"{flag}={text}: {found}; allowed: {allowed}")
-    return dataclasses.replace(like, name=name, path=place, split="train", limit=0, pairs="")
-
-
-def _is_chexpert(folder: Path) -> bool:
-    """Whether a folder has CheXpert's layout, by the header of its train.csv: others have a table of that name, too."""
-    table = folder / "train.csv"
-    if not table.is_file():
-        return False
-    with table.open(encoding="utf-8", errors="replace") as file:
-        return "Frontal/Lateral" in file.readline()
-
-
 def _open_test(encoder: Encoder, config: Config, test: str, data: str) -> Source:
     """The images that --test names: all of them, or the test part of data that --data has trained on."""
-    wanted = encoder.data(_data(test, "--test", config.data))
+    wanted = encoder.data(data_of(test, "--test", config.data))
     return open_source(wanted, "test" if wanted.name == "chexpert" or test == data else "all")
 
 
@@ -450,7 +412,7 @@ def _train_and_test(encoder: Encoder, config: Config, data: str, test: str) -> t
     """(training images, test images, what the test images are), in the size that the encoder wants."""
     from ssl_jax.evaluate.subsets import holdout
 
-    wanted = encoder.data(_data(data, "--data", config.data) if data else dataclasses.replace(config.data, limit=0))
+    wanted = encoder.data(data_of(data, "--data", config.data) if data else dataclasses.replace(config.data, limit=0))
     source = open_source(wanted)
     train, held, what = labelled_part(source, source, data or config.data.path or config.data.name), None, "test split"
     if test:
@@ -486,7 +448,7 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
 
 def _readable(encoder: Encoder, data: str, config: Config) -> Source:
     """All files that can be read, however few; the source names the others."""
-    wanted = encoder.data(_data(data, "--data", config.data))
+    wanted = encoder.data(data_of(data, "--data", config.data))
     # Columns of labels that the training data had may be missing here, and are not needed.
     source = open_source(dataclasses.replace(wanted, labels=(), max_bad_share=1.0), "all")
     source.arrays()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ssl_jax.config import Data
 from ssl_jax.data import open_source, stream
-from ssl_jax.data.files import printable
+from ssl_jax.data.source import printable
 from ssl_jax.errors import UserError
 
 

@@ -15,6 +15,7 @@ from ssl_jax.config import Config, Data, resolve
 from ssl_jax.data import Source, open_source, phantom
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, started_from
 from ssl_jax.errors import UserError
+from ssl_jax.settings import data_of, settings_of
 
 LEAST = 8  # images for the audit of an encoder
 Row = dict[str, Any]
@@ -76,19 +77,17 @@ def invariance(config: ConfigDict | None, workdir: str, data: str, out: str, ima
 
 def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, Source, str]:
     """(encoder, images, what they are): of a run folder or, by a config alone, with random or with imported weights."""
-    from ssl_jax.commands import _data, _settings
-
     if workdir:
         encoder, folder = load_encoder(workdir), Path(workdir)
-        settings = config or _settings(folder, ())
+        settings = config or settings_of(folder, ())
         if not config and not data:
             run.read_config(folder)  # or there is no run, and nothing says which images
-        wanted = _data(data, "--data", settings.data) if data else settings.data
+        wanted = data_of(data, "--data", settings.data) if data else settings.data
         name = f"{encoder.about.get('method', 'encoder')} ({folder.name})"
         return encoder, open_source(encoder.data(wanted)), f"{name}, on {kind(wanted)}images"
     if config is None:
         raise UserError("--workdir: missing; allowed: a run folder, or --config for random or imported weights")
-    wanted = _data(data, "--data", config.data) if data else config.data
+    wanted = data_of(data, "--data", config.data) if data else config.data
     source = open_source(wanted)
     size, channels = config.augment.override.get("size") or min(source.shape[:2]), source.shape[2]
     encoder = random_encoder(config.model, size, channels, config.train.seed)

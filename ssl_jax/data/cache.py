@@ -22,8 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.files import printable
-from ssl_jax.data.source import UnreadableError
+from ssl_jax.data.source import UnreadableError, printable
 from ssl_jax.errors import UserError
 from ssl_jax.progress import counting
 

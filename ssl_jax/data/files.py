@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.source import Source, UnreadableError, check_bad_share, same_object
+from ssl_jax.data.source import Source, UnreadableError, check_bad_share, printable, same_object
 from ssl_jax.errors import UserError
 
 log = logging.getLogger("ssl_jax")
@@ -27,11 +27,6 @@ class File(NamedTuple):
     label: str | None  # None: not known
     at: str = ""  # where it is listed, for messages
     object: str = ""  # what it shows (config.data.pairs)
-
-
-def printable(path: Path | str) -> str:
-    """A path of the file system as text that can be printed and written, even if its bytes are not UTF-8."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _check_there(path: str) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssl_jax.config import Data
-from ssl_jax.data.files import PARTS, File, from_files, printable
-from ssl_jax.data.source import Source, pick_parts
+from ssl_jax.data.files import PARTS, File, from_files
+from ssl_jax.data.source import Source, pick_parts, printable
 from ssl_jax.errors import UserError
 
 

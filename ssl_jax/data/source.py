@@ -1,9 +1,11 @@
 """What every reader returns: images by index, with one rule for files that turn out to be unreadable."""
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -180,6 +182,11 @@ def same_object(values: Sequence[object] | np.ndarray, where: str, pairs: str) -
     if np.bincount(objects).max() < 2:
         raise UserError(f"config.data.pairs={pairs!r}: {where} has no two images of one object")
     return objects
+
+
+def printable(path: Path | str) -> str:
+    """A path of the file system as text that can be printed and written, even if its bytes are not UTF-8."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def check_bad_share(bad: Sequence[str], total: int, allowed: float) -> None:
