@@ -165,7 +165,7 @@ def figure(path: Path, examples: int, title: str) -> None:
 
     classes, found = scores(path, examples)
     methods = [m for m in dict.fromkeys(m for m, _ in found) if m != RANDOM]
-    names = [v for v in VIEWS if any((m, v) in found for m in methods)]
+    names = [RANDOM, *(v for v in VIEWS if any((m, v) in found for m in methods))]
     if not methods:
         return
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
@@ -173,7 +173,7 @@ def figure(path: Path, examples: int, title: str) -> None:
         drawn = Figure(figsize=size, layout="constrained")
         panels = drawn.subplots(1, len(methods), sharey=True, squeeze=False)[0]
         for axes, method in zip(panels, methods, strict=True):
-            runs = [found.get((method, name)) for name in names]
+            runs = [found.get((RANDOM, "") if name == RANDOM else (method, name)) for name in names]
             means = [np.mean(list(r.values()), axis=0) if r else np.full(len(classes), math.nan) for r in runs]
             grid = 100 * np.array(means)
             shade = grid - np.ma.masked_invalid(grid).mean(axis=0).filled(0)
