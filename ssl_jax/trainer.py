@@ -77,7 +77,9 @@ def set_up(config: Config, source: Any) -> Setup:
     if steps < 1:
         raise UserError(f"config.train.duration={config.train.duration!r}: no step at all; allowed: at least one")
     size = min(shape[:2])
-    encoder = build(config.model, shape[2], size)
+    in_parts = 0 < config.train.micro_batch < batch
+    conv = resolve_conv(config.model.conv, in_loop=in_parts)
+    encoder = build(dataclasses.replace(config.model, conv=conv), shape[2], size)
     if config.model.init:
         encoder = started_from(encoder, config.model.init)
     method = module.make(config.method, encoder, Run(steps, examples // batch, examples, classes))

@@ -21,20 +21,20 @@ CHUNK_BYTES = 3_000_000
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def resolve_conv(how: str = "auto") -> str:
+def resolve_conv(how: str = "auto", in_loop: bool = False) -> str:
     """The formulation that `config.model.conv` means on this machine: "native" or "patches".
 
-    It changes the last bits of a result, so a run records it.
+    It changes the last bits of a result, so a run records it. in_loop: what is native is "looped" on a CPU.
     """
-    if how == "lax":  # for a program that is compiled for another machine
+    if how in ("lax", "looped"):  # lax: for a program that is compiled for another machine
         return how
     if how not in ("auto", "native", "patches"):
         raise unknown("config.model.conv", how, ("auto", "native", "patches"))
     if jax.default_backend() != "cpu":
         return "native"
-    if how != "auto":
-        return how
-    return "native" if _native_is_fast() else "patches"
+    if how == "auto":
+        how = "native" if _native_is_fast() else "patches"
+    return "looped" if in_loop and how == "native" else how
 
 
 def _native_is_fast() -> bool:
@@ -47,8 +47,8 @@ def _native_is_fast() -> bool:
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how: str = "native") -> jax.Array:
     """Convolution of x [B, H, W, C] with kernel [k, k, C, D] -> [B, H', W', D], padded by `padding` on all sides.
 
-    how: what `resolve_conv` returned. On a CPU, "native" still means patches for the shapes that are slow natively;
-    "lax" never does: a program for another machine is compiled there. All ways agree but for rounding.
+    how: what `resolve_conv` returned. On a CPU, "native" and "looped" still mean patches for the shapes that are slow
+    natively; "lax" never does: a program for another machine is compiled there. All ways agree but for rounding.
     """
     k = kernel.shape[0]
     height, width = (_out(n, k, stride, padding) for n in x.shape[1:3])
@@ -61,8 +61,44 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how
         # Outputs under 4x4: 2 GFLOP/s natively, 80 to 140 by patches.
         if how == "patches" or min(height, width) < 4 or 16 <= x.shape[-1] < 128:
             return _by_patches(x, kernel, stride, padding)
-    pads = [(padding, padding)] * 2
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        if how == "looped":
+            return _looped(x, kernel, stride, padding)
+    return _convolve(x, kernel, ((padding, padding),) * 2, window_strides=(stride, stride))
+
+
+def _convolve(x, kernel, pads, **how):
+    how = {"window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")} | how
+    return lax.conv_general_dilated(x, kernel, padding=pads, **how)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _looped(x, kernel, stride, padding):
+    """XLA's own convolution in the body of a loop on a CPU, with gradients written out and transposes in the open.
+
+    Those of JAX have their axes in another order. XLA puts them right, but not in a loop, where it falls back to a
+    convolution 15 times slower (https://github.com/jax-ml/jax/issues/12868). Outside of loops JAX's own are better:
+    under `vmap` (train.bn_group) these here have a kernel's gradient for each group.
+    """
+    return _convolve(x, kernel, ((padding, padding),) * 2, window_strides=(stride, stride))
+
+
+def _looped_forward(x, kernel, stride, padding):
+    return _looped(x, kernel, stride, padding), (x, kernel)
+
+
+def _looped_backward(stride, padding, saved, dy):
+    x, kernel = saved
+    k, apart = kernel.shape[0], (stride, stride)
+    # Rows and columns of x at the end, beyond the padding, that no window reaches.
+    unread = [n + 2 * padding - k - (out - 1) * stride for n, out in zip(x.shape[1:3], dy.shape[1:3], strict=True)]
+    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    dx = _convolve(dy, turned, [(k - 1 - padding, k - 1 - padding + n) for n in unread], lhs_dilation=apart)
+    pads = [(padding, padding - n) for n in unread]
+    dkernel = _convolve(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), pads, rhs_dilation=apart)
+    return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+_looped.defvjp(_looped_forward, _looped_backward)
 
 
 def _out(size: int, k: int, stride: int, padding: int) -> int:
