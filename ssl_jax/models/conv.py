@@ -63,27 +63,25 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how
             return _by_patches(x, kernel, stride, padding)
         if how == "looped":
             return _looped(x, kernel, stride, padding)
-    return _convolve(x, kernel, ((padding, padding),) * 2, window_strides=(stride, stride))
+    return _native(x, kernel, stride, padding)
 
 
-def _convolve(x, kernel, pads, **how):
-    how = {"window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")} | how
-    return lax.conv_general_dilated(x, kernel, padding=pads, **how)
+_convolve = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _looped(x, kernel, stride, padding):
-    """XLA's own convolution in the body of a loop on a CPU, with gradients written out and transposes in the open.
+def _native(x, kernel, stride, padding):
+    return _convolve(x, kernel, (stride, stride), [(padding, padding)] * 2)
 
-    Those of JAX have their axes in another order. XLA puts them right, but not in a loop, where it falls back to a
-    convolution 15 times slower (https://github.com/jax-ml/jax/issues/12868). Outside of loops JAX's own are better:
-    under `vmap` (train.bn_group) these here have a kernel's gradient for each group.
-    """
-    return _convolve(x, kernel, ((padding, padding),) * 2, window_strides=(stride, stride))
+
+# In the body of a loop on a CPU: gradients written out, with transposes in the open. Those of JAX have their axes in
+# another order, which XLA puts right, but not in a loop: there it falls back to a convolution more than 13 times slower
+# (https://github.com/jax-ml/jax/issues/12868). Outside of loops JAX's own are better: under `vmap` (train.bn_group)
+# these here have a kernel's gradient for each group.
+_looped = jax.custom_vjp(_native, nondiff_argnums=(2, 3))
 
 
 def _looped_forward(x, kernel, stride, padding):
-    return _looped(x, kernel, stride, padding), (x, kernel)
+    return _native(x, kernel, stride, padding), (x, kernel)
 
 
 def _looped_backward(stride, padding, saved, dy):
@@ -92,9 +90,9 @@ def _looped_backward(stride, padding, saved, dy):
     # Rows and columns of x at the end, beyond the padding, that no window reaches.
     unread = [n + 2 * padding - k - (out - 1) * stride for n, out in zip(x.shape[1:3], dy.shape[1:3], strict=True)]
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    dx = _convolve(dy, turned, [(k - 1 - padding, k - 1 - padding + n) for n in unread], lhs_dilation=apart)
+    dx = _convolve(dy, turned, (1, 1), [(k - 1 - padding, k - 1 - padding + n) for n in unread], lhs_dilation=apart)
     pads = [(padding, padding - n) for n in unread]
-    dkernel = _convolve(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), pads, rhs_dilation=apart)
+    dkernel = _convolve(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), pads, rhs_dilation=apart)
     return dx, dkernel.transpose(1, 2, 0, 3)
 
 
