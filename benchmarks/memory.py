@@ -1,7 +1,7 @@
 """What large batches cost on small memory, each case in a process of its own: peak resident memory and time.
 
     python benchmarks/memory.py                 all cases, on an idle machine; about 15 minutes on two cores
-    python benchmarks/memory.py --cases=losses  the losses alone (or: step, remat)
+    python benchmarks/memory.py --cases=losses  the losses alone (or: step)
 
 A line a case in benchmarks/results/memory.csv. Peak memory is that of the whole process (resident), Python, JAX and
 compiler included; of a step also what the compiler says that its program needs beside the images.
@@ -55,7 +55,7 @@ def loss(kind: str, pairs: int, dim: int, dense: bool = False) -> dict:
     return {"seconds": timed(lambda: jax.block_until_ready(run(*views)))}
 
 
-def step(batch: int, micro_batch: int = 0, remat: str = "") -> dict:
+def step(batch: int, micro_batch: int = 0) -> dict:
     """A training step of SimCLR on ResNet-18, 32 px; images in memory as in a run."""
     import jax
     import numpy as np
@@ -70,8 +70,6 @@ def step(batch: int, micro_batch: int = 0, remat: str = "") -> dict:
     config.augment.preset = "small"
     config.train.update({"batch": batch, "micro_batch": micro_batch, "bn_group": micro_batch and 64, "devices": 1})
     config.eval.online_probe = False
-    if remat:
-        config.model.remat = remat
     resolved = resolve(config)
     images = np.random.default_rng(0).integers(0, 256, (4096, 32, 32, 3), np.uint8)
     source = Source([str(i) for i in range(len(images))], images.shape[1:], images.__getitem__)
@@ -123,7 +121,7 @@ def one(name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", default="", help="losses, step or remat (default: all)")
+    parser.add_argument("--cases", default="", help="losses or step (default: both)")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # measured in this process
     args = parser.parse_args()
     if args.one:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ssl_jax import parallel
 from ssl_jax.methods.base import Method
 
 Inputs = Mapping[str, jax.Array]
@@ -49,7 +50,7 @@ def keys_at(key: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def make_gradient(
-    method: Method, augment: Callable[..., Any], *, micro_batch: int = 0, bn_group: int = 0
+    method: Method, augment: Callable[..., Any], *, micro_batch: int = 0, bn_group: int = 0, mesh: Any = None
 ) -> Callable[..., Any]:
     """A function (params, target, extra, inputs, key) -> (loss, (outputs, extra, metrics)), gradients of params.
 
@@ -57,6 +58,7 @@ def make_gradient(
     micro_batch: images embedded at a time, a divisor of B; 0: all.
     bn_group: images that share the statistics of BatchNorm, neighbours in the batch, a divisor of that; 0: all of
     them. Groups stay whole in micro-batches, and on their devices if their number divides among them.
+    mesh: what `parallel.spread` in the method's forward lays images out over; a group's stay where they are.
     """
     stretch = bn_group or 1
 
@@ -66,7 +68,8 @@ def make_gradient(
         batch = {"views": views, "drawn": drawn, **{name: inputs[name] for name in method.needs}}
         rng = keys_at(key_forward, inputs["place"])
         if not bn_group or bn_group == len(rng):
-            return method.forward(params, target, extra, batch, rng)
+            with parallel.using(mesh):
+                return method.forward(params, target, extra, batch, rng)
         groups = split((batch, rng), len(rng) // bn_group, bn_group)
         outputs, after = jax.vmap(lambda group: method.forward(params, target, extra, *group))(groups)
         return join(outputs, bn_group), {**extra, **jax.tree.map(lambda x: x.mean(axis=0), _statistics(after))}

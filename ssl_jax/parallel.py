@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -56,6 +57,16 @@ LARGE = 2**26  # numbers from which it is split over all devices, whatever confi
 def split(mesh: Mesh) -> NamedSharding:
     """First axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def using(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """While a step is traced: the mesh that `spread` means."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else nullcontext()
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """Lays x [B, ...] along its first axis over the devices of the mesh that is in `using`; without one, as it is."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -132,7 +132,7 @@ def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, 
     """
     method, augment = setup.method, make_views(setup.views, setup.method.shares)
     train = config.train
-    gradient = make_gradient(method, augment, micro_batch=train.micro_batch, bn_group=train.bn_group)
+    gradient = make_gradient(method, augment, micro_batch=train.micro_batch, bn_group=train.bn_group, mesh=mesh)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)

@@ -54,18 +54,30 @@ def test_a_part_that_is_no_divisor_is_one_line():
 EMBEDDINGS = 16 * 8 * 4  # bytes: a batch of projections
 
 
-def travelling(name, **changes):
-    """{kind: [bytes]} of the collectives in a step on 4 devices."""
-    config, source, mesh = tiny_config(name, **changes), Images(), parallel.make_mesh(4, 16)
+def compiled(name, devices=4, **changes):
+    """The program of a step on so many devices."""
+    config, source, mesh = tiny_config(name, **changes), Images(), parallel.make_mesh(devices, 16)
     setup = trainer.set_up(config, source)
     state = trainer.init_state(setup, 0, mesh)
     batch = {"image": source.images[:16], "index": np.arange(16, dtype=np.int32), "label": source.labels[:16]}
     step = jax.jit(trainer.make_step(setup, config, mesh), out_shardings=parallel.replicated(mesh))
-    text = step.lower(state, jax.device_put(batch, parallel.split(mesh))).compile().as_text()
+    return step.lower(state, jax.device_put(batch, parallel.split(mesh))).compile()
+
+
+def travelling(name, **changes):
+    """{kind: [bytes]} of the collectives in a step on 4 devices."""
     kinds = {}
-    for kind, often, size in collectives(text):
+    for kind, often, size in collectives(compiled(name, **changes).as_text()):
         kinds.setdefault(kind, []).extend([size] * often)
     return kinds
+
+
+@pytest.mark.parametrize("bn_group", [0, 4])
+@pytest.mark.parametrize("name", ["moco", "looc"])
+def test_shuffled_keys_are_embedded_once(name, bn_group):
+    """Each device embeds its share of a shuffled batch: the products of the step are divided among the devices."""
+    alone, share = (compiled(name, devices, train__bn_group=bn_group).cost_analysis()["flops"] for devices in (1, 4))
+    assert share < 0.35 * alone
 
 
 @pytest.mark.parametrize(

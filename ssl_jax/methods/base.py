@@ -18,6 +18,7 @@ import optax
 from ssl_jax.errors import UserError
 from ssl_jax.losses.common import interleave, normalize
 from ssl_jax.losses.reconstruction import masked_error
+from ssl_jax.parallel import spread
 
 Params = Any
 Extra = Any
@@ -297,7 +298,8 @@ def shuffled(network: Network, params, stats, x, rng, groups: int) -> tuple[Any,
     positive away. Shuffled, a key is normalised with others than its query was (MoCo v1, section 3.3).
     """
     order = jax.random.permutation(rng, len(x))
-    y, stats = network.apply(params, stats, x[order], train=True, groups=groups)
+    # Left to itself, the compiler puts what an order has chosen on every device, and each would embed the whole batch.
+    y, stats = network.apply(params, stats, spread(x[order]), train=True, groups=groups)
     back = jnp.argsort(order)
     return jax.tree.map(lambda v: v[back], y), stats
 
