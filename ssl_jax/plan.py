@@ -125,8 +125,10 @@ def slice_of(topology: str) -> tuple[Chip, tuple[int, ...], list[Any]]:
         raise unknown("--topology", name, CHIPS)
     if not re.fullmatch(r"\d+(x\d+)*", shape):
         raise UserError(f"--topology={topology}: allowed: VERSION:SIDExSIDE, such as v5e:4x8 or v4:2x2x4")
-    # Without a TPU in this machine the compiler must not ask the network where one is, nor complain of its absence.
+    # Without a TPU in this machine the compiler must not ask the network where one is, nor complain of its absence;
+    # and as nothing runs on one, several processes may plan at once.
     here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    here["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for key, value in here.items():
         os.environ.setdefault(key, value)
     try:
@@ -275,7 +277,10 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 
 def collectives(hlo: str) -> Iterator[tuple[str, int, float]]:
-    """(kind, how often in a step, bytes of its result) of every collective in a compiled program's text."""
+    """(kind, how often in a step, bytes of its result) of every collective in a compiled program's text.
+
+    One that the TPU compiler spreads over several fusions, to hide it behind them, stands in each, with one channel.
+    """
     lines: dict[str, list[str]] = {}
     calls: list[tuple[str, str, int]] = []
     current = ""
@@ -301,8 +306,12 @@ def collectives(hlo: str) -> Iterator[tuple[str, int, float]]:
             often[name] = sum(times * runs(caller) for caller, times in callers.get(name, ()))
         return often[name]
 
+    channels: set[str] = set()
     for name, inside in lines.items():
         for line in inside:
+            channel = re.search(r"channel_id=(\d+)", line)
+            if channel and channel[1] in channels:
+                continue
             if made := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
                 sizes = [
                     BYTES.get(kind, 4) * math.prod(int(n) for n in shape.split(",") if n)
@@ -310,6 +319,7 @@ def collectives(hlo: str) -> Iterator[tuple[str, int, float]]:
                 ]
                 # The result of a start is (what goes in, what comes out, ...).
                 size = max(sizes) if made[3] and made[2] != "all-reduce" else sum(sizes)
+                channels |= {channel[1]} if channel else set()
                 yield made[2], runs(name), float(size)
 
 

@@ -71,6 +71,26 @@ def test_collectives_of_a_real_program_with_a_loop():
     assert found == [("all-gather", 1, 32.0), ("all-reduce", 5, 4.0)]
 
 
+# As the TPU compiler writes a gather that two fusions hide.
+SPREAD = """
+%async_collective_fusion.1 (param_0: f32[16,8], param_1: f32[64,8]) -> f32[64,8] {
+  %all-gather.18 = f32[64,8]{1,0} all-gather(%param_0), channel_id=4, dimensions={0}
+}
+%async_collective_fusion.2 (param_0: f32[16,8], param_1: f32[64,8]) -> f32[64,8] {
+  %all-gather.20 = f32[64,8]{1,0} all-gather(%param_0), channel_id=4, dimensions={0}
+}
+ENTRY %main (x: f32[16,8]) -> f32[64,8] {
+  %fusion.1 = f32[64,8]{1,0} fusion(%x, %buffer), kind=kCustom, calls=%async_collective_fusion.1
+  %fusion.2 = f32[64,8]{1,0} fusion(%x, %fusion.1), kind=kCustom, calls=%async_collective_fusion.2
+  %all-gather.21 = f32[64,8]{1,0} all-gather(%x), channel_id=5, dimensions={0}
+}
+"""
+
+
+def test_a_collective_spread_over_fusions_is_one():
+    assert list(plan.collectives(SPREAD)) == [("all-gather", 1, 2048.0)] * 2
+
+
 def test_seconds_of_an_all_reduce_by_hand():
     """64 chips, 8 x 8, no ring on a v5e: half of its links carry; each chip sends 2 x 63/64 of the bytes."""
     found = plan.seconds_of("all-reduce", 100e6, plan.CHIPS["v5e"], (8, 8))
