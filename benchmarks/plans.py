@@ -6,7 +6,7 @@
 Every recipe of configs/imagenet.py named here, in bfloat16, at its paper's batch, is compiled for every slice: minutes
 each. Where the batch does not fit, the largest micro-batch that does is searched. With --groups also with statistics of
 BatchNorm of each chip alone (train.bn_group), where there is BatchNorm. A finished row of results/plans.csv is not made
-again; the table is results/plans.md.
+again; the table stands in docs/scale.md.
 """
 
 import argparse
@@ -23,8 +23,9 @@ from ssl_jax.config import resolve
 from ssl_jax.errors import UserError
 from ssl_jax.settings import load_config
 
-RESULTS = Path(__file__).resolve().parent / "results"
-CSV, TABLE = RESULTS / "plans.csv", RESULTS / "plans.md"
+HERE = Path(__file__).resolve().parent
+CSV, PAGE = HERE / "results" / "plans.csv", HERE.parent / "docs" / "scale.md"
+BEGIN, END = "<!-- table of benchmarks/plans.py -->\n", "<!-- end of table -->"
 RECIPES = ("simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae")
 WITHOUT = ("dino", "mae", "moco_v2")  # no BatchNorm, or in groups of its own
 
@@ -59,6 +60,11 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def show() -> None:
+    before, after = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + table() + END + after.partition(END)[2])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--slices", default="v5e:2x4,v5e:8x8,v5p:8x8x8")
@@ -79,7 +85,8 @@ def main() -> None:
             except UserError as error:  # a batch that does not divide among the chips
                 print(error, flush=True)
                 continue
-            TABLE.write_text(table())
+            show()
+    show()
 
 
 if __name__ == "__main__":
