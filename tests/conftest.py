@@ -10,13 +10,9 @@ from pathlib import Path
 
 import pytest
 
-# Most of the time goes into compiling; programs this small gain nothing from LLVM's optimizations, and compile in half
-# the time without XLA's own fusion emitters.
+# Most of the time goes into compiling; programs this small gain nothing from LLVM's optimizations.
 DEVICES = os.environ.get("TEST_DEVICES", "4")
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false"
-)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ssl_jax_tests_"))
