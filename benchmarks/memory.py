@@ -1,6 +1,6 @@
 """What large batches cost on small memory, each case in a process of its own: peak resident memory and time.
 
-    python benchmarks/memory.py                 all cases, on an idle machine; about 15 minutes on two cores
+    python benchmarks/memory.py                 all cases, on an idle machine; 12 minutes on two cores
     python benchmarks/memory.py --cases=losses  the losses alone (or: step)
 
 A line a case in benchmarks/results/memory.csv. Peak memory is that of the whole process (resident), Python, JAX and

@@ -14,7 +14,6 @@ import csv
 import dataclasses
 from pathlib import Path
 
-import jax
 from methods import add, rows
 
 from ssl_jax import plan
@@ -72,7 +71,6 @@ def main() -> None:
     parser.add_argument("--groups", action="store_true")
     args = parser.parse_args()
     start_jax()
-    jax.config.update("jax_enable_compilation_cache", False)  # as `ssl-jax plan` does
     for topology in args.slices.split(","):
         for recipe in args.recipes.split(","):
             job = {"recipe": recipe, "topology": topology, "grouped": str(args.groups)}

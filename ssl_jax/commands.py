@@ -340,8 +340,6 @@ def plan(
 ) -> None:
     from ssl_jax.plan import command
 
-    # A program for a TPU cannot be read back without one: JAX would try, warn and compile it again.
-    jax.config.update("jax_enable_compilation_cache", False)
     command(resolve(config), topology, sweep, images, classes, out)
 
 

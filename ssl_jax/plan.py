@@ -128,8 +128,7 @@ def slice_of(topology: str) -> tuple[Chip, tuple[int, ...], list[Any]]:
     # Without a TPU in this machine the compiler must not ask the network where one is, nor complain of its absence;
     # and as nothing runs on one, several processes may plan at once.
     here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    here["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    for key, value in here.items():
+    for key, value in (here | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
         os.environ.setdefault(key, value)
     try:
         from jax.experimental import topologies
@@ -141,6 +140,8 @@ def slice_of(topology: str) -> tuple[Chip, tuple[int, ...], list[Any]]:
         if "libtpu" in reason or "not installed" in reason:
             raise UserError("plan: needs the TPU compiler (libtpu); pip install 'ssl_jax[plan]'") from error
         raise UserError(f"--topology={topology}: {reason}") from error
+    # A program for a TPU cannot be read back without one: JAX would try, warn and compile it again.
+    jax.config.update("jax_enable_compilation_cache", False)
     return CHIPS[name], tuple(map(int, shape.split("x"))), list(devices)
 
 
@@ -309,17 +310,17 @@ def collectives(hlo: str) -> Iterator[tuple[str, int, float]]:
     channels: set[str] = set()
     for name, inside in lines.items():
         for line in inside:
-            channel = re.search(r"channel_id=(\d+)", line)
-            if channel and channel[1] in channels:
-                continue
             if made := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
+                channel = re.search(r"channel_id=\d+", line)
+                if channel and channel[0] in channels:
+                    continue
+                channels |= {channel[0]} if channel else set()
                 sizes = [
                     BYTES.get(kind, 4) * math.prod(int(n) for n in shape.split(",") if n)
                     for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", made[1])
                 ]
                 # The result of a start is (what goes in, what comes out, ...).
                 size = max(sizes) if made[3] and made[2] != "all-reduce" else sum(sizes)
-                channels |= {channel[1]} if channel else set()
                 yield made[2], runs(name), float(size)
 
 
