@@ -329,7 +329,7 @@ def phantom(out: str, patients: int = 10_000, seed: int = 0, size: int = 128, te
     from ssl_jax.phantom import write
     from ssl_jax.progress import counting
 
-    with counting("phantoms", "images") as progress:
+    with counting("phantoms", "patients") as progress:
         numbers = {"patients": patients, "seed": seed, "size": size, "test": test}
         count = write(Path(out), **numbers, workers=os.cpu_count() or 1, progress=progress)
     print(f"{count} phantom radiographs: {out}")

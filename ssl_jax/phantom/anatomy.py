@@ -150,8 +150,7 @@ def vessel_tree(chest: Chest, rng: np.random.Generator) -> list[Curve]:
             heading = angle[:, None] + bend * along[begin:] + turn * (along[begin:] - along[begin])
             x = start_x + side * np.cos(heading) * along[begin:] * length
             y = start_y + np.sin(heading) * along[begin:] * length * 1.25
-            curves += [(a[:4], b[:4], dense) for a, b in zip(x, y, strict=True)]
-            curves += [(a[3:], b[3:], dense * 0.55) for a, b in zip(x, y, strict=True)]
+            curves += [(x[:, :4], y[:, :4], dense), (x[:, 3:], y[:, 3:], dense * 0.55)]
     return curves
 
 

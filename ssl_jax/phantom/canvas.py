@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Curve = tuple[np.ndarray, np.ndarray, float]  # x [n], y [n] in body coordinates, and how dense the line is
+# x [..., n], y [..., n]: a curve, or several, through n points each in body coordinates; and how dense the lines are.
+Curve = tuple[np.ndarray, np.ndarray, float]
 
 
 class Canvas:
@@ -31,23 +32,22 @@ class Canvas:
 
     def lines(self, curves: Sequence[Curve], width: float) -> np.ndarray:
         """Soft lines of standard deviation `width` (body units); the middle of one of density 1 has the value 1."""
-        half = self.size / 2
-        corners = np.stack([np.concatenate([c[axis] for c in curves]) for axis in (0, 1)])
-        pixels = ((self.forward @ corners).T + self.shift + 1).T * half - 0.5
-        lengths = [len(x) for x, *_ in curves]
-        starts = np.ones(sum(lengths), bool)
-        starts[np.cumsum(lengths) - 1] = False  # a curve's last corner starts no piece
-        first = np.flatnonzero(starts)
-        density = np.repeat([dense for *_, dense in curves], np.subtract(lengths, 1))
-        begin, end = pixels[:, first], pixels[:, first + 1]
+        corners = [np.stack([x, y]) for x, y, _ in curves]
+        begin = self._pixels(np.concatenate([c[..., :-1].reshape(2, -1) for c in corners], axis=1))
+        end = self._pixels(np.concatenate([c[..., 1:].reshape(2, -1) for c in corners], axis=1))
+        density = np.repeat([c[2] for c in curves], [c[0, ..., 1:].size for c in corners])
         length = np.hypot(*(end - begin))
         dots = max(2, int(1.5 * length.max()))  # in each piece of a line
         place = (np.arange(dots) + 0.5) / dots
-        where = begin[:, :, None] * (1 - place) + end[:, :, None] * place
-        weight = np.broadcast_to((density * length / dots)[:, None], where.shape[1:])
+        where = begin[:, :, None] + (end - begin)[:, :, None] * place
+        weight = np.repeat(density * length / dots, dots)
         sigma = _rounded(max(width * self.pixel, 0.45))
         peak = np.sqrt(2 * np.pi) * sigma  # a blurred line of one unit a pixel has its maximum at 1 / peak
-        return self.blur(self._splat(where.reshape(2, -1), weight.reshape(-1)), sigma) * np.float32(peak)
+        return self.blur(self._splat(where.reshape(2, -1), weight), sigma) * np.float32(peak)
+
+    def _pixels(self, points: np.ndarray) -> np.ndarray:
+        """Body coordinates [2, n] in pixels."""
+        return (self.forward @ points + self.shift[:, None] + 1) * (self.size / 2) - 0.5
 
     def _splat(self, dots: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """Each dot shared among the four pixels around it; those outside the image are lost."""
@@ -56,14 +56,12 @@ class Canvas:
         corner = dots.astype(np.int32)
         right, below = dots - corner
         place = corner[1] * rim + corner[0]
-        image = np.zeros(rim * rim)
-        for step, share in (
-            (0, (1 - right) * (1 - below)),
-            (1, right * (1 - below)),
-            (rim, (1 - right) * below),
-            (rim + 1, right * below),
-        ):
-            image += np.bincount(place + step, share * weight, minlength=rim * rim)
+        lower = below * weight
+        upper = weight - lower
+        places = np.concatenate([place, place + 1, place + rim, place + rim + 1])
+        upper_right, lower_right = right * upper, right * lower
+        shares = np.concatenate([upper - upper_right, upper_right, lower - lower_right, lower_right])
+        image = np.bincount(places, shares, minlength=rim * rim)
         return image.reshape(rim, rim)[1:-1, 1:-1].astype(np.float32)
 
     def blur(self, image: np.ndarray, sigma: float) -> np.ndarray:

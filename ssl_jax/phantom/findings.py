@@ -19,11 +19,13 @@ def edema(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
         chest.canvas.y - np.float32(p["hilum_y"] + 0.12)
     ) ** 2 / 0.13
     haze = np.exp(-around) * (1 + 0.25 * chest.canvas.cloud(rng, 24))
-    septa: list[Curve] = []
+    ends = []
     for _ in range(14):
         x, y = chest.in_lung(int(rng.choice((-1, 1))), rng.uniform(0.75, 0.97), rng.uniform(0.65, 0.98))
-        septa.append((np.array([x, x - 0.09 * np.sign(x)]), np.array([y, y + rng.uniform(-0.02, 0.02)]), 1.0))
-    return amount * (0.22 * haze * chest.lung + 0.7 * chest.vessels + 0.09 * chest.canvas.lines(septa, 0.006))
+        ends.append(((x, x - 0.09 * np.sign(x)), (y, y + rng.uniform(-0.02, 0.02))))
+    across, down = np.array(ends).transpose(1, 0, 2)
+    septa = chest.canvas.lines([(across, down, 1.0)], 0.006)
+    return amount * (0.22 * haze * chest.lung + 0.7 * chest.vessels + 0.09 * septa)
 
 
 def pleural_effusion(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:

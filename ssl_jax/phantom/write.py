@@ -2,11 +2,10 @@
 
 import functools
 import io
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ FOLDERS = ("train", "valid")
 FIRST_TEST, LAST = 90_001, 99_999
 VERSION = 1  # of the drawings: raised whenever an image of the same seed changes
 QUALITY = 90  # of the JPEGs
-CHUNK = 32  # images a process is given at a time
+CHUNK = 16  # patients a process is given at a time
 
-Item = tuple[int, int, int, int]  # part, patient, study (from 0), view (from 1)
+Row = list[str]
 
 
 def write(
@@ -43,7 +42,7 @@ def write(
     """Writes images, masks, train.csv, valid.csv and phantom.json into the folder `out`; returns the number of images.
 
     patients: training patients, about two images each. test: images with clean labels in valid.csv, of other patients.
-    workers: processes. progress(done, total images) is called from this process.
+    workers: processes. progress(done, total patients) is called from this process.
     The same call finishes a folder that was left unfinished. UserError for numbers out of range and if `out` holds
     anything else.
     """
@@ -56,19 +55,16 @@ def write(
         if not low <= value <= high:
             raise UserError(f"--{name}={value}: allowed: {low} to {high}")
     _begin(out, {"phantom": True, "version": VERSION, "seed": seed, "patients": patients, "size": size, "test": test})
-    train = _images(seed, 0, range(1, patients + 1))
-    valid = itertools.islice(_images(seed, 1, range(FIRST_TEST, LAST + 1)), test)
-    tables = [[(_item(*image), _row(*image)) for image in images] for images in (train, valid)]
-    items = [item for table in tables for item, _ in table]
-    chunks = [items[i : i + CHUNK] for i in range(0, len(items), CHUNK)]
-    done = 0
-    for count in _run(functools.partial(_write_chunk, out, seed, size), chunks, workers):
-        done += count
+    wanted = [(0, number, None) for number in range(1, patients + 1)] + list(_test_patients(seed, test))
+    tables: tuple[list[Row], ...] = ([], [])
+    work = functools.partial(_write_patient, out, seed, size)
+    for done, ((part, *_), rows) in enumerate(zip(wanted, _run(work, wanted, workers), strict=True), 1):
+        tables[part].extend(rows)
         if progress:
-            progress(done, len(items))
+            progress(done, len(wanted))
     for folder, table in zip(FOLDERS, tables, strict=True):  # last: a folder with its tables is complete
-        write_csv(out / f"{folder}.csv", COLUMNS, (row for _, row in table))
-    return len(items)
+        write_csv(out / f"{folder}.csv", COLUMNS, table)
+    return sum(map(len, tables))
 
 
 def _begin(out: Path, about: dict[str, Any]) -> None:
@@ -85,19 +81,17 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
         raise UserError(f"--out={str(out)!r}: holds phantoms with {different}; allowed: a new folder, or the same")
 
 
-def _images(seed: int, part: int, numbers: Iterable[int]) -> Iterator[tuple[Patient, Study, int]]:
-    for number in numbers:
-        patient = make_patient(seed, part, number)
-        for study in patient.studies:
-            for view in range(1, study.views + 1):
-                yield patient, study, view
+def _test_patients(seed: int, images: int) -> Iterator[tuple[int, int, int]]:
+    """Part, number and images of as many test patients as it takes; the last one may give fewer than there are."""
+    for number in range(FIRST_TEST, LAST + 1):
+        there = sum(study.views for study in make_patient(seed, 1, number).studies)
+        yield 1, number, min(there, images)
+        images -= there
+        if images <= 0:
+            return
 
 
-def _item(patient: Patient, study: Study, view: int) -> Item:
-    return patient.part, patient.number, study.number - 1, view
-
-
-def _row(patient: Patient, study: Study, view: int) -> list[str]:
+def _row(patient: Patient, study: Study, view: int) -> Row:
     labels = study.truth if patient.part else study.labels
     texts = ["" if math.isnan(labels[name]) else f"{labels[name]:.1f}" for name in OBSERVATIONS]
     path = f"phantom/{_place(patient, study, view)}.jpg"
@@ -115,17 +109,17 @@ def _place(patient: Patient, study: Study, view: int) -> str:
     return f"{FOLDERS[patient.part]}/patient{patient.number:05d}/study{study.number}/view{view}_frontal"
 
 
-def _run(work: Callable[[list[Item]], int], chunks: list[list[Item]], workers: int) -> Iterator[int]:
+def _run(work: Callable[[Any], list[Row]], wanted: list[Any], workers: int) -> Iterator[list[Row]]:
     if workers < 2:
         with threadpool_limits(1):
-            yield from map(work, chunks)
+            yield from map(work, wanted)
         return
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
     # Spawned: a fork would copy the locks of a parent in which JAX runs threads.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker) as pool:
-        yield from pool.map(work, chunks)
+        yield from pool.map(work, wanted, chunksize=CHUNK)
 
 
 def _start_worker() -> None:
@@ -145,13 +139,12 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()  # a parent that is killed tells nobody
 
 
-_patient = functools.lru_cache(maxsize=1)(make_patient)  # for the images of one patient
-
-
-def _write_chunk(out: Path, seed: int, size: int, chunk: list[Item]) -> int:
-    for part, number, visit, view in chunk:
-        patient = _patient(seed, part, number)
-        study = patient.studies[visit]
+def _write_patient(out: Path, seed: int, size: int, wanted: tuple[int, int, int | None]) -> list[Row]:
+    """Draws the first images of a patient, or all; returns their rows. wanted: part, number, how many."""
+    part, number, images = wanted
+    patient = make_patient(seed, part, number)
+    views = [(study, view) for study in patient.studies for view in range(1, study.views + 1)][:images]
+    for study, view in views:
         place = _place(patient, study, view)
         path = out / f"{place}.jpg"
         if path.is_file():
@@ -162,9 +155,8 @@ def _write_chunk(out: Path, seed: int, size: int, chunk: list[Item]) -> int:
             masks.mkdir(parents=True, exist_ok=True)
         for name, mask in made.masks.items():
             (masks / f"{name}.png").write_bytes(_encode(mask.astype(np.uint8) * 255, "PNG", compress_level=1))
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, _encode(made.image, "JPEG", quality=QUALITY))  # last: an image that is there has its masks
-    return len(chunk)
+    return [_row(patient, study, view) for study, view in views]
 
 
 def _encode(image: np.ndarray, kind: str, **options: int) -> bytes:
