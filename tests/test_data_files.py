@@ -297,6 +297,17 @@ def test_too_many_damaged_files_found_later(damaged):
         list(stream(open_source(folder(damaged, max_bad_share=0.2)), batch=17, seed=0, start=0, stop=1, workers=2))
 
 
+@pytest.mark.parametrize("cut", [0, 900])  # not an image at all; one that ends early
+def test_no_file_readable_is_an_error_whatever_share_is_allowed(tmp_path, cut):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90), np.uint8))
+    noise.save(tmp_path / "whole.jpg")
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes((tmp_path / "whole.jpg").read_bytes()[:cut] or b"x")
+    (tmp_path / "whole.jpg").unlink()
+    with pytest.raises(UserError, match=r"2 of 2 files unreadable .*'a.jpg': .*; allowed: fewer than all"):
+        open_source(folder(tmp_path, max_bad_share=1.0)).arrays()
+
+
 def test_a_part_takes_stand_ins_from_itself(damaged):
     source = open_source(folder(damaged, max_bad_share=0.6))
     chosen = [source.names.index(name) for name in ("odd/01.jpg", "odd/03.jpg", "even/00.jpg")]

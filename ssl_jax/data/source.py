@@ -190,11 +190,13 @@ def printable(path: Path | str) -> str:
 
 
 def check_bad_share(bad: Sequence[str], total: int, allowed: float) -> None:
-    if len(bad) > allowed * total:
+    none_left = len(bad) == total
+    if len(bad) > allowed * total or none_left:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        limit = "fewer than all" if none_left and allowed >= 1 else f"config.data.max_bad_share={allowed:g}"
         raise UserError(
             f"{len(bad)} of {total} files unreadable ({len(bad) / total:.1%}): {'; '.join(bad[:3])}{more}; "
-            f"allowed: config.data.max_bad_share={allowed:g}"
+            f"allowed: {limit}"
         )
 
 
