@@ -1,5 +1,6 @@
 """The figures of the audits: what transforms do to lesions, and the profile of an encoder."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,12 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
         for axes in panels[len(names) :]:
             axes.axis("off")
         figure.supylabel("% of views that keep less than half", fontsize=10)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=min(4, 3 + len(classes)), frameon=False)
+        figure.suptitle(textwrap.fill(title, 30 * columns), x=0.01, ha="left", fontsize=11)
+        entries: dict[str, Any] = {}  # a ring is in some panels only
+        for axes in panels[: len(names)]:
+            entries |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        legend = {"ncols": min(5, len(entries)), "frameon": False}
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", **legend)
         _save(figure, path)
 
 
