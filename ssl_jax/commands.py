@@ -175,6 +175,7 @@ def study(config: ConfigDict, workdir: str, cells: str = "") -> None:
             raise SystemExit(REQUEUE)
         train = open_source(resolved.data)
         size, channels = min(train.shape[:2]), train.shape[2]
+        test = of.open_test(resolved, size, channels)  # now: a mistake here would else be told after the pretraining
 
         def pretrained(arm: str, number: int) -> Encoder:
             made = needed[arm, number]
@@ -194,7 +195,6 @@ def study(config: ConfigDict, workdir: str, cells: str = "") -> None:
                 return random_encoder(arm_config.model, size, channels, number)
             return pretrained(arm, number)
 
-        test = open_source(dataclasses.replace(of.data_of_test(resolved), size=size, channels=channels))
         given: Any = {"get_encoder": get_encoder, "train": train, "test": test, "part": part}
         of.run_study(resolved, folder, **given, log=functools.partial(print, flush=True))
         if not part:

@@ -170,7 +170,7 @@ class Study:
     labels: tuple[int, ...] = (50, 100, 250, 1000)
     seeds: int = 5
     pretrainings: int = 1  # of each arm that pretrains, with seeds of their own; the study's seeds take turns
-    test: Data = field(default_factory=lambda: Data(name="", split="test"))  # without a name: a split of config.data
+    test: Data = field(default_factory=lambda: Data(name="", split="test"))  # what differs from config.data
 
 
 @dataclass(frozen=True)

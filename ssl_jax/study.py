@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 from ssl_jax.config import Config, Data, Finetune, Study, merge, to_json
-from ssl_jax.data import phantom
+from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_part
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetune import finetune, predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.metrics import metrics
@@ -105,10 +105,34 @@ def plan(study: Study, part: tuple[int, int] | None = None) -> list[Place]:
     return sorted(numbered[k - 1 :: n], key=lambda place: place.seed)
 
 
+# How images are read. Everything else in config.data says which, and what is known of them.
+READING = ("size", "channels", "window", "cache", "engine", "memory_gb", "workers", "max_bad_share")
+
+
 def data_of_test(config: Config) -> Data:
-    """config.study.test; without a name of its own, another part of config.data."""
-    test = config.study.test
-    return test if test.name else dataclasses.replace(config.data, split=test.split, limit=test.limit, pairs="")
+    """The test part of config.data, or data of another path, with all that config.study.test says differently.
+
+    Data of another kind (`name`) are only read like config.data: their columns, say, are others.
+    """
+    test, data, start = config.study.test, config.data, Study().test
+    said = {key.name: getattr(test, key.name) for key in dataclasses.fields(Data)}
+    said = {key: value for key, value in said.items() if value != getattr(start, key)}
+    if test.name in ("", data.name):
+        base = dataclasses.replace(data, split=start.split, limit=0, pairs="")
+    else:
+        base = dataclasses.replace(start, **{key: getattr(data, key) for key in READING})
+    return dataclasses.replace(base, **said)
+
+
+def open_test(config: Config, size: int, channels: int) -> "Source":
+    """The images of `data_of_test`: their test part. Of data that are not config.data's and have none, all."""
+    wanted = dataclasses.replace(data_of_test(config), size=size, channels=channels)
+    try:
+        return open_source(wanted)
+    except NoPartError:
+        if (wanted.name, wanted.path) == (config.data.name, config.data.path):
+            raise
+        return open_source(wanted, "all")
 
 
 def run_study(

@@ -6,12 +6,14 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from toy_study import toy_config, toy_run, toy_tables
 
 from ssl_jax import cli, run, study
 from ssl_jax.config import Data, Study, resolve
 from ssl_jax.data import phantom
 from ssl_jax.encoder import export, load_encoder, random_encoder
+from ssl_jax.errors import UserError
 from ssl_jax.settings import load_config
 
 SETTINGS = Study(arms={"a": {}, "b": {}, "c": {}}, labels=(10, 20, 50), seeds=4)
@@ -58,8 +60,34 @@ def test_the_test_data_are_another_split_of_the_same_data():
     config = dataclasses.replace(config, data=Data(name="csv", path="x.csv", limit=7, pairs="person", size=32))
     made = study.data_of_test(config)
     assert made == Data(name="csv", path="x.csv", split="test", size=32)
-    other = dataclasses.replace(config.study, test=Data(name="folder", path="there"))
-    assert study.data_of_test(dataclasses.replace(config, study=other)).path == "there"
+
+
+def test_the_test_data_are_elsewhere():
+    own = Data(name="csv", path="x.csv", labels=("a", "b"), group="who", limit=7, size=32, window="percentile")
+
+    def made(**test):
+        changed = dataclasses.replace(toy_config().study, test=Data(**{"name": "", "split": "test", **test}))
+        return study.data_of_test(dataclasses.replace(toy_config(), data=own, study=changed))
+
+    there = dataclasses.replace(own, path="y.csv", split="test", limit=0)
+    assert made(path="y.csv") == made(path="y.csv", name="csv") == there
+    assert made(path="y.csv", group="whose", split="val") == dataclasses.replace(there, group="whose", split="val")
+    assert made(name="folder", path="z") == Data("folder", "z", split="test", size=32, window="percentile")
+
+
+def test_all_images_of_test_data_without_parts(tmp_path):
+    for part, count in (("train", 3), ("test", 2)):
+        for number in range(count):
+            Image.new("L", (8, 8), number).save(tmp_path / f"{part}{number}.png")
+        lines = [f"{part}{number}.png,{number % 2}" for number in range(count)]
+        (tmp_path / f"{part}.csv").write_text("\n".join(["path,label", *lines]))
+    data = Data(name="csv", path=str(tmp_path / "train.csv"), size=8)
+    config = dataclasses.replace(toy_config(), data=data)
+    with pytest.raises(UserError, match="no test part"):  # and not the training images
+        study.open_test(config, 8, 1)
+    elsewhere = dataclasses.replace(config.study.test, path=str(tmp_path / "test.csv"))
+    config = dataclasses.replace(config, study=dataclasses.replace(config.study, test=elsewhere))
+    assert study.open_test(config, 8, 1).names == ["test0.png", "test1.png"]
 
 
 def test_figures_and_words_say_phantom(tmp_path):
