@@ -282,7 +282,7 @@ class _Loop:
         return encoder
 
     def _steps(self, start: int, total: int) -> None:
-        config, step_fn, store = self.config, self._jitted(), self._store()
+        config, fetch, step_fn = self.config, self._fetch(), self._jitted()
         log_every = max(1, self.every(config.train.log_every))
         save_every = max(1, self.every(config.train.save_every))
         eval_every = self.every(config.eval.every)
@@ -297,8 +297,8 @@ class _Loop:
                 waited += (time.monotonic() - asked) * before["loss"].is_ready()
                 jax.block_until_ready(before)
                 stopped = int(before["stop"])
-            batch["stop"] = parallel.on_each(self.mesh, self.stopped_by)
-            self.state, before = step_fn(self.state, store, batch)
+            stop = parallel.on_each(self.mesh, self.stopped_by)
+            self.state, before = step_fn(self.state, fetch(batch), stop)
             self.pending.append((step, before))
             if step == start + 1:  # compiled: the clock starts
                 jax.block_until_ready(before)
@@ -336,26 +336,32 @@ class _Loop:
     def _jitted(self):
         step = make_step(self.setup, self.config, self.mesh)
 
-        def gathered(state, store, batch):
-            asked = batch.pop("stop")
-            if self.gather:
-                batch = {**batch, **{name: values[batch["index"]] for name, values in store.items()}}
-                if "partner" in batch:
-                    batch["pair"] = store["image"][batch["partner"]]
+        def told(state, batch, stop):
             state, metrics = step(state, batch)
-            return state, {**metrics, "stop": asked.max()}
+            return state, {**metrics, "stop": stop.max()}
 
         placed = layout(self.mesh, self.state)
-        return jax.jit(gathered, donate_argnums=0, out_shardings=(placed, replicated(self.mesh)))
+        return jax.jit(told, donate_argnums=0, out_shardings=(placed, replicated(self.mesh)))
 
-    def _store(self) -> dict[str, jax.Array]:
-        """The whole data set on the devices, if it is to be gathered there."""
+    def _fetch(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """What puts the images into a batch: nothing if they come with it, else their numbers find them on the devices.
+
+        That is a program of its own, so that the step is the same to the last digit wherever images come from.
+        """
         if not self.gather:
-            return {}
+            return lambda batch: batch
         arrays: dict[str, Any] = {"image": self.source.arrays()}
         if self.source.labels is not None:
             arrays["label"] = self.source.labels
-        return parallel.everywhere(self.mesh, arrays)
+        store = parallel.everywhere(self.mesh, arrays)
+
+        def gather(store, batch):
+            found = {name: values[batch["index"]] for name, values in store.items()}
+            if "partner" in batch:
+                found["pair"] = store["image"][batch["partner"]]
+            return {"index": batch["index"], **found}
+
+        return functools.partial(jax.jit(gather, out_shardings=parallel.split(self.mesh)), store)
 
     def _check(self) -> dict[str, Any]:
         """Looks at every step since the last look; returns the newest step's metrics, {} where there was none.

@@ -293,8 +293,8 @@ def test_several_labels_an_image_are_watched(tmp_path, small_networks):
     assert probe[0] == pytest.approx(np.log(2)) and np.log(2) > probe[10] > probe[-1]  # it starts at zero: p is 1/2
     assert [line["step"] for line in lines if line.get("knn_auc", 0) > 0.9] == [20]
     assert "Online probe, loss" in html.write_report(tmp_path / "run").read_text()
-    store = trainer._Loop(dataclasses.replace(config, data=Data(engine="memory")), tmp_path, tmp_path, source)._store()
-    np.testing.assert_array_equal(store["label"], source.labels)  # float, NaN and all
+    fetch = trainer._Loop(dataclasses.replace(config, data=Data(engine="memory")), tmp_path, tmp_path, source)._fetch()
+    np.testing.assert_array_equal(fetch({"index": np.arange(96)})["label"], source.labels)  # float, NaN and all
 
 
 def test_workdir_that_is_something_else(tmp_path, small_networks):

@@ -164,7 +164,8 @@ def _backward(stride, padding, saved, dy):
         dx_i, dkernel_i = pull(parts[:, i], kernel, dparts[:, i], stride, padding)
         return dx.at[:, i].set(dx_i), dkernel + dkernel_i
 
-    start = jnp.zeros_like(parts), jnp.zeros(kernel.shape, jnp.float32)  # summed in float32 also under bfloat16
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)  # summed in float32 also under bfloat16
+    start = jnp.zeros_like(parts), jnp.zeros(kernel.shape, wide)
     dx, dkernel = lax.fori_loop(0, chunks, step, start)
     return dx.reshape(x.shape), dkernel.astype(kernel.dtype)
 
