@@ -1,4 +1,4 @@
-"""The one exception a user ever sees: a single line that says what is wrong and what is allowed."""
+"""The one exception a user ever sees, UserError: a single line that says what is wrong and what is allowed."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,6 +14,10 @@ class BusyError(UserError):
 
 class NoPartError(UserError):
     """Data without the part that was asked for: no test split, for example."""
+
+
+class UnreadableError(Exception):
+    """The bytes of an image can't be decoded; str() says why, on one line. Whoever reads decides what that means."""
 
 
 def unknown(key: str, value: object, allowed: Iterable[str]) -> UserError:

@@ -8,8 +8,7 @@ import pytest
 
 from ssl_jax.config import Data
 from ssl_jax.data import dicom, image, open_source
-from ssl_jax.data.source import UnreadableError
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UnreadableError, UserError
 
 pydicom = pytest.importorskip("pydicom")
 

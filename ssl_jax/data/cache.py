@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.source import UnreadableError, printable
-from ssl_jax.errors import UserError
+from ssl_jax.data.source import printable
+from ssl_jax.errors import UnreadableError, UserError
 from ssl_jax.progress import counting
 
 log = logging.getLogger("ssl_jax")

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.data.source import UnreadableError
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UnreadableError, UserError
 
 MARK = b"DICM"  # bytes 128 to 131
 PERCENTILES = (0.5, 99.5)  # of the pixels: black and white, where a file has no window of its own

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.source import Source, UnreadableError, check_bad_share, printable, same_object
-from ssl_jax.errors import UserError
+from ssl_jax.data.source import Source, check_bad_share, printable, same_object
+from ssl_jax.errors import UnreadableError, UserError
 
 log = logging.getLogger("ssl_jax")
 LOOK = 10_000  # up to so many files are opened at the start; of more it is only seen whether they are there

@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ssl_jax.data import dicom
-from ssl_jax.data.source import UnreadableError
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UnreadableError, UserError
 
 KINDS = "jpg, jpeg, jpe, jfif, png, bmp, gif, tif, tiff, webp, ppm, pgm, pbm, pnm, jp2, j2k, avif, dcm, dicom"
 EXTENSIONS = frozenset(f".{kind}" for kind in KINDS.split(", "))

@@ -11,14 +11,10 @@ from typing import TypeVar
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.errors import NoPartError, UserError, unknown
+from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown
 
 log = logging.getLogger("ssl_jax")
 T = TypeVar("T")
-
-
-class UnreadableError(Exception):
-    """The bytes of an image can't be decoded; str() says why, on one line."""
 
 
 class Source:
