@@ -451,6 +451,7 @@ def _readable(encoder: Encoder, data: str, config: Config) -> Source:
     wanted = encoder.data(data_of(data, "--data", config.data))
     # Columns of labels that the training data had may be missing here, and are not needed.
     source = open_source(dataclasses.replace(wanted, labels=(), max_bad_share=1.0), "all")
+    source.forget_labels()
     source.arrays()
     good = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in is another file's image
     return source if len(good) == len(source) else source.take(good)

@@ -75,6 +75,10 @@ class Source:
             self._labels = self._labels()
         return self._labels
 
+    def forget_labels(self) -> None:
+        """For those who only look: any image may then stand in for one that is damaged."""
+        self._labels = None
+
     @property
     def multilabel(self) -> bool:
         return self.labels is not None and self.labels.ndim == 2
