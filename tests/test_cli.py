@@ -123,7 +123,7 @@ def test_finetune_then_predict(images, trained, capsys):
 
 def test_a_class_of_damaged_files_only_is_left_out(images, trained, tmp_path, capsys):
     whole = next((images / "scans" / "kind a").glob("*.JPG")).read_bytes()
-    for name, content in (("a/whole.jpg", whole), ("b/cut.jpg", whole[: len(whole) // 2])):
+    for name, content in (("a/whole.jpg", whole), ("b/cut.jpg", whole[:-40])):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(content)
     assert ssl_jax("embed", f"--workdir={trained}", f"--data={tmp_path}", f"--out={tmp_path / 'e.npz'}") == 0
