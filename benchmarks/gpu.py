@@ -1,6 +1,6 @@
 """A training step on one GPU: images/s and peak memory of the published recipes, and of PyTorch beside SimCLR's.
 
-    make bench-gpu                                   all cases, each in a process of its own; about 10 minutes
+    make bench-gpu                                   all cases, each in a process of its own; about a minute each
     python benchmarks/gpu.py "--cases=simclr;torch"  some of them
 
 The data are random images that lie in the device's memory; views are drawn in the step, as in a run. Peak memory is

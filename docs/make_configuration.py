@@ -88,7 +88,6 @@ PLAIN = {
     "finetune.augment": "views of the labelled images; keys as under augment",
     "study.labels": "label counts, each drawn within the next larger one",
     "study.seeds": "draws of the labels, the same for every arm",
-    "study.test": "test data, keys as under data: its test part, or another path; what is not said is as in `data`",
     "method.hidden": "hidden width of the head",
     "method.out": "dimensions of the projection",
     "method.predictor_hidden": "hidden width of the predictor",

@@ -318,8 +318,7 @@ def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> Non
     # Every method draws its views from the same two; one-view methods use the first.
     drawn = resolve_views(resolved.augment, 2, min(source.shape[:2]))
     preset = resolved.augment.preset
-    changed = resolved.augment.override or resolved.augment.second
-    title = f"{kind(resolved.data)}images, preset {preset}{', changed' * bool(changed)}"
+    title = f"{kind(resolved.data)}images, preset {preset}{', changed' * bool(resolved.augment.changes())}"
     loaded = np.stack([source.load(i) for i in chosen])
     view_sheet(loaded, drawn, Path(out), seed=seed, outlines=outlines, title=title)
     print(f"views: {out}")

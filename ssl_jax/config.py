@@ -79,6 +79,10 @@ class Augment:
     local: Mapping[str, Any] = field(default_factory=dict)
     local_views: int = 0  # further, smaller views of each image, for methods with multi-crop
 
+    def changes(self) -> dict[str, Any]:
+        """What differs from the preset in the two views, under the keys that set it."""
+        return {**self.override, **{f"second.{key}": value for key, value in self.second.items()}}
+
 
 @dataclass(frozen=True)
 class Model:

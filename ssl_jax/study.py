@@ -106,7 +106,7 @@ def plan(study: Study, part: tuple[int, int] | None = None) -> list[Place]:
 
 
 # How images are read. Everything else in config.data says which, and what is known of them.
-READING = ("size", "channels", "window", "cache", "engine", "memory_gb", "workers", "max_bad_share")
+READING = ("size", "channels", "window", "cache", "workers", "max_bad_share")
 
 
 def data_of_test(config: Config) -> Data:

@@ -46,10 +46,8 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
     loaded = {lesion.image: source.load(lesion.image) for lesion in found}
     with console.status("") as status:
         rows = audit(np.stack([loaded[lesion.image] for lesion in found]), found, views, seed, status.update)
-    chosen = resolved.augment
-    changed = {**chosen.override, **{f"second.{key}": value for key, value in chosen.second.items()}}
-    changes = ", ".join(f"{key}={value}" for key, value in changed.items())
-    name = chosen.preset + (f" with {changes}" if changes else "")
+    changes = ", ".join(f"{key}={value}" for key, value in resolved.augment.changes().items())
+    name = resolved.augment.preset + (f" with {changes}" if changes else "")
     title = f"What transforms do to {len(found)} {kind(resolved.data)}lesions. Config ({name}) {verdict(rows)}"
     _write(folder / "lesions.csv", rows)
     lesion_curves(rows, folder / "lesions.png", title)
