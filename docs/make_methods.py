@@ -18,7 +18,7 @@ from ssl_jax.augment import make_views
 from ssl_jax.augment import resolve as resolve_views
 from ssl_jax.config import default, method_module, resolve
 from ssl_jax.encoder import build
-from ssl_jax.methods.base import Run
+from ssl_jax.methods.base import RunInfo
 from ssl_jax.transforms import target_of
 
 OUT = Path(__file__).resolve().parent / "methods.md"
@@ -74,7 +74,7 @@ def flow(method_name: str) -> str:
     config.model.update({"name": "vit_tiny", "patch": 4, "depth": 1} if vit else {"name": "resnet_thin"})
     resolved = resolve(config)
     encoder = build(resolved.model, 3, SIZE)
-    method = method_module(method_name).make(resolved.method, encoder, Run(100, 10, 64, 3))
+    method = method_module(method_name).make(resolved.method, encoder, RunInfo(100, 10, 64, 3))
     views = resolve_views(resolved.augment, method.views, SIZE, method.local_views)
     images = jnp.zeros((BATCH, SIZE, SIZE, 3), jnp.uint8)
     parts: list[str] = []

@@ -30,7 +30,7 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
 
     path = folder.absolute() / f"{step:09d}"
     try:
-        parallel.by_first(functools.partial(_make_room, folder, state))
+        parallel.run_on_main(functools.partial(_make_room, folder, state))
         about = {"arrays": _describe(state), "structure": _structure(state)}
         ocp.save(path, state, custom_metadata=about, overwrite=True)
     except Exception as error:  # tensorstore, orbax and the operating system each raise their own kind
@@ -38,7 +38,7 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
         raise UserError(
             f"{path}: checkpoint not written ({reason}); earlier checkpoints stay, free space and rerun"
         ) from error
-    for old in steps(folder)[:-keep] if parallel.leads() else ():
+    for old in steps(folder)[:-keep] if parallel.is_main_process() else ():
         doomed = folder / f"{old:09d}"
         # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a step's name.
         shutil.rmtree(doomed.rename(folder / f"removed-{old}"), ignore_errors=True)
@@ -70,7 +70,7 @@ def restore_latest(folder: Path, like: Any, warn: Callable[[str], None]) -> Any 
     for step in reversed(found):
         path = folder.absolute() / f"{step:09d}"
         state, problem = _restore(path, like)
-        if not parallel.anywhere(problem is not None):
+        if not parallel.any_process(problem is not None):
             return state
         warn(f"{path}: damaged checkpoint ({problem or 'another process cannot read it'}); trying the one before it")
     if found:
@@ -120,7 +120,7 @@ def _shape(x: Any) -> str:
 
 
 def _digest(x: Any) -> str:
-    return hashlib.sha256(np.ascontiguousarray(parallel.whole(x)).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(parallel.gather(x)).tobytes()).hexdigest()
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

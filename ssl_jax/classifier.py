@@ -9,7 +9,7 @@ import numpy as np
 from ssl_jax import run
 from ssl_jax.encoder import rebuild
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.finetune import Classifier
+from ssl_jax.evaluate.finetuning import Classifier
 
 
 def save_classifier(folder: Path, classifier: Classifier, about: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def pretrain(config: ConfigDict, workdir: str, cluster: bool = False) -> Encoder
     parallel.join_processes(cluster)
     folder = Path(workdir)
     encoder = fit(resolve(config), folder)
-    if parallel.leads():
+    if parallel.is_main_process():
         print(f"encoder: {folder / 'encoder'}\nreport:  {write_report(folder)}")
     return encoder
 
@@ -68,7 +68,7 @@ def evaluate(
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes evaluation/<protocol>-<labels>.json and .npz (scores of all test images); prints and returns the means."""
-    from ssl_jax.evaluate.metrics import interval, metrics
+    from ssl_jax.evaluate.scores import interval, metrics
     from ssl_jax.evaluate.subsets import nested_subset, without_positive
 
     if protocol not in PROTOCOLS:
@@ -120,7 +120,7 @@ def _scores(
     test_images: np.ndarray,
 ) -> list[np.ndarray]:
     """Scores [N, K] of the test images, learnt from each draw of the training images."""
-    from ssl_jax.evaluate.finetune import finetune, predict
+    from ssl_jax.evaluate.finetuning import finetune, predict
     from ssl_jax.evaluate.knn import knn_predict
     from ssl_jax.evaluate.linear import linear_probe
 
@@ -219,8 +219,8 @@ def finetune(
     With a test also out/test.csv, the prediction of every image, and of several labels an image reliability.png.
     """
     from ssl_jax.classifier import save_classifier
-    from ssl_jax.evaluate.finetune import finetune as fit_classifier
-    from ssl_jax.evaluate.finetune import predict as scores_of
+    from ssl_jax.evaluate.finetuning import finetune as fit_classifier
+    from ssl_jax.evaluate.finetuning import predict as scores_of
     from ssl_jax.evaluate.tested import judge, table, thresholds_of
     from ssl_jax.report.figures import reliability
 
@@ -264,7 +264,7 @@ def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) ->
     """Writes a CSV: path, patient where the data tell it, then one column of probability a class; of one label an
     image before them the predicted class."""
     from ssl_jax.classifier import load_classifier
-    from ssl_jax.evaluate.finetune import predict as scores_of
+    from ssl_jax.evaluate.finetuning import predict as scores_of
 
     classifier, about = load_classifier(Path(workdir))
     source = _readable(classifier.encoder, data, settings_of(Path(workdir), overrides, about.get("read", {})))
@@ -392,10 +392,11 @@ def methods() -> None:
 
 
 def name_needs_labels(name: str) -> bool:
-    from ssl_jax.methods.base import Network, Run
+    from ssl_jax.methods.base import RunInfo
+    from ssl_jax.network import Network
 
     nothing: Any = Network(lambda *_: ({}, {}), lambda *_, **__: (jax.numpy.zeros(0), {}), patch=1)
-    return "label" in method_module(name).make(method_module(name).Config(), nothing, Run(1, 1, 1, 1)).needs
+    return "label" in method_module(name).make(method_module(name).Config(), nothing, RunInfo(1, 1, 1, 1)).needs
 
 
 # What several commands share.

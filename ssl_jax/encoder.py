@@ -13,8 +13,8 @@ import numpy as np
 from ssl_jax.augment import center_view
 from ssl_jax.config import Config, Data, Model
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Network
 from ssl_jax.models import build_encoder, from_torch, normalization, to_torch
+from ssl_jax.network import Network
 from ssl_jax.run import write_bytes, write_json
 
 

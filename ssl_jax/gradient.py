@@ -22,7 +22,7 @@ from ssl_jax.methods.base import Method
 Inputs = Mapping[str, jax.Array]
 
 
-def split(tree: Any, parts: int, stretch: int = 1) -> Any:
+def split_batch(tree: Any, parts: int, stretch: int = 1) -> Any:
     """Arrays [B, ...] as [parts, B / parts, ...]; part i has the stretches of so many images i, i + parts, ...
 
     A batch that is laid out over devices one part after the other is so cut without moving any image: every part lies
@@ -35,8 +35,8 @@ def split(tree: Any, parts: int, stretch: int = 1) -> Any:
     return jax.tree.map(cut, tree)
 
 
-def join(tree: Any, stretch: int = 1) -> Any:
-    """What `split` has cut: [parts, B / parts, ...] as [B, ...], in the order of the batch."""
+def join_batch(tree: Any, stretch: int = 1) -> Any:
+    """What `split_batch` has cut: [parts, B / parts, ...] as [B, ...], in the order of the batch."""
 
     def mend(x):
         return x.reshape(len(x), -1, stretch, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
@@ -58,7 +58,7 @@ def make_gradient(
     micro_batch: images embedded at a time, a divisor of B; 0: all.
     bn_group: images that share the statistics of BatchNorm, neighbours in the batch, a divisor of that; 0: all of
     them. Groups stay whole in micro-batches, and on their devices if their number divides among them.
-    mesh: what `parallel.spread` in the method's forward lays images out over; a group's stay where they are.
+    mesh: what `parallel.shard_batch` in the method's forward lays images out over; a group's stay where they are.
     """
     stretch = bn_group or 1
 
@@ -68,11 +68,11 @@ def make_gradient(
         batch = {"views": views, "drawn": drawn, **{name: inputs[name] for name in method.needs}}
         rng = keys_at(key_forward, inputs["place"])
         if not bn_group or bn_group == len(rng):
-            with parallel.using(mesh):
+            with parallel.use_mesh(mesh):
                 return method.forward(params, target, extra, batch, rng)
-        groups = split((batch, rng), len(rng) // bn_group, bn_group)
+        groups = split_batch((batch, rng), len(rng) // bn_group, bn_group)
         outputs, after = jax.vmap(lambda group: method.forward(params, target, extra, *group))(groups)
-        return join(outputs, bn_group), {**extra, **jax.tree.map(lambda x: x.mean(axis=0), _statistics(after))}
+        return join_batch(outputs, bn_group), {**extra, **jax.tree.map(lambda x: x.mean(axis=0), _statistics(after))}
 
     def whole(params, target, extra, inputs, key):
         def objective(params):
@@ -84,14 +84,14 @@ def make_gradient(
 
     def in_parts(params, target, extra, inputs, key):
         count = len(inputs["place"]) // micro_batch
-        parts = split(inputs, count, stretch)
+        parts = split_batch(inputs, count, stretch)
 
         def embed(total, part):
             outputs, after = forward(params, target, extra, part, key)
             return jax.tree.map(jnp.add, total, _statistics(after)), outputs
 
         total, outputs = jax.lax.scan(embed, jax.tree.map(jnp.zeros_like, _statistics(extra)), parts)
-        after, outputs = {**extra, **jax.tree.map(lambda x: x / count, total)}, join(outputs, stretch)
+        after, outputs = {**extra, **jax.tree.map(lambda x: x / count, total)}, join_batch(outputs, stretch)
         leaves, structure = jax.tree.flatten(outputs)
         real = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
@@ -113,7 +113,7 @@ def make_gradient(
             return jax.tree.map(jnp.add, total, jax.grad(pulled)(params)), None
 
         nothing = jax.tree.map(jnp.zeros_like, params)
-        grads, _ = jax.lax.scan(pull_back, nothing, (parts, split(pulls, count, stretch)))
+        grads, _ = jax.lax.scan(pull_back, nothing, (parts, split_batch(pulls, count, stretch)))
         return (loss, (outputs, after, metrics)), grads
 
     def gradient(params, target, extra, inputs: Inputs, key):

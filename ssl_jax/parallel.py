@@ -54,18 +54,18 @@ SMALL = 2**16  # numbers in an array of the state up to which it is not worth sp
 LARGE = 2**26  # numbers from which it is split over all devices, whatever config.train.shard is (a queue, a bank)
 
 
-def split(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """First axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def using(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """While a step is traced: the mesh that `spread` means."""
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """While a step is traced: the mesh that `shard_batch` means."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh else nullcontext()
 
 
-def spread(x: jax.Array) -> jax.Array:
-    """Lays x [B, ...] along its first axis over the devices of the mesh that is in `using`; without one, as it is."""
+def shard_batch(x: jax.Array) -> jax.Array:
+    """Lays x [B, ...] along its first axis over the devices of the mesh of `use_mesh`; without one, as it is."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec(AXES))
 
 
@@ -74,7 +74,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def layout(mesh: Mesh, state: Any) -> Any:
+def state_sharding(mesh: Mesh, state: Any) -> Any:
     """Where each array of a train state lies: split along its longest axis that divides; small ones whole on each."""
 
     def place(x: Any) -> NamedSharding:
@@ -116,12 +116,12 @@ def join_processes(cluster: bool = False) -> None:
         jax.distributed.initialize(**options)
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this is the first process, the one that writes files and talks."""
     return jax.process_index() == 0
 
 
-def by_first(work: Callable[[], Any]) -> Any:
+def run_on_main(work: Callable[[], Any]) -> Any:
     """What `work` returns (to be told in JSON) in the first process, told to all; they wait, and end if it fails."""
     if jax.process_count() == 1:
         return work()
@@ -129,7 +129,7 @@ def by_first(work: Callable[[], Any]) -> Any:
 
     failed: Exception | None = None
     told = b""
-    if leads():
+    if is_main_process():
         try:
             told = json.dumps(work()).encode()
         except Exception as error:
@@ -143,7 +143,7 @@ def by_first(work: Callable[[], Any]) -> Any:
     return json.loads(heard)
 
 
-def anywhere(sign: bool) -> bool:
+def any_process(sign: bool) -> bool:
     """Whether `sign` is true in any process."""
     if jax.process_count() == 1:
         return sign
@@ -152,54 +152,54 @@ def anywhere(sign: bool) -> bool:
     return bool(np.any(process_allgather(np.array(sign))))
 
 
-def rows_here(mesh: Mesh, batch: int) -> np.ndarray:
+def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Places int64 [N] in a batch of the images that this process' devices hold, ascending."""
-    there = split(mesh).addressable_devices_indices_map((batch,)).values()
+    there = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
     return np.unique(np.concatenate([np.arange(batch)[at] for at in there if at is not None]))
 
 
-def assemble(mesh: Mesh, batch: int, rows: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+def global_batch(mesh: Mesh, batch: int, rows: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """Arrays [batch, ...] split over all devices, of which this process has the `rows`: parts [len(rows), ...]."""
 
-    def whole(part: np.ndarray) -> jax.Array:
+    def place(part: np.ndarray) -> jax.Array:
         def piece(at):
             first, last, _ = at[0].indices(batch)
             begin = np.searchsorted(rows, first)
             return part[begin : begin + last - first]
 
-        return jax.make_array_from_callback((batch, *part.shape[1:]), split(mesh), piece)
+        return jax.make_array_from_callback((batch, *part.shape[1:]), batch_sharding(mesh), piece)
 
-    return {name: whole(part) for name, part in parts.items()}
+    return {name: place(part) for name, part in parts.items()}
 
 
-def everywhere(mesh: Mesh, tree: Any) -> Any:
+def replicate(mesh: Mesh, tree: Any) -> Any:
     """Host arrays, the same in every process, on all devices."""
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(np.shape(x), replicated(mesh), lambda at: np.asarray(x)[at]), tree
     )
 
 
-def on_each(mesh: Mesh, value: int) -> jax.Array:
+def per_device(mesh: Mesh, value: int) -> jax.Array:
     """int32 [devices], on the devices of each process its own `value`."""
     count = mesh.devices.size
     return jax.make_array_from_callback(
-        (count,), split(mesh), lambda at: np.full(len(np.arange(count)[at]), value, np.int32)
+        (count,), batch_sharding(mesh), lambda at: np.full(len(np.arange(count)[at]), value, np.int32)
     )
 
 
-def whole(tree: Any) -> Any:
+def gather(tree: Any) -> Any:
     """Arrays of the state, split ones put together; all processes must ask."""
 
-    def gather(x: Any) -> Any:
+    def gather_leaf(x: Any) -> Any:
         at = getattr(x, "sharding", None)
         if not isinstance(at, NamedSharding) or at.is_fully_replicated:
             return x
         return jax.jit(lambda x: x, out_shardings=NamedSharding(at.mesh, PartitionSpec()))(x)
 
-    return jax.tree.map(gather, tree)
+    return jax.tree.map(gather_leaf, tree)
 
 
-def here(tree: Any) -> Any:
+def to_local(tree: Any) -> Any:
     """Arrays of the state as arrays of this process alone, which it may use without the others."""
-    tree = whole(tree)
+    tree = gather(tree)
     return tree if jax.process_count() == 1 else jax.device_put(jax.device_get(tree))

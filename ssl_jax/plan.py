@@ -218,8 +218,8 @@ def abstract(setup: trainer.Setup, config: Config, source: Any, mesh: Mesh) -> t
     """(state, batch) of a step: shapes and where they lie, no numbers."""
     state = jax.eval_shape(lambda: trainer.init_state(setup, 0))
     put = jax.ShapeDtypeStruct
-    state = jax.tree.map(lambda x, at: put(x.shape, x.dtype, sharding=at), state, parallel.layout(mesh, state))
-    batch, at = config.train.batch, parallel.split(mesh)
+    state = jax.tree.map(lambda x, at: put(x.shape, x.dtype, sharding=at), state, parallel.state_sharding(mesh, state))
+    batch, at = config.train.batch, parallel.batch_sharding(mesh)
     inputs = {"image": put((batch, *source.shape), jnp.uint8, sharding=at)}
     inputs["index"] = put((batch,), jnp.int32, sharding=at)
     if source.labels is not None:

@@ -25,9 +25,9 @@ from ssl_jax.config import Config, Data, Finetune, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_part
 from ssl_jax.errors import NoPartError, UserError, unknown
-from ssl_jax.evaluate.finetune import finetune, predict
+from ssl_jax.evaluate.finetuning import finetune, predict
 from ssl_jax.evaluate.linear import linear_probe
-from ssl_jax.evaluate.metrics import metrics
+from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.subsets import labelled, nested_subset
 from ssl_jax.report.summary import write_all, write_tables
 from ssl_jax.report.tables import Cell, Row

@@ -23,25 +23,26 @@ import optax
 from ssl_jax import checkpoint, parallel, run
 from ssl_jax.augment import make_views
 from ssl_jax.augment import resolve as resolve_views
+from ssl_jax.collapse import embedding_std, rank_me
 from ssl_jax.config import Config, View, method_module, to_steps
 from ssl_jax.data import Partners, open_source, order, stream
 from ssl_jax.encoder import Encoder, build, describe, export, load_encoder, started_from
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.collapse import embedding_std, rank_me
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.multilabel import rank
 from ssl_jax.evaluate.subsets import labelled
 from ssl_jax.gradient import make_gradient
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
-from ssl_jax.methods.base import Method, Network, Run
+from ssl_jax.methods.base import Method, RunInfo
 from ssl_jax.models import resolve_conv
-from ssl_jax.parallel import layout, make_mesh, replicated, split
+from ssl_jax.network import Network
+from ssl_jax.parallel import batch_sharding, make_mesh, replicated, state_sharding
 from ssl_jax.progress import Progress
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
 REQUEUE = 75  # exit code after SIGTERM or SIGINT: "try again later" (EX_TEMPFAIL), for schedulers
 COLLAPSED = 50  # steps in a row that must show a collapse before it is named: untrained networks look alike, too
-MOST_SKIPPED = 10  # steps without finite gradients in a row, before a run with skip_nonfinite gives up
+MAX_SKIPPED = 10  # steps without finite gradients in a row, before a run with skip_nonfinite gives up
 
 
 class TrainState(NamedTuple):
@@ -82,7 +83,7 @@ def set_up(config: Config, source: Any) -> Setup:
     encoder = build(dataclasses.replace(config.model, conv=conv), shape[2], size)
     if config.model.init:
         encoder = started_from(encoder, config.model.init)
-    method = module.make(config.method, encoder, Run(steps, examples // batch, examples, classes))
+    method = module.make(config.method, encoder, RunInfo(steps, examples // batch, examples, classes))
     if "label" in method.needs and not classes:
         raise UserError(
             f"config.method.name={config.method_name!r}: needs labels, which the data set "
@@ -122,7 +123,7 @@ def init_state(setup: Setup, seed: int, mesh: Any = None) -> TrainState:
 
     # A generator of its own: the data order and the views use fold_in(key(seed), step).
     key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
-    return jax.jit(init, out_shardings=mesh and layout(mesh, jax.eval_shape(init, key)))(key)
+    return jax.jit(init, out_shardings=mesh and state_sharding(mesh, jax.eval_shape(init, key)))(key)
 
 
 def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
@@ -137,7 +138,7 @@ def make_step(setup: Setup, config: Config, mesh: Any) -> Callable[[TrainState, 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
         inputs = {name: batch[name] for name in ("image", "pair", *method.needs) if name in batch}
-        inputs = jax.lax.with_sharding_constraint(inputs, split(mesh))
+        inputs = jax.lax.with_sharding_constraint(inputs, batch_sharding(mesh))
         target = target_of(state.opt_state)
         (loss, (outputs, extra, metrics)), grads = gradient(state.params, target, state.extra, inputs, key)
         updates, opt_state = setup.tx.update(grads, state.opt_state, state.params)
@@ -189,7 +190,7 @@ def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gathe
 
     Each process makes the rows of its own devices only.
     """
-    size, seed, rows = config.train.batch, config.train.seed, parallel.rows_here(mesh, config.train.batch)
+    size, seed, rows = config.train.batch, config.train.seed, parallel.local_rows(mesh, config.train.batch)
     if gather:
         partners = None if source.objects is None else Partners(source.objects)
         for step in range(start, stop):
@@ -197,11 +198,11 @@ def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gathe
             batch = {"index": index[rows].astype(np.int32)}
             if partners:
                 batch["partner"] = partners(seed, index, step)[rows].astype(np.int32)
-            yield parallel.assemble(mesh, size, rows, batch)
+            yield parallel.global_batch(mesh, size, rows, batch)
     else:
         options: Any = {"batch": size, "seed": seed, "workers": config.data.workers, "rows": rows}
         for batch in stream(source, start=start, stop=stop, **options):
-            yield parallel.assemble(mesh, size, rows, {**batch, "index": batch["index"].astype(np.int32)})
+            yield parallel.global_batch(mesh, size, rows, {**batch, "index": batch["index"].astype(np.int32)})
 
 
 def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
@@ -221,7 +222,7 @@ def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
             held.enter_context(run.lock(workdir, shared=finished()))
             run.start(workdir, config)
 
-        parallel.by_first(enter)
+        parallel.run_on_main(enter)
 
         def look() -> dict[str, Any]:
             done = finished()
@@ -231,12 +232,12 @@ def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
                 run.record_environment(workdir, conv=conv)
             return {"done": done, "conv": conv}
 
-        found = parallel.by_first(look)
+        found = parallel.run_on_main(look)
         if found["done"]:
             return load_encoder(workdir)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=found["conv"]))
         # All processes do the same; what others than the first write is thrown away, but for their part of checkpoints.
-        out = workdir if parallel.leads() else Path(held.enter_context(tempfile.TemporaryDirectory()))
+        out = workdir if parallel.is_main_process() else Path(held.enter_context(tempfile.TemporaryDirectory()))
         return _Loop(config, workdir, out, source).run()
 
 
@@ -260,7 +261,7 @@ class _Loop:
 
     def run(self) -> Encoder:
         config, total = self.config, self.setup.steps
-        say = functools.partial(print, flush=True) if parallel.leads() else lambda _: None
+        say = functools.partial(print, flush=True) if parallel.is_main_process() else lambda _: None
         restored = checkpoint.restore_latest(self.workdir / "checkpoints", self.state, say)
         self.state = self.state if restored is None else restored
         start = self.saved = int(self.state.step)
@@ -272,7 +273,9 @@ class _Loop:
             title += f" (from step {start})" if start else ""
             previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
             try:
-                with Progress(total, start, title, note="compiling", quiet=not parallel.leads()) as self.progress:
+                with Progress(
+                    total, start, title, note="compiling", quiet=not parallel.is_main_process()
+                ) as self.progress:
                     self._steps(start, total)
             finally:
                 for number, handler in previous.items():
@@ -297,7 +300,7 @@ class _Loop:
                 waited += (time.monotonic() - asked) * before["loss"].is_ready()
                 jax.block_until_ready(before)
                 stopped = int(before["stop"])
-            stop = parallel.on_each(self.mesh, self.stopped_by)
+            stop = parallel.per_device(self.mesh, self.stopped_by)
             self.state, before = step_fn(self.state, fetch(batch), stop)
             self.pending.append((step, before))
             if step == start + 1:  # compiled: the clock starts
@@ -340,7 +343,7 @@ class _Loop:
             state, metrics = step(state, batch)
             return state, {**metrics, "stop": stop.max()}
 
-        placed = layout(self.mesh, self.state)
+        placed = state_sharding(self.mesh, self.state)
         return jax.jit(told, donate_argnums=0, out_shardings=(placed, replicated(self.mesh)))
 
     def _fetch(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -353,7 +356,7 @@ class _Loop:
         arrays: dict[str, Any] = {"image": self.source.arrays()}
         if self.source.labels is not None:
             arrays["label"] = self.source.labels
-        store = parallel.everywhere(self.mesh, arrays)
+        store = parallel.replicate(self.mesh, arrays)
 
         def gather(store, batch):
             found = {name: values[batch["index"]] for name, values in store.items()}
@@ -361,7 +364,7 @@ class _Loop:
                 found["pair"] = store["image"][batch["partner"]]
             return {"index": batch["index"], **found}
 
-        return functools.partial(jax.jit(gather, out_shardings=parallel.split(self.mesh)), store)
+        return functools.partial(jax.jit(gather, out_shardings=parallel.batch_sharding(self.mesh)), store)
 
     def _check(self) -> dict[str, Any]:
         """Looks at every step since the last look; returns the newest step's metrics, {} where there was none.
@@ -374,7 +377,7 @@ class _Loop:
             values = {k: np.asarray(v).item() for k, v in metrics.items() if k != "stop"}
             skipped = bool(values.pop("skipped", 0))
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-            if skipped and self.skipped_in_a_row <= MOST_SKIPPED:
+            if skipped and self.skipped_in_a_row <= MAX_SKIPPED:
                 self.progress.say(f"step {step}: gradients not finite, step left out")
             elif not np.isfinite(values["loss"]):
                 self._not_finite(step, values)
@@ -424,7 +427,7 @@ class _Loop:
     def _encoder(self, step: int) -> Encoder:
         state = self.state
         params, stats = self.setup.method.encoder(state.params, target_of(state.opt_state), state.extra)
-        params, stats = parallel.here((params, stats))
+        params, stats = parallel.to_local((params, stats))
         size, channels = min(self.setup.shape[:2]), self.setup.shape[2]
         about = describe(self.config, size, channels, step)
         return Encoder(self.setup.encoder, params, stats, size, channels, about)

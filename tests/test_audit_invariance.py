@@ -12,7 +12,7 @@ from ssl_jax.audit.ladder import TRANSFORMS, alone, in_numbers
 from ssl_jax.cli import main
 from ssl_jax.config import View
 from ssl_jax.encoder import Encoder, export, load_encoder, random_encoder
-from ssl_jax.methods.base import Network
+from ssl_jax.network import Network
 
 
 def encoder(embed, size=8, channels=1):

@@ -10,7 +10,7 @@ from toy_encoder import TRACES, WIDTH, toy_encoder, toy_images
 from ssl_jax.config import Augment, Finetune
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import finetune, holdout, metrics, predict
-from ssl_jax.evaluate.finetune import balance
+from ssl_jax.evaluate.finetuning import balance
 
 SETTINGS = Finetune(steps=60, epochs=0, batch=32, lr=(0.01,), augment=Augment(preset="none", override={"flip": 0.5}))
 

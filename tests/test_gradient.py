@@ -12,9 +12,8 @@ from ssl_jax import trainer
 from ssl_jax.augment import make_views
 from ssl_jax.config import method_names
 from ssl_jax.errors import UserError
-from ssl_jax.gradient import join, make_gradient, split
-from ssl_jax.parallel import make_mesh, replicated
-from ssl_jax.parallel import split as over_devices
+from ssl_jax.gradient import join_batch, make_gradient, split_batch
+from ssl_jax.parallel import batch_sharding, make_mesh, replicated
 from ssl_jax.transforms import target_of
 
 pytestmark = pytest.mark.usefixtures("small_networks")
@@ -76,10 +75,10 @@ def test_views_of_a_part_are_those_of_the_batch():
 
 def test_parts_are_strided_and_come_back_in_order():
     x = {"a": jnp.arange(12), "b": jnp.arange(24).reshape(12, 2)}
-    assert split(x, 3)["a"].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
-    assert split(x, 3, stretch=2)["a"].tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert split_batch(x, 3)["a"].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert split_batch(x, 3, stretch=2)["a"].tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
     for stretch in (1, 2, 4):
-        assert all((join(split(x, 3, stretch), stretch)[key] == x[key]).all() for key in x)
+        assert all((join_batch(split_batch(x, 3, stretch), stretch)[key] == x[key]).all() for key in x)
 
 
 def test_running_statistics_are_the_means_over_groups():
@@ -111,7 +110,7 @@ def test_steps_in_micro_batches_on_devices(devices):
         for step in range(20):
             index = np.arange(step * 16, step * 16 + 16) % 48
             batch = {"image": source.images[index], "index": index, "label": source.labels[index]}
-            state, metrics = step_fn(state, jax.device_put(batch, over_devices(mesh)))
+            state, metrics = step_fn(state, jax.device_put(batch, batch_sharding(mesh)))
             losses[name].append(float(metrics["loss"]))
     np.testing.assert_allclose(losses["parts"], losses["whole"], atol=1e-5)
     assert losses["parts"][-1] < losses["parts"][0]

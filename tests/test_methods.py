@@ -14,7 +14,7 @@ from ssl_jax.config import default, method_module, method_names, resolve
 from ssl_jax.data import order
 from ssl_jax.encoder import build
 from ssl_jax.errors import UserError
-from ssl_jax.parallel import make_mesh, replicated, split
+from ssl_jax.parallel import batch_sharding, make_mesh, replicated
 from ssl_jax.transforms import target_of
 
 METHODS = method_names()
@@ -45,7 +45,7 @@ def batch_of(config, source, step, mesh):
     batch = {"image": source.images[index], "index": index.astype(np.int32)}
     if source.labels is not None:
         batch["label"] = source.labels[index]
-    return jax.device_put(batch, split(mesh))
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def views_of(setup, source):

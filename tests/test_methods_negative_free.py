@@ -14,7 +14,7 @@ from tiny import Images, tiny_config
 from ssl_jax import losses, trainer
 from ssl_jax.augment import make_views
 from ssl_jax.gradient import keys_at
-from ssl_jax.methods.base import entropies, lost_entropy
+from ssl_jax.methods.base import entropies, entropy_collapse
 from ssl_jax.methods.vicregl import positions
 from ssl_jax.transforms import freeze, target_of, track_target
 
@@ -205,7 +205,7 @@ def test_settings_are_checked():
 
 def test_entropies_and_their_words():
     uniform, one, spread = jnp.full((4, 4), 0.25), jnp.tile(jnp.eye(4)[:1], (4, 1)), jnp.eye(4)
-    words = lost_entropy(4, uniform="A", single="B")
+    words = entropy_collapse(4, uniform="A", single="B")
     for p, image, mean, said in (
         (uniform, math.log(4), math.log(4), "A"),
         (one, 0, 0, "B"),

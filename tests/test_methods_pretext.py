@@ -10,8 +10,8 @@ from ssl_jax.augment import PRESETS, make_views, ops, render, resolve
 from ssl_jax.config import Augment, Model, View, method_module
 from ssl_jax.errors import UserError
 from ssl_jax.methods import context_encoder, jigsaw, mae, rotation, simmim, transformation_prediction
-from ssl_jax.methods.base import Network
 from ssl_jax.models import build_encoder, decoder
+from ssl_jax.network import Network
 
 RNG = jax.random.key(3)
 

@@ -76,7 +76,7 @@ def test_split_over_devices_gathers_nothing():
     mesh = parallel.make_mesh(4, 64)
     x, kernel = np.zeros((64, 14, 14, 24), np.float32), np.zeros((3, 3, 24, 24), np.float32)
     step = jax.grad(lambda kernel, x: jnp.square(conv(conv(x, kernel, 1, 1, "patches"), kernel, 1, 1, "patches")).sum())
-    given = (parallel.replicated(mesh), parallel.split(mesh))
+    given = (parallel.replicated(mesh), parallel.batch_sharding(mesh))
     text = jax.jit(step, in_shardings=given).lower(kernel, x).compile().as_text()
     assert "all-reduce(" in text
     assert "all-gather(" not in text

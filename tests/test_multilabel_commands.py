@@ -17,7 +17,7 @@ from ssl_jax.config import default, method_module, resolve, to_json
 from ssl_jax.data import Source
 from ssl_jax.encoder import export, random_encoder
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Run
+from ssl_jax.methods.base import RunInfo
 from ssl_jax.run import write_json
 
 CLASSES = ["top", "middle", "bottom", "never"]
@@ -183,7 +183,7 @@ def test_labels_of_other_columns_come_in_the_order_of_the_training_data():
 def test_supervised_is_trained_by_every_label_that_is_known():
     rng = np.random.default_rng(0)
     network = toy_encoder().network
-    method = method_module("supervised").make(method_module("supervised").Config(), network, Run(1, 1, 1, 3))
+    method = method_module("supervised").make(method_module("supervised").Config(), network, RunInfo(1, 1, 1, 3))
     views = [rng.uniform(size=(6, 8, 8, 1)).astype(np.float32)]
     labels = rng.choice([0, 1, np.nan], (6, 3)).astype(np.float32)
     params, extra = method.init(jax.random.key(0), views)

@@ -65,7 +65,7 @@ def test_collectives_of_a_real_program_with_a_loop():
 
         return jax.lax.scan(one, jnp.float32(1), None, length=5)[0] + x
 
-    jitted = jax.jit(step, in_shardings=parallel.split(mesh), out_shardings=parallel.replicated(mesh))
+    jitted = jax.jit(step, in_shardings=parallel.batch_sharding(mesh), out_shardings=parallel.replicated(mesh))
     text = jitted.lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile().as_text()
     found = sorted(plan.collectives(text))
     assert found == [("all-gather", 1, 32.0), ("all-reduce", 5, 4.0)]

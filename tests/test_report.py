@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.metrics import metrics
+from ssl_jax.evaluate.scores import metrics
 from ssl_jax.report import plots
 from ssl_jax.report.html import Sample, _map, _neighbours, write_report
 from ssl_jax.run import write_json
@@ -211,7 +211,7 @@ def test_projection_is_principal_components():
 
 def test_long_curves_are_averaged_in_blocks():
     x, y = plots._thin(np.arange(1000.0), np.tile([0.0, 2.0], 500)[:1000])
-    assert len(x) <= plots.MOST_POINTS
+    assert len(x) <= plots.MAX_POINTS
     np.testing.assert_allclose(y[:-1].mean(), 1.0, atol=0.4)
     np.testing.assert_allclose(x[0], 1.0)
 

@@ -15,12 +15,12 @@ pytestmark = pytest.mark.usefixtures("small_networks")
 def train(config, source, mesh, steps=20):
     setup = trainer.set_up(config, source)
     state = trainer.init_state(setup, 0, mesh)
-    placed = (parallel.layout(mesh, state), parallel.replicated(mesh))
+    placed = (parallel.state_sharding(mesh, state), parallel.replicated(mesh))
     step_fn, losses = jax.jit(trainer.make_step(setup, config, mesh), out_shardings=placed), []
     for step in range(steps):
         index = np.arange(step * 16, step * 16 + 16) % 48
         batch = {"image": source.images[index], "index": index.astype(np.int32), "label": source.labels[index]}
-        state, metrics = step_fn(state, jax.device_put(batch, parallel.split(mesh)))
+        state, metrics = step_fn(state, jax.device_put(batch, parallel.batch_sharding(mesh)))
         losses.append(float(metrics["loss"]))
     return state, losses
 
@@ -61,7 +61,7 @@ def compiled(name, devices=4, **changes):
     state = trainer.init_state(setup, 0, mesh)
     batch = {"image": source.images[:16], "index": np.arange(16, dtype=np.int32), "label": source.labels[:16]}
     step = jax.jit(trainer.make_step(setup, config, mesh), out_shardings=parallel.replicated(mesh))
-    return step.lower(state, jax.device_put(batch, parallel.split(mesh))).compile()
+    return step.lower(state, jax.device_put(batch, parallel.batch_sharding(mesh))).compile()
 
 
 def travelling(name, **changes):

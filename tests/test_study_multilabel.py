@@ -137,7 +137,7 @@ def test_the_interval_over_patients_is_that_of_scikit_learns_auc(monkeypatch):
     (row,) = tables.over_patients(scores, labels, groups, "b")
     wanted = bootstrap_by_group(lambda chosen: mean_auc("a", chosen) - mean_auc("b", chosen), groups, repeats=40)
     assert (row["low"], row["high"]) == pytest.approx(wanted, abs=1e-9) and row["low"] < row["high"]
-    monkeypatch.setattr(tables, "MOST_TESTED", 49)
+    monkeypatch.setattr(tables, "MAX_TESTED", 49)
     assert tables.over_patients(scores, labels, groups, "b") == []
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.config import default, resolve
-from ssl_jax.methods.base import Network
+from ssl_jax.network import Network
 
 # Of any method that has such a field. VICReg's weights are a 25th: as if the loss and the learning rate were. TiCo's
 # covariance and DINO's centre are full at once, or the loss would rise while they fill.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.encoder import Encoder
-from ssl_jax.methods.base import Network
+from ssl_jax.network import Network
 
 WIDTH = 12
 

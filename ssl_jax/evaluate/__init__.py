@@ -1,11 +1,11 @@
 """How good an encoder is: kNN, a linear probe, fine-tuning on few labels, and signs of collapse."""
 
-from ssl_jax.evaluate.collapse import embedding_std, rank_me
-from ssl_jax.evaluate.finetune import Classifier, finetune, predict
+from ssl_jax.collapse import embedding_std, rank_me
+from ssl_jax.evaluate.finetuning import Classifier, finetune, predict
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.linear import linear_probe
-from ssl_jax.evaluate.metrics import interval, metrics, paired
 from ssl_jax.evaluate.multilabel import reliability, threshold_at_sensitivity
+from ssl_jax.evaluate.scores import interval, metrics, paired
 from ssl_jax.evaluate.subsets import holdout, nested_subset, without_positive
 from ssl_jax.evaluate.uncertainty import bootstrap_by_group, delong
 

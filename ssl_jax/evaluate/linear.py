@@ -9,7 +9,7 @@ from ssl_jax.evaluate import multilabel
 from ssl_jax.evaluate.subsets import holdout
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of scikit-learn: the inverse of the L2 penalty
-MOST_TO_CHOOSE = 10_000  # examples among which C is chosen: more change the choice little, and cost minutes
+MAX_TO_CHOOSE = 10_000  # examples among which C is chosen: more change the choice little, and cost minutes
 
 
 class Probe(NamedTuple):
@@ -52,7 +52,7 @@ def linear_probe(
     if len(grid) > 1 and 0 < validation < 1 and len(labels if groups is None else np.unique(groups)) > 1:
         fit, held = holdout(labels, validation, seed, groups)
         rng = np.random.default_rng(seed)
-        fit, held = (_at_most(part, MOST_TO_CHOOSE, rng) for part in (fit, held))
+        fit, held = (_at_most(part, MAX_TO_CHOOSE, rng) for part in (fit, held))
         tried = []
         for strength in sorted(grid):
             weights, bias = _fit(features[fit], labels[fit], classes, strength, class_weights)

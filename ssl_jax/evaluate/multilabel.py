@@ -15,7 +15,7 @@ BINS = 10
 
 
 def metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """What can be said of logits [N, K] for labels [N, K]; see `ssl_jax.evaluate.metrics` for the way it is called.
+    """What can be said of logits [N, K] for labels [N, K]; see `ssl_jax.evaluate.scores` for the way it is called.
 
     By class name: auc, ap (average precision), support (images with the class), known (images whose label is known).
     Means over classes: macro_auc, macro_ap, brier (squared error of the probability), calibration_error (of

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.evaluate.metrics import metrics
 from ssl_jax.evaluate.multilabel import at_threshold, threshold_at_sensitivity
+from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.uncertainty import auc_intervals
 
 

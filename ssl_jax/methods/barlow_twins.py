@@ -6,8 +6,9 @@ Source: https://arxiv.org/abs/2103.03230; facebookresearch/barlowtwins, main.py.
 from dataclasses import dataclass
 
 from ssl_jax.losses import barlow_twins
-from ssl_jax.methods.base import Method, init_of, lost_spread, need_batch, one_by_one, stack
+from ssl_jax.methods.base import Method, init_network, require_batch, std_collapse
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_separately, stack
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ def make(config, encoder, run):
 
     def forward(params, target, extra, batch, rng):
         del target, rng
-        need_batch(batch["views"], "barlow_twins")
-        (a, b), stats = one_by_one(network, params, extra["stats"], batch["views"])
+        require_batch(batch["views"], "barlow_twins")
+        (a, b), stats = apply_separately(network, params, extra["stats"], batch["views"])
         return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
 
     def loss(outputs, extra, batch):
@@ -42,5 +43,5 @@ def make(config, encoder, run):
         return barlow_twins(*z, off_diagonal=config.off_diagonal), {"projection_std": z[0].std(axis=0).mean()}
 
     # The correlation does not see the scale until the 1e-5 beside the variance does.
-    collapsed = lost_spread("a learning rate or weight decay too high", least=0.01)
-    return Method(init_of(network), forward, loss, collapsed=collapsed)
+    collapsed = std_collapse("a learning rate or weight decay too high", least=0.01)
+    return Method(init_network(network), forward, loss, collapsed=collapsed)

@@ -8,7 +8,6 @@ Such a file holds a docstring whose first line says what the method is and names
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import optax
 from ssl_jax.errors import UserError
 from ssl_jax.losses.common import interleave, normalize
 from ssl_jax.losses.reconstruction import masked_error
-from ssl_jax.parallel import spread
+from ssl_jax.network import Network
 
 Params = Any
 Extra = Any
@@ -26,26 +25,7 @@ Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 
 
-class Network(NamedTuple):
-    """A network as two pure functions. Encoders and heads are both this.
-
-    init:  (rng, x) -> params, stats           stats: batch statistics, {} without any
-    apply: (params, stats, x, *, train, groups=1) -> y, stats
-           train=False uses the stored statistics and returns them unchanged. groups > 1 cuts the batch into that many
-           equal parts, each normalised by its own statistics (MoCo's cure against cheating through BatchNorm).
-    patch: side of a ViT's patches, px; 0 for any other network
-
-    An encoder takes images [B, H, W, C] in [0, 1] and returns embeddings [B, D]; with dense=True it returns its last
-    feature map [B, h, w, D] (of a ResNet, what the embedding is the mean of; of a ViT, the patches). A head takes
-    [B, D].
-    """
-
-    init: Callable[..., tuple[Params, Any]]
-    apply: Callable[..., tuple[jax.Array, Any]]
-    patch: int = 0
-
-
-class Run(NamedTuple):
+class RunInfo(NamedTuple):
     """What a method may know of the run it is made for, for schedules and sizes."""
 
     steps: int  # of the whole run
@@ -71,7 +51,7 @@ def one_label(batch: Batch) -> jax.Array:
     return label
 
 
-def own_encoder(params, target, extra):
+def online_encoder(params, target, extra):
     """The `encoder` of a method that keeps it under params["encoder"] and extra["stats"]["encoder"]."""
     del target
     return params["encoder"], extra["stats"]["encoder"]
@@ -110,45 +90,11 @@ class Method(NamedTuple):
     transform: optax.GradientTransformation = optax.identity()
     constant_lr: frozenset[str] = frozenset()
     post_update: Callable[..., tuple[Params, Extra]] = keep
-    encoder: Callable[..., tuple[Params, Any]] = own_encoder
+    encoder: Callable[..., tuple[Params, Any]] = online_encoder
     collapsed: Callable[[Mapping[str, float]], str] = lambda metrics: ""
 
 
-def stack(**networks: Network) -> Network:
-    """Networks one after the other, as one; params and stats are dicts under their names.
-
-    apply returns every network's output under its name, so that a loss can read the embedding below the projector.
-    """
-
-    def init(rng, x):
-        params, stats = {}, {}
-        for key, (name, network) in zip(jax.random.split(rng, len(networks)), networks.items(), strict=True):
-            params[name], stats[name] = network.init(key, x)
-            x = jax.eval_shape(lambda p, s, x, f=network.apply: f(p, s, x, train=True)[0], params[name], stats[name], x)
-            x = jnp.zeros(x.shape, x.dtype)
-        return params, stats
-
-    def apply(params, stats, x, *, train, groups=1):
-        outputs, after = {}, {}
-        for name, network in networks.items():
-            x, after[name] = network.apply(params[name], stats[name], x, train=train, groups=groups)
-            outputs[name] = x
-        return outputs, after
-
-    return Network(init, apply)
-
-
-def siamese(encoder: Network) -> Network:
-    """The encoder for P images at a time, [B, P, H, W, C] -> their embeddings side by side [B, P * D]."""
-
-    def apply(params, stats, x, **kwargs):
-        y, stats = encoder.apply(params, stats, x.reshape(-1, *x.shape[2:]), **kwargs)
-        return y.reshape(len(x), -1), stats
-
-    return Network(lambda rng, x: encoder.init(rng, x[:, 0]), apply)
-
-
-def init_of(network: Network) -> Callable[..., tuple[Params, Extra]]:
+def init_network(network: Network) -> Callable[..., tuple[Params, Extra]]:
     """The `init` of a method that is one network, without target or queue."""
 
     def init(rng, views):
@@ -170,35 +116,12 @@ def init_with_target(network: Network, *names: str) -> Callable[..., tuple[Param
     return init
 
 
-def parts(*names: str) -> Callable[[Params], Params]:
+def select_entries(*names: str) -> Callable[[Params], Params]:
     """Of a dict, these entries: what `track_target` selects when the predictor has no target."""
     return lambda tree: {name: tree[name] for name in names}
 
 
-def together(network: Network, params, stats, views, **kwargs) -> tuple[list[Any], Any]:
-    """The outputs for each view, and the statistics. Neighbouring views of one size go through in one pass.
-
-    BatchNorm then sees them together: with statistics of its own, each view could be told by them.
-    """
-    outputs = []
-    for _, same in groupby(views, key=lambda view: view.shape):
-        group = list(same)
-        y, stats = network.apply(params, stats, interleave(group), train=True, **kwargs)
-        count = len(group)
-        outputs += [jax.tree.map(lambda x, at=slice(i, None, count): x[at], y) for i in range(count)]
-    return outputs, stats
-
-
-def one_by_one(network: Network, params, stats, views, **kwargs) -> tuple[list[Any], Any]:
-    """The outputs for each view, and the statistics: every view is normalised by its own."""
-    outputs = []
-    for view in views:
-        y, stats = network.apply(params, stats, view, train=True, **kwargs)
-        outputs.append(y)
-    return outputs, stats
-
-
-def need_vit(encoder: Network, method: str) -> int:
+def require_vit(encoder: Network, method: str) -> int:
     """The encoder's patch size. UserError if it is not a ViT."""
     if not encoder.patch:
         raise UserError(f"config.model.name: {method} masks patches; allowed: vit_tiny, vit_small, vit_base")
@@ -230,13 +153,13 @@ def masked_loss(power: int) -> Callable[..., tuple[jax.Array, Metrics]]:
     return loss
 
 
-def need_batch(views: Sequence[jax.Array], method: str) -> None:
+def require_batch(views: Sequence[jax.Array], method: str) -> None:
     """UserError for a batch of one image, in which nothing varies."""
     if len(views[0]) < 2:
         raise UserError(f"config.train.batch=1: {method} needs images that differ; allowed: 2 or more")
 
 
-def lost_spread(cause: str, least: float = 0.05) -> Callable[[Mapping[str, float]], str]:
+def std_collapse(cause: str, least: float = 0.05) -> Callable[[Mapping[str, float]], str]:
     """The `collapsed` of a method with the metric "projection_std": words if it is below `least`."""
 
     def collapsed(metrics):
@@ -254,7 +177,7 @@ def entropies(targets: Sequence[jax.Array]) -> Metrics:
     return {"target_entropy": entropy(p).sum(axis=1).mean(), "mean_target_entropy": entropy(p.mean(axis=0)).sum()}
 
 
-def lost_entropy(classes: int, uniform: str, single: str) -> Callable[[Mapping[str, float]], str]:
+def entropy_collapse(classes: int, uniform: str, single: str) -> Callable[[Mapping[str, float]], str]:
     """The `collapsed` of a method with the metrics of `entropies`: the causes if all targets are uniform, or all one.
 
     Uniform is 99.9 % of ln K: targets without any preference. One: together they have less than a tenth of a nat.
@@ -277,12 +200,12 @@ def lost_entropy(classes: int, uniform: str, single: str) -> Callable[[Mapping[s
     return collapsed
 
 
-def new_queue(rng, size: int, *shape: int) -> dict[str, jax.Array]:
-    """The entries of `extra` that `push` fills: "queue" [size, *shape] of random unit vectors, and "oldest"."""
+def init_queue(rng, size: int, *shape: int) -> dict[str, jax.Array]:
+    """The entries of `extra` that `enqueue` fills: "queue" [size, *shape] of random unit vectors, and "oldest"."""
     return {"queue": normalize(jax.random.normal(rng, (size, *shape))), "oldest": jnp.zeros([], jnp.int32)}
 
 
-def push(extra: dict[str, Any], keys: jax.Array) -> dict[str, Any]:
+def enqueue(extra: dict[str, Any], keys: jax.Array) -> dict[str, Any]:
     """`extra` with the newest keys [B, ...] over the oldest ones of its queue, a ring of any length."""
     size = len(extra["queue"])
     keys = jax.lax.stop_gradient(keys[-size:])
@@ -291,21 +214,8 @@ def push(extra: dict[str, Any], keys: jax.Array) -> dict[str, Any]:
     return {**extra, "queue": extra["queue"].at[places].set(keys), "oldest": oldest}
 
 
-def shuffled(network: Network, params, stats, x, rng, groups: int) -> tuple[Any, Any]:
-    """Outputs in the order of x, and statistics; in between, the batch is shuffled and normalised in `groups` parts.
-
-    For the keys of a queue: query and key must not share the batch that BatchNorm sees, or its statistics give the
-    positive away. Shuffled, a key is normalised with others than its query was (MoCo v1, section 3.3).
-    """
-    order = jax.random.permutation(rng, len(x))
-    # Left to itself, the compiler puts what an order has chosen on every device, and each would embed the whole batch.
-    y, stats = network.apply(params, stats, spread(x[order]), train=True, groups=groups)
-    back = jnp.argsort(order)
-    return jax.tree.map(lambda v: v[back], y), stats
-
-
 # The images of a batch that `search_metrics` looks at: enough for a mean, at any batch little memory.
-RANKED = slice(256)
+METRIC_ROWS = slice(256)
 
 
 def search_metrics(loss: jax.Array, similarity: jax.Array, index: jax.Array | int = 0) -> Metrics:
@@ -319,7 +229,7 @@ def search_metrics(loss: jax.Array, similarity: jax.Array, index: jax.Array | in
     return {"chance": loss / math.log(similarity.shape[1]), "positive_rank": rank}
 
 
-def at_chance(metrics: Mapping[str, float]) -> str:
+def chance_collapse(metrics: Mapping[str, float]) -> str:
     """The `collapsed` of a method that has the metric "chance"."""
     if metrics["chance"] < 0.99:
         return ""

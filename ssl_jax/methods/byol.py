@@ -5,10 +5,11 @@ Source: https://arxiv.org/abs/2006.07733; google-deepmind/deepmind-research, byo
 
 from dataclasses import dataclass
 
-from ssl_jax.evaluate.collapse import embedding_std
+from ssl_jax.collapse import embedding_std
 from ssl_jax.losses import negative_cosine
-from ssl_jax.methods.base import Method, init_with_target, lost_spread, one_by_one, parts, stack
+from ssl_jax.methods.base import Method, init_with_target, select_entries, std_collapse
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_separately, stack
 from ssl_jax.transforms import cosine_momentum, track_target
 
 
@@ -36,8 +37,8 @@ def make(config, encoder, run):
 
     def forward(params, target_params, extra, batch, rng):
         del rng
-        (a, b), stats = one_by_one(online, params, extra["stats"], batch["views"])
-        (target_a, target_b), target_stats = one_by_one(target, target_params, extra["target"], batch["views"])
+        (a, b), stats = apply_separately(online, params, extra["stats"], batch["views"])
+        (target_a, target_b), target_stats = apply_separately(target, target_params, extra["target"], batch["views"])
         outputs = {
             "embedding": a["encoder"],
             "pairs": ((a[last], target_b["projector"]), (b[last], target_a["projector"])),
@@ -50,7 +51,7 @@ def make(config, encoder, run):
         value = sum(2 + 2 * negative_cosine(*pair) for pair in outputs["pairs"])
         return value, {"projection_std": embedding_std(outputs["pairs"][0][1])}
 
-    transform = track_target(cosine_momentum(config.momentum, run.steps), parts("encoder", "projector"))
-    collapsed = lost_spread("no predictor, a learning rate too high, or a target that moves too fast", least=0.1)
+    transform = track_target(cosine_momentum(config.momentum, run.steps), select_entries("encoder", "projector"))
+    collapsed = std_collapse("no predictor, a learning rate too high, or a target that moves too fast", least=0.1)
     init = init_with_target(online, "encoder", "projector")
     return Method(init, forward, loss, transform=transform, collapsed=collapsed)

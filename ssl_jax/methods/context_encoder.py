@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.errors import unknown
-from ssl_jax.methods.base import Method, init_of, stack
+from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import mlp
+from ssl_jax.network import stack
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def make(config, encoder, run):
         return stack(encoder=encoder, decoder=mlp((config.hidden, half * half * channels)))
 
     def init(rng, views):
-        return init_of(network(views[0]))(rng, views)
+        return init_network(network(views[0]))(rng, views)
 
     def forward(params, target, extra, batch, rng):
         del target

@@ -13,8 +13,9 @@ import optax
 
 from ssl_jax.losses import dino, dino_targets
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, entropies, init_with_target, lost_entropy, stack, together
+from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_with_target
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_jointly, stack
 from ssl_jax.transforms import cosine_momentum, freeze, track_target
 
 
@@ -54,7 +55,7 @@ def make(config, encoder, run):
 
     def outputs_of(params, stats, views):
         """Embeddings and logits of each view; the last layer's weights have norm 1 whatever their parameters."""
-        y, stats = together(network, {k: params[k] for k in stats}, stats, views)
+        y, stats = apply_jointly(network, {k: params[k] for k in stats}, stats, views)
         last = normalize(params["last"])
         return [x["encoder"] for x in y], [normalize(x["head"]) @ last.T for x in y], stats
 
@@ -89,7 +90,7 @@ def make(config, encoder, run):
         ),
         post_update=move_centre,
         encoder=lambda params, target, extra: (target["encoder"], extra["target"]["encoder"]),
-        collapsed=lost_entropy(
+        collapsed=entropy_collapse(
             config.out,
             uniform="teacher_temperature too high, or a learning rate too high",
             single="centre_momentum too close to 1, or teacher_temperature too low",

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from ssl_jax.collapse import embedding_std
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.evaluate.collapse import embedding_std
 from ssl_jax.losses import indexed_info_nce, nce, nce_normalizer
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, init_of, lost_spread, stack
+from ssl_jax.methods.base import Method, init_network, std_collapse
 from ssl_jax.models import linear
+from ssl_jax.network import stack
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def make(config, encoder, run):
 
     def init(rng, views):
         rng_net, rng_bank = jax.random.split(rng)
-        params, extra = init_of(network)(rng_net, views)
+        params, extra = init_network(network)(rng_net, views)
         most = (3 / config.out) ** 0.5  # rows of length 1, on average (lib/NCEAverage.py)
         bank = jax.random.uniform(rng_bank, (run.examples, config.out), minval=-most, maxval=most)
         return params, {**extra, "bank": bank, "normalizer": jnp.zeros([])}
@@ -77,6 +78,6 @@ def make(config, encoder, run):
         rows = normalize(config.momentum * bank[index] + (1 - config.momentum) * outputs["z"])
         return params, {**extra, "bank": bank.at[index].set(rows), "normalizer": normalizer(outputs, extra)}
 
-    # Not `at_chance`: against a bank of old rows, a sound run may be worse than that for epochs.
-    collapsed = lost_spread("a learning rate or weight decay too high")
+    # Not `chance_collapse`: against a bank of old rows, a sound run may be worse than that for epochs.
+    collapsed = std_collapse("a learning rate or weight decay too high")
     return Method(init, forward, loss, views=1, needs=frozenset({"index"}), post_update=remember, collapsed=collapsed)

@@ -13,8 +13,9 @@ import numpy as np
 import optax
 
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Method, init_of, siamese, stack
+from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import mlp
+from ssl_jax.network import siamese, stack
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def make(config, encoder, run):
         return tiles_of(rng, images, tile=config.tile, channel_shift=config.channel_shift)
 
     def init(rng, views):
-        return init_of(network)(rng, [cut(jax.random.split(rng, len(views[0])), views[0])])
+        return init_network(network)(rng, [cut(jax.random.split(rng, len(views[0])), views[0])])
 
     def forward(params, target, extra, batch, rng):
         del target

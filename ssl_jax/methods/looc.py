@@ -16,18 +16,16 @@ from ssl_jax.errors import UserError, unknown
 from ssl_jax.losses import info_nce, similarities
 from ssl_jax.losses.common import normalize
 from ssl_jax.methods.base import (
-    RANKED,
+    METRIC_ROWS,
     Method,
-    Network,
-    at_chance,
+    chance_collapse,
+    enqueue,
+    init_queue,
     init_with_target,
-    new_queue,
-    push,
     search_metrics,
-    shuffled,
-    stack,
 )
 from ssl_jax.models import mlp
+from ssl_jax.network import Network, shuffle_bn, stack
 from ssl_jax.transforms import track_target
 
 
@@ -60,14 +58,14 @@ def make(config, encoder, run):
     def init(rng, views):
         rng_net, rng_queue = jax.random.split(rng)
         params, extra = init_with_target(network)(rng_net, views)
-        return params, {**extra, **new_queue(rng_queue, config.queue, spaces, config.out)}
+        return params, {**extra, **init_queue(rng_queue, config.queue, spaces, config.out)}
 
     def forward(params, target, extra, batch, rng):
         groups, target_stats, keys = config.bn_groups, extra["target"], []
         view_query, *view_keys = batch["views"]
         q, stats = network.apply(params, extra["stats"], view_query, train=True, groups=groups)
         for view, key in zip(view_keys, jax.random.split(rng[0], spaces), strict=True):
-            k, target_stats = shuffled(network, target, target_stats, view, key, groups)
+            k, target_stats = shuffle_bn(network, target, target_stats, view, key, groups)
             keys.append(jax.lax.stop_gradient(normalize(k["heads"])))
         # query [B, spaces, D], keys [B, keys, spaces, D]
         outputs = {"embedding": q["encoder"], "query": q["heads"], "keys": jnp.stack(keys, axis=1)}
@@ -82,13 +80,15 @@ def make(config, encoder, run):
             others = jnp.delete(keys[:, :, i], i, axis=1) if i else None
             found = query[:, i], keys[:, i, i], queue[:, i], others
             values[f"loss_{space}"] = info_nce(*found, temperature=config.temperature)
-        metrics = search_metrics(values["loss_all"], similarities(query[RANKED, 0], keys[RANKED, 0, 0], queue[:, 0]))
+        metrics = search_metrics(
+            values["loss_all"], similarities(query[METRIC_ROWS, 0], keys[METRIC_ROWS, 0, 0], queue[:, 0])
+        )
         return jnp.stack(list(values.values())).mean(), metrics | values
 
     def push_keys(params, extra, outputs, step):
         del step
         each = jnp.arange(spaces)
-        return params, push(extra, outputs["keys"][:, each, each])  # into the queue of a space the keys found in it
+        return params, enqueue(extra, outputs["keys"][:, each, each])  # into the queue of a space the keys found in it
 
     return Method(
         init,
@@ -98,7 +98,7 @@ def make(config, encoder, run):
         shares=((), (), *((factor,) for factor in config.factors)),
         transform=track_target(config.momentum),
         post_update=push_keys,
-        collapsed=at_chance,
+        collapsed=chance_collapse,
     )
 
 

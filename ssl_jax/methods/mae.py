@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Method, init_with_head, masked_loss, need_vit
+from ssl_jax.methods.base import Method, init_with_head, masked_loss, require_vit
 from ssl_jax.models import decoder, patchify
 
 
@@ -45,7 +45,7 @@ def normalized(pixels):
 
 def make(config, encoder, run):
     del run
-    patch = need_vit(encoder, "mae")
+    patch = require_vit(encoder, "mae")
     if not 0 < config.mask < 1:
         raise UserError(f"config.method.mask={config.mask}: allowed: more than 0, less than 1")
 

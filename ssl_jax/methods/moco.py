@@ -12,17 +12,16 @@ from ssl_jax.errors import unknown
 from ssl_jax.losses import info_nce, similarities
 from ssl_jax.losses.common import normalize
 from ssl_jax.methods.base import (
-    RANKED,
+    METRIC_ROWS,
     Method,
-    at_chance,
+    chance_collapse,
+    enqueue,
+    init_queue,
     init_with_target,
-    new_queue,
-    push,
     search_metrics,
-    shuffled,
-    stack,
 )
 from ssl_jax.models import linear, mlp
+from ssl_jax.network import shuffle_bn, stack
 from ssl_jax.transforms import track_target
 
 
@@ -50,13 +49,13 @@ def make(config, encoder, run):
     def init(rng, views):
         rng_net, rng_queue = jax.random.split(rng)
         params, extra = init_with_target(network)(rng_net, views)
-        return params, {**extra, **new_queue(rng_queue, config.queue, config.out)}
+        return params, {**extra, **init_queue(rng_queue, config.queue, config.out)}
 
     def forward(params, target, extra, batch, rng):
         view_query, view_key = batch["views"]
         groups = config.bn_groups
         q, stats = network.apply(params, extra["stats"], view_query, train=True, groups=groups)
-        k, target_stats = shuffled(network, target, extra["target"], view_key, rng[0], groups)
+        k, target_stats = shuffle_bn(network, target, extra["target"], view_key, rng[0], groups)
         key = jax.lax.stop_gradient(normalize(k["projector"]))
         outputs = {"embedding": q["encoder"], "query": q["projector"], "key": key}
         return outputs, {**extra, "stats": stats, "target": target_stats}
@@ -65,11 +64,11 @@ def make(config, encoder, run):
         del batch
         query, key, queue = outputs["query"], outputs["key"], extra["queue"]
         value = info_nce(query, key, queue, temperature=config.temperature)
-        return value, search_metrics(value, similarities(query[RANKED], key[RANKED], queue))
+        return value, search_metrics(value, similarities(query[METRIC_ROWS], key[METRIC_ROWS], queue))
 
     def push_keys(params, extra, outputs, step):
         del step
-        return params, push(extra, outputs["key"])
+        return params, enqueue(extra, outputs["key"])
 
     target = track_target(config.momentum)
-    return Method(init, forward, loss, transform=target, post_update=push_keys, collapsed=at_chance)
+    return Method(init, forward, loss, transform=target, post_update=push_keys, collapsed=chance_collapse)

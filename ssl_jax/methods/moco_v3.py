@@ -6,8 +6,9 @@ Source: https://arxiv.org/abs/2104.02057; facebookresearch/moco-v3, moco/builder
 from dataclasses import dataclass
 
 from ssl_jax.losses import in_batch_info_nce
-from ssl_jax.methods.base import Method, init_with_target, one_by_one, parts, stack
+from ssl_jax.methods.base import Method, init_with_target, select_entries
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_separately, stack
 from ssl_jax.transforms import cosine_momentum, track_target
 
 
@@ -33,8 +34,8 @@ def make(config, encoder, run):
 
     def forward(params, target, extra, batch, rng):
         del rng
-        (a, b), stats = one_by_one(online, params, extra["stats"], batch["views"])
-        (key_a, key_b), target_stats = one_by_one(target_network, target, extra["target"], batch["views"])
+        (a, b), stats = apply_separately(online, params, extra["stats"], batch["views"])
+        (key_a, key_b), target_stats = apply_separately(target_network, target, extra["target"], batch["views"])
         pairs = ((a["predictor"], key_b["projector"]), (b["predictor"], key_a["projector"]))
         return {"embedding": a["encoder"], "pairs": pairs}, {"stats": stats, "target": target_stats}
 
@@ -44,5 +45,5 @@ def make(config, encoder, run):
         # The factor 2 T makes the gradient's size independent of the temperature (builder.py).
         return sum(2 * t * in_batch_info_nce(q, k, temperature=t) for q, k in outputs["pairs"]), {}
 
-    transform = track_target(cosine_momentum(config.momentum, run.steps), parts("encoder", "projector"))
+    transform = track_target(cosine_momentum(config.momentum, run.steps), select_entries("encoder", "projector"))
     return Method(init_with_target(online, "encoder", "projector"), forward, loss, transform=transform)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from ssl_jax.losses import indexed_info_nce
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import RANKED, Method, at_chance, init_of, new_queue, one_by_one, push, search_metrics, stack
+from ssl_jax.methods.base import METRIC_ROWS, Method, chance_collapse, enqueue, init_network, init_queue, search_metrics
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_separately, stack
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ def make(config, encoder, run):
 
     def init(rng, views):
         rng_net, rng_queue = jax.random.split(rng)
-        params, extra = init_of(network)(rng_net, views)
-        return params, {**extra, **new_queue(rng_queue, config.queue, config.out)}
+        params, extra = init_network(network)(rng_net, views)
+        return params, {**extra, **init_queue(rng_queue, config.queue, config.out)}
 
     def forward(params, target, extra, batch, rng):
         del target, rng
-        views, stats = one_by_one(network, params, extra["stats"], batch["views"])
+        views, stats = apply_separately(network, params, extra["stats"], batch["views"])
         outputs = {
             "embedding": views[0]["encoder"],
             "z": [jax.lax.stop_gradient(normalize(view["projector"])) for view in views],
@@ -57,11 +58,11 @@ def make(config, encoder, run):
         pairs = list(zip(neighbours, reversed(outputs["prediction"]), strict=True))
         each = [indexed_info_nce(*pair, temperature=config.temperature) for pair in pairs]
         value = (each[0] + each[1]) / 2
-        neighbour, prediction = pairs[0][0][RANKED], normalize(pairs[0][1])
+        neighbour, prediction = pairs[0][0][METRIC_ROWS], normalize(pairs[0][1])
         return value, search_metrics(value, neighbour @ prediction.T, jnp.arange(len(neighbour)))
 
     def remember(params, extra, outputs, step):
         del step
-        return params, push(extra, outputs["z"][0])  # the first view alone
+        return params, enqueue(extra, outputs["z"][0])  # the first view alone
 
-    return Method(init, forward, loss, post_update=remember, collapsed=at_chance)
+    return Method(init, forward, loss, post_update=remember, collapsed=chance_collapse)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from ssl_jax.losses.common import interleave
-from ssl_jax.methods.base import Method, init_of, stack
+from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import linear
+from ssl_jax.network import stack
 
 
 @dataclass(frozen=True)
@@ -54,4 +55,4 @@ def make(config, encoder, run):
         each = optax.softmax_cross_entropy_with_integer_labels(logits, turns)
         return each.mean(), {"accuracy": (logits.argmax(-1) == turns).mean()}
 
-    return Method(init_of(network), forward, loss, views=1)
+    return Method(init_network(network), forward, loss, views=1)

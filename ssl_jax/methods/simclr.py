@@ -6,8 +6,9 @@ Source: https://arxiv.org/abs/2002.05709; google-research/simclr. Wants large ba
 from dataclasses import dataclass
 
 from ssl_jax.losses import nt_xent
-from ssl_jax.methods.base import Method, init_of, stack, together
+from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_jointly, stack
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ def make(config, encoder, run):
 
     def forward(params, target, extra, batch, rng):
         del target, rng
-        (a, b), stats = together(network, params, extra["stats"], batch["views"])
+        (a, b), stats = apply_jointly(network, params, extra["stats"], batch["views"])
         return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
 
     def loss(outputs, extra, batch):
         del extra, batch
         return nt_xent(*outputs["z"], temperature=config.temperature), {}
 
-    return Method(init_of(network), forward, loss)
+    return Method(init_network(network), forward, loss)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Method, init_with_head, masked_loss, need_vit
+from ssl_jax.methods.base import Method, init_with_head, masked_loss, require_vit
 from ssl_jax.models import linear, patchify
 
 
@@ -47,7 +47,7 @@ def random_mask(rng, side, *, mask, block):
 
 def make(config, encoder, run):
     del run
-    patch = need_vit(encoder, "simmim")
+    patch = require_vit(encoder, "simmim")
     if not 0 < config.mask <= 1:
         raise UserError(f"config.method.mask={config.mask}: allowed: more than 0, at most 1")
     if config.block < 1:

@@ -5,10 +5,11 @@ Source: https://arxiv.org/abs/2011.10566; facebookresearch/simsiam.
 
 from dataclasses import dataclass
 
-from ssl_jax.evaluate.collapse import direction_rank
+from ssl_jax.collapse import direction_rank
 from ssl_jax.losses import negative_cosine
-from ssl_jax.methods.base import Method, init_of, one_by_one, stack
+from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_separately, stack
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def make(config, encoder, run):
 
     def forward(params, target, extra, batch, rng):
         del target, rng
-        (a, b), stats = one_by_one(network, params, extra["stats"], batch["views"])
+        (a, b), stats = apply_separately(network, params, extra["stats"], batch["views"])
         pairs = ((a["predictor"], b["projector"]), (b["predictor"], a["projector"]))
         return {"embedding": a["encoder"], "pairs": pairs}, {"stats": stats}
 
@@ -48,4 +49,4 @@ def make(config, encoder, run):
         return words + "learning rate too high" if rank < 1.2 else ""
 
     # A predictor whose rate does not decay follows the projections better (section 4.2).
-    return Method(init_of(network), forward, loss, constant_lr=frozenset({"predictor"}), collapsed=collapsed)
+    return Method(init_network(network), forward, loss, constant_lr=frozenset({"predictor"}), collapsed=collapsed)

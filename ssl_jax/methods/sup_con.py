@@ -6,8 +6,9 @@ Source: https://arxiv.org/abs/2004.11362; HobbitLong/SupContrast. An image witho
 from dataclasses import dataclass
 
 from ssl_jax.losses import sup_con
-from ssl_jax.methods.base import Method, init_of, one_label, stack, together
+from ssl_jax.methods.base import Method, init_network, one_label
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_jointly, stack
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def make(config, encoder, run):
 
     def forward(params, target, extra, batch, rng):
         del target, rng
-        (a, b), stats = together(network, params, extra["stats"], batch["views"])
+        (a, b), stats = apply_jointly(network, params, extra["stats"], batch["views"])
         return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
 
     def loss(outputs, extra, batch):
@@ -35,4 +36,4 @@ def make(config, encoder, run):
         z_a, z_b = outputs["z"]
         return sup_con(z_a, z_b, one_label(batch), temperature=config.temperature), {}
 
-    return Method(init_of(network), forward, loss, needs=frozenset({"label"}))
+    return Method(init_network(network), forward, loss, needs=frozenset({"label"}))

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
-from ssl_jax.methods.base import Method, init_of, stack
+from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import linear
+from ssl_jax.network import stack
 
 
 @dataclass(frozen=True)
@@ -40,4 +41,4 @@ def make(config, encoder, run):
             value = cross_entropy(logits, label)
         return value, {"accuracy": (right & known).sum() / jnp.maximum(known.sum(), 1)}
 
-    return Method(init_of(network), forward, loss, views=1, needs=frozenset({"label"}))
+    return Method(init_network(network), forward, loss, views=1, needs=frozenset({"label"}))

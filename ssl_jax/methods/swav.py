@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from ssl_jax.losses import sinkhorn, swav
 from ssl_jax.losses.common import normalize
-from ssl_jax.methods.base import Method, entropies, init_of, lost_entropy, stack, together
+from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_network
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_jointly, stack
 from ssl_jax.transforms import freeze
 
 
@@ -43,7 +44,7 @@ def make(config, encoder, run):
 
     def init(rng, views):
         rng_net, rng_prototypes = jax.random.split(rng)
-        params, extra = init_of(network)(rng_net, views)
+        params, extra = init_network(network)(rng_net, views)
         prototypes = normalize(jax.random.normal(rng_prototypes, (config.prototypes, config.out)))
         extra["step"] = jnp.zeros([], jnp.int32)
         if config.queue:  # an array without elements cannot be saved
@@ -54,9 +55,9 @@ def make(config, encoder, run):
     def forward(params, target, extra, batch, rng):
         del target, rng
         stats, views = extra["stats"], batch["views"]
-        y, encoder_stats = together(encoder, params["encoder"], stats["encoder"], views)
+        y, encoder_stats = apply_jointly(encoder, params["encoder"], stats["encoder"], views)
         # The projector sees the views of all sizes at once, as the official one does.
-        z, projector_stats = together(projector, params["projector"], stats["projector"], y)
+        z, projector_stats = apply_jointly(projector, params["projector"], stats["projector"], y)
         each = [normalize(view) for view in z]
         outputs = {
             "embedding": y[0],
@@ -97,7 +98,7 @@ def make(config, encoder, run):
         local_views=True,
         transform=freeze({"prototypes"}, config.freeze_steps),
         post_update=after,
-        collapsed=lost_entropy(
+        collapsed=entropy_collapse(
             config.prototypes,
             uniform="epsilon too high, or a learning rate too high: all images have the same projection",
             single="sinkhorn_iterations too low",

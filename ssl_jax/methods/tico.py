@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from ssl_jax.evaluate.collapse import embedding_std
+from ssl_jax.collapse import embedding_std
 from ssl_jax.losses import tico, tico_covariance
-from ssl_jax.methods.base import Method, init_with_target, lost_spread, stack
+from ssl_jax.methods.base import Method, init_with_target, std_collapse
 from ssl_jax.models import mlp
+from ssl_jax.network import stack
 from ssl_jax.transforms import cosine_momentum, track_target
 
 
@@ -58,5 +59,5 @@ def make(config, encoder, run):
         return params, {**extra, "covariance": covariance}
 
     transform = track_target(cosine_momentum(config.momentum, run.steps))
-    collapsed = lost_spread("config.method.rho too small")
+    collapsed = std_collapse("config.method.rho too small")
     return Method(init, forward, loss, transform=transform, post_update=remember, collapsed=collapsed)

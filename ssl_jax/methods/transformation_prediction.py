@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Method, init_of, siamese, stack
+from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import mlp
+from ssl_jax.network import siamese, stack
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def make(config, encoder, run):
     network = stack(encoder=siamese(encoder), head=mlp((config.hidden, sum(count for count, _ in PARTS.values()))))
 
     def init(rng, views):
-        return init_of(network)(rng, [jnp.stack(views, axis=1)])
+        return init_network(network)(rng, [jnp.stack(views, axis=1)])
 
     def forward(params, target, extra, batch, rng):
         del target, rng

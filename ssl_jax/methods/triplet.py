@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.losses import mined_triplet, triplet
 from ssl_jax.losses.common import interleave, normalize
-from ssl_jax.methods.base import Method, init_of, one_label, stack, together
+from ssl_jax.methods.base import Method, init_network, one_label
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_jointly, stack
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def make(config, encoder, run):
 
     def forward(params, target, extra, batch, rng):
         del target
-        (a, b), stats = together(network, params, extra["stats"], batch["views"])
+        (a, b), stats = apply_jointly(network, params, extra["stats"], batch["views"])
         anchor, positive = a["projector"], b["projector"]
         if config.normalize:
             anchor, positive = normalize(anchor), normalize(positive)
@@ -72,4 +73,4 @@ def make(config, encoder, run):
         return ""
 
     needs = frozenset({"label"} if mined else ())
-    return Method(init_of(network), forward, loss, needs=needs, collapsed=collapsed)
+    return Method(init_network(network), forward, loss, needs=needs, collapsed=collapsed)

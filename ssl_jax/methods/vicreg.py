@@ -6,8 +6,9 @@ Source: https://arxiv.org/abs/2105.04906; facebookresearch/vicreg, main_vicreg.p
 from dataclasses import dataclass
 
 from ssl_jax.losses import vicreg
-from ssl_jax.methods.base import Method, init_of, lost_spread, need_batch, one_by_one, stack
+from ssl_jax.methods.base import Method, init_network, require_batch, std_collapse
 from ssl_jax.models import mlp
+from ssl_jax.network import apply_separately, stack
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ def make(config, encoder, run):
 
     def forward(params, target, extra, batch, rng):
         del target, rng
-        need_batch(batch["views"], "vicreg")
-        (a, b), stats = one_by_one(network, params, extra["stats"], batch["views"])
+        require_batch(batch["views"], "vicreg")
+        (a, b), stats = apply_separately(network, params, extra["stats"], batch["views"])
         return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
 
     def loss(outputs, extra, batch):
@@ -43,5 +44,5 @@ def make(config, encoder, run):
         z = outputs["z"]
         return vicreg(*z, **weights), {"projection_std": z[0].std(axis=0).mean()}
 
-    collapsed = lost_spread("config.method.variance too small")
-    return Method(init_of(network), forward, loss, collapsed=collapsed)
+    collapsed = std_collapse("config.method.variance too small")
+    return Method(init_network(network), forward, loss, collapsed=collapsed)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
 from ssl_jax.losses import vicregl
-from ssl_jax.methods.base import Method, Network, lost_spread, need_batch, one_by_one, stack
+from ssl_jax.methods.base import Method, require_batch, std_collapse
 from ssl_jax.models import mlp
+from ssl_jax.network import Network, apply_separately, stack
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def make(config, encoder, run):
 
     def forward(params, target, extra, batch, rng):
         del target, rng
-        need_batch(batch["views"], "vicregl")
-        each, stats = one_by_one(Network(init, apply), params, extra["stats"], batch["views"])
+        require_batch(batch["views"], "vicregl")
+        each, stats = apply_separately(Network(init, apply), params, extra["stats"], batch["views"])
         where = [positions(drawn, *y["maps"].shape[1:3]) for y, drawn in zip(each, batch["drawn"], strict=True)]
         maps = [y["maps"].reshape(*p.shape[:2], -1) for y, p in zip(each, where, strict=True)]
         outputs = {"embedding": each[0]["embedding"], "z": [y["z"] for y in each], "maps": maps, "positions": where}
@@ -77,7 +78,7 @@ def make(config, encoder, run):
         value = vicregl(z, outputs["maps"], outputs["positions"], **settings)
         return value, {"projection_std": z[0].std(axis=0).mean()}
 
-    collapsed = lost_spread("config.method.variance too small")
+    collapsed = std_collapse("config.method.variance too small")
     return Method(init, forward, loss, local_views=True, collapsed=collapsed)
 
 

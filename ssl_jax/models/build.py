@@ -2,8 +2,8 @@
 
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.methods.base import Network
 from ssl_jax.models import resnet, vit
+from ssl_jax.network import Network
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -6,8 +6,8 @@ from typing import Literal
 import flax.linen as nn
 import jax
 
-from ssl_jax.methods.base import Network
 from ssl_jax.models.layers import BatchNorm, network
+from ssl_jax.network import Network
 
 # PyTorch's default for a linear layer: weights and biases uniform in +-1 / sqrt(inputs).
 _uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Network
 from ssl_jax.models.conv import conv
+from ssl_jax.network import Network
 
 # Weights as in torchvision's ResNet: normal with variance 2 / (k * k * output channels) (kaiming, fan out).
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

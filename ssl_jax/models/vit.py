@@ -15,8 +15,8 @@ import numpy as np
 
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Network
 from ssl_jax.models.layers import network, rematerialized
+from ssl_jax.network import Network
 
 SMALL_UP_TO = 64  # px: the largest images for which patch=0 is not 16
 xavier = nn.initializers.xavier_uniform()

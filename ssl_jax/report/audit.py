@@ -11,7 +11,7 @@ from ssl_jax.audit import ladder
 from ssl_jax.report.figures import BASELINE, COLORS, STYLE, _save
 
 PANEL = (2.7, 2.3)  # inches
-MOST_CLASSES = 5  # that have a line of their own: those that suffer most
+MAX_CLASSES = 5  # that have a line of their own: those that suffer most
 
 
 def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -29,7 +29,7 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
     for row in rows:
         suffering[row["class"]] = suffering.get(row["class"], 0) + row["lost"]
     del suffering["all"]
-    classes = sorted(suffering, key=lambda c: -suffering[c])[:MOST_CLASSES] if len(suffering) > 1 else []
+    classes = sorted(suffering, key=lambda c: -suffering[c])[:MAX_CLASSES] if len(suffering) > 1 else []
     columns = min(5, len(names))
     lines = -(-len(names) // columns)
     with matplotlib.rc_context(STYLE):

@@ -25,9 +25,9 @@ from ssl_jax.run import read_config, read_json, read_lines, write_bytes
 COLLAPSED, NARROW = 0.01, 0.1  # embedding std, up to about 1; below the first one training warns, too
 # What all methods report.
 COMMON = {"step", "epoch", "loss", "grad_norm", "embedding_std", "lr", "probe_accuracy", "probe_loss", "collapsed"}
-MOST_IMAGES = 1000  # embedded for the neighbours and the map
+MAX_IMAGES = 1000  # embedded for the neighbours and the map
 NEIGHBOURS, QUERIES = 6, 10
-MOST_CELLS = 20  # classes up to which the confusion matrix shows its numbers
+MAX_CELLS = 20  # classes up to which the confusion matrix shows its numbers
 
 
 class Run(NamedTuple):
@@ -282,7 +282,7 @@ def _confusion(evaluation: Mapping[str, Any]) -> str:
     words = f"{evaluation['protocol']}, {evaluation['labels']} labels, {evaluation['test']}"
     words += f"; {len(each)} draws of labels together." if len(each) > 1 else "."
     words += " Each row: of the images of a class, the share that was given each class, in percent."
-    return note(words) + _matrix(shares, classes) + fold("Per class", by_class, folded=len(classes) > MOST_CELLS)
+    return note(words) + _matrix(shares, classes) + fold("Per class", by_class, folded=len(classes) > MAX_CELLS)
 
 
 def _classes(evaluation: Mapping[str, Any]) -> str:
@@ -306,7 +306,7 @@ def _classes(evaluation: Mapping[str, Any]) -> str:
 
 
 def _matrix(shares: np.ndarray, classes: Sequence[str]) -> str:
-    if len(classes) > MOST_CELLS:
+    if len(classes) > MAX_CELLS:
         return f'<img class="heat" alt="confusion matrix, true class downwards" src="{plots.heat(shares)}">'
     heads = "".join(f'<th scope="col"><span>{escape(c)}</span></th>' for c in classes)
     body = ""
@@ -329,7 +329,7 @@ def _sample(run: Run) -> Sample:
     made = configs.resolve(configs.from_json(run.config))
     encoder = load_encoder(run.folder)
     source = open_source(encoder.data(made.data))
-    count = min(len(source), max(MOST_IMAGES // 5, MOST_IMAGES * 64**2 // max(encoder.size, 64) ** 2))
+    count = min(len(source), max(MAX_IMAGES // 5, MAX_IMAGES * 64**2 // max(encoder.size, 64) ** 2))
     chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
     images = np.stack([source.load(int(i)) for i in chosen])
     features = encoder.embed(images, batch=min(256, count))
@@ -387,7 +387,7 @@ def _map(sample: Sample) -> str:
         return note(f"Left out: {len(sample.features)} embeddings of {sample.features.shape[1]} dimensions, too few.")
     import jax.numpy as jnp
 
-    from ssl_jax.evaluate.collapse import rank_me
+    from ssl_jax.collapse import rank_me
 
     def chart(title, points, axis_names):
         drawn = plots.scatter(points, sample.labels, sample.classes, axis_names)

@@ -10,7 +10,7 @@ import numpy as np
 
 # matplotlib draws in these; the page then puts its own colours in their place, those of a light or of a dark screen.
 INK, FAINT = "#010203", "#010204"
-MOST_POINTS = 400  # of a curve; longer ones are averaged in blocks
+MAX_POINTS = 400  # of a curve; longer ones are averaged in blocks
 NAMED_GROUPS = 20  # a colour each; more could not be told apart
 
 
@@ -95,7 +95,7 @@ def project(features: np.ndarray) -> tuple[np.ndarray, tuple[str, str]]:
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    block = -(-len(x) // MOST_POINTS)
+    block = -(-len(x) // MAX_POINTS)
     if block <= 1:
         return x, y
     starts = range(0, len(x), block)

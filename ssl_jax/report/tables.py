@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from ssl_jax import run
-from ssl_jax.evaluate.metrics import interval, paired
+from ssl_jax.evaluate.scores import interval, paired
 from ssl_jax.evaluate.uncertainty import bootstrap_weights, percentiles
 
 METRICS = ("top1", "balanced_accuracy", "macro_auc", "top5", "macro_ap", "brier")
 REPEATS = 1000  # of the bootstrap over test patients
-MOST_TESTED = 3000  # test images up to which there is one
+MAX_TESTED = 3000  # test images up to which there is one
 Cell = dict[str, Any]
 Row = dict[str, Any]
 
@@ -109,9 +109,9 @@ def over_patients(
     scores: (arm, label count) -> logits [S, N, K] of S seeds; labels float [N, K], NaN: not known; groups int [N]:
     patients. The trainings stay as they are, of each arm the mean over its seeds counts: what varies is the test
     images alone, REPEATS times. An AUC is the share of pairs, one image with the finding and one without, that are in
-    order; so all of it can be read from one table of pairs a class. It grows with N^2: none above MOST_TESTED images.
+    order; so all of it can be read from one table of pairs a class. It grows with N^2: none above MAX_TESTED images.
     """
-    if len(labels) > MOST_TESTED:
+    if len(labels) > MAX_TESTED:
         return []
     positive, negative = labels >= 0.5, labels < 0.5
     classes = np.flatnonzero(positive.any(axis=0) & negative.any(axis=0))

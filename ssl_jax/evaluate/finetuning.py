@@ -15,7 +15,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import linear_probe, rank
 from ssl_jax.evaluate.subsets import holdout
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
-from ssl_jax.methods.base import Network
+from ssl_jax.network import Network
 
 if TYPE_CHECKING:
     from ssl_jax.encoder import Encoder
