@@ -36,7 +36,7 @@ from ssl_jax.models import normalization
 from ssl_jax.models.resnet import ARCHITECTURES
 from ssl_jax.run import read_lines
 from ssl_jax.settings import load_config
-from ssl_jax.trainer import Setup, set_up
+from ssl_jax.train import Setup, set_up
 
 HERE = Path(__file__).resolve().parent
 CSV, TABLE = HERE / "results" / "against_lightly.csv", HERE / "results" / "against_lightly.md"

@@ -54,7 +54,7 @@ def ours(name: str) -> dict:
     from ssl_jax.data.source import Source
     from ssl_jax.parallel import make_mesh
     from ssl_jax.settings import load_config
-    from ssl_jax.trainer import init_state, make_step, set_up
+    from ssl_jax.train import init_state, make_step, set_up
 
     recipe, changes = CASES[name]
     flags = [f"--config.{key}={value}" for key, value in {"eval.online_probe": False, **changes}.items()]

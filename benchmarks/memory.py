@@ -63,7 +63,7 @@ def step(batch: int, micro_batch: int = 0) -> dict:
     from ssl_jax.config import default, resolve
     from ssl_jax.data.source import Source
     from ssl_jax.parallel import make_mesh
-    from ssl_jax.trainer import init_state, make_step, set_up
+    from ssl_jax.train import init_state, make_step, set_up
 
     config = default("simclr")
     config.data.update({"name": "synthetic", "size": 32})

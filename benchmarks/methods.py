@@ -30,7 +30,7 @@ from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import finetune, interval, knn_predict, linear_probe, metrics, nested_subset, predict
 from ssl_jax.parallel import make_mesh
 from ssl_jax.settings import load_config
-from ssl_jax.trainer import init_state, make_step, set_up
+from ssl_jax.train import init_state, make_step, set_up
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHORT = {"train.duration": "8000 examples", "optim.warmup": "20 steps"}  # of a trial

@@ -18,7 +18,7 @@ from ssl_jax.augment import make_views
 from ssl_jax.augment import resolve as resolve_views
 from ssl_jax.config import default, method_module, resolve
 from ssl_jax.encoder import build
-from ssl_jax.methods.base import RunInfo
+from ssl_jax.methods.base import Context, RunInfo
 from ssl_jax.transforms import target_of
 
 OUT = Path(__file__).resolve().parent / "methods.md"
@@ -80,22 +80,22 @@ def flow(method_name: str) -> str:
     parts: list[str] = []
 
     def init(rng):
-        params, extra = method.init(rng, make_views(views, method.shares)(rng, images[:2])[0])
+        params, state = method.init(rng, make_views(views, method.shares)(rng, images[:2])[0])
         parts.extend(params)  # in their order, which a traced dict loses
-        return params, target_of(method.transform.init(params)), extra
+        return params, target_of(method.transform.init(params)), state
 
-    def run(params, target, extra, batch, rng):
-        outputs, _ = method.forward(params, target, extra, batch, rng)
-        return method.loss(outputs, extra, batch)[0]
+    def run(params, target, state, batch, key):
+        outputs, _ = method.forward(params, target, state, batch, key)
+        return method.loss(outputs, state, batch, Context(jnp.int32(0), key[0], params))[0]
 
     def batch_of(rng):
         made, drawn = make_views(views, method.shares)(rng, images)
         return {"views": made, "drawn": drawn, "label": jnp.zeros(BATCH, int), "index": jnp.arange(BATCH)}
 
     rng = jax.random.key(0)
-    params, target, extra = jax.eval_shape(init, rng)
+    params, target, state = jax.eval_shape(init, rng)
     batch = jax.eval_shape(batch_of, rng)
-    args = params, target, extra, batch, jax.eval_shape(lambda: jax.random.split(rng, BATCH))
+    args = params, target, state, batch, jax.eval_shape(lambda: jax.random.split(rng, BATCH))
     jaxpr = jax.make_jaxpr(run)(*args).jaxpr
 
     def name(path) -> frozenset[str]:

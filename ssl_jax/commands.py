@@ -48,7 +48,7 @@ def _accelerators() -> list[Path]:
 def pretrain(config: ConfigDict, workdir: str, cluster: bool = False) -> Encoder:
     from ssl_jax import parallel
     from ssl_jax.report.html import write_report
-    from ssl_jax.trainer import fit
+    from ssl_jax.train import fit
 
     parallel.join_processes(cluster)
     folder = Path(workdir)
@@ -162,7 +162,7 @@ def study(config: ConfigDict, workdir: str, cells: str = "") -> None:
     """
     from ssl_jax import study as of
     from ssl_jax.report.html import write_report
-    from ssl_jax.trainer import REQUEUE, fit
+    from ssl_jax.train import REQUEUE, fit
 
     resolved, folder, part = resolve(config), Path(workdir), _part(cells)
     needed = of.pretrainings(resolved)  # a mistake in any arm is told before the first one trains

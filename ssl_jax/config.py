@@ -130,6 +130,7 @@ class Train:
     log_every: str = "10 steps"
     save_every: str = "1 epochs"
     keep: int = 2  # checkpoints kept
+    profile: str = "0 steps"  # trace this many steps for the profiler, once the step is compiled: RUN/profile
     devices: int = 0  # devices in the mesh; 0: all
     shard: int = 1  # devices among which parameters and optimizer state are split (FSDP); 1: each holds them whole
 
@@ -424,7 +425,7 @@ def _check_values(config: Config) -> None:
             raise UserError(f"config.{key}={get(key)}: allowed: 0 or more")
     if not 0 < config.finetune.sensitivity <= 1:
         raise UserError(f"config.finetune.sensitivity={config.finetune.sensitivity}: allowed: above 0, at most 1")
-    for key in ("train.duration", "train.log_every", "train.save_every", "optim.warmup", "eval.every"):
+    for key in ("train.duration", "train.log_every", "train.save_every", "train.profile", "optim.warmup", "eval.every"):
         to_steps(get(key), 1000, 10, f"config.{key}")
 
 

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ssl_jax import parallel, run, trainer
+from ssl_jax import parallel, run
 from ssl_jax.config import Config, Data
 from ssl_jax.data import open_source
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.report.figures import scaling
+from ssl_jax.train.step import Setup, TrainState, in_memory, init_state, make_step, set_up
 
 LOADED = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10)}  # TFDS: images and classes of the training part
 HOP = 1e-6  # seconds from chip to chip; about, as https://jax-ml.github.io/scaling-book/sharding has it
@@ -152,9 +153,9 @@ def plan(config: Config, topology: str, source: Any) -> Plan:
     mesh = parallel.mesh_of(devices, train.batch, train.micro_batch, train.shard)
     # As on a TPU: none of the formulations that are there for CPUs.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv="lax"))
-    setup = trainer.set_up(config, source)
+    setup = set_up(config, source)
     args = abstract(setup, config, source, mesh)
-    step = trainer.make_step(setup, config, mesh)
+    step = make_step(setup, config, mesh)
     placed = jax.tree.map(lambda x: x.sharding, args[0])
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, parallel.replicated(mesh)))
     traced = jitted.trace(*args)
@@ -175,7 +176,7 @@ def plan(config: Config, topology: str, source: Any) -> Plan:
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     needed -= memory.alias_size_in_bytes
-    if trainer.in_memory(config, source):
+    if in_memory(config, source):
         needed += len(source) * math.prod(source.shape)
     flops = count_flops(traced.jaxpr.jaxpr) / len(devices)
     # A loop's body is counted once by the compiler, in FLOPs as in bytes.
@@ -214,9 +215,9 @@ def _bytes_a_chip(x: jax.ShapeDtypeStruct) -> float:
     return math.prod(shape) * (x.dtype.itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 8)
 
 
-def abstract(setup: trainer.Setup, config: Config, source: Any, mesh: Mesh) -> tuple[trainer.TrainState, dict]:
+def abstract(setup: Setup, config: Config, source: Any, mesh: Mesh) -> tuple[TrainState, dict]:
     """(state, batch) of a step: shapes and where they lie, no numbers."""
-    state = jax.eval_shape(lambda: trainer.init_state(setup, 0))
+    state = jax.eval_shape(lambda: init_state(setup, 0))
     put = jax.ShapeDtypeStruct
     state = jax.tree.map(lambda x, at: put(x.shape, x.dtype, sharding=at), state, parallel.state_sharding(mesh, state))
     batch, at = config.train.batch, parallel.batch_sharding(mesh)

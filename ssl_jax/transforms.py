@@ -1,7 +1,7 @@
 """Optimizers as optax transformations: the chain of a run, LARS, and the target network's moving average."""
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +10,49 @@ import optax
 from ssl_jax.config import Optim
 from ssl_jax.errors import UserError
 
+Transformation: TypeAlias = optax.GradientTransformationExtraArgs
+
+
+class FollowState(NamedTuple):
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls
+    inner: Any
+
+
+def follow(schedule: Callable[[Any], Any], make: Callable[[Any], optax.GradientTransformation]) -> Transformation:
+    """`make(value)` with the value that `schedule` has at the step: tx.update(updates, state, params, step=step).
+
+    A run hands the step of its TrainState to the whole chain, so that everything that changes over time follows one
+    counter, also after a step that was skipped. Without `step` the transformation counts its own updates.
+    """
+
+    def init(params):
+        return FollowState(jnp.zeros([], jnp.int32), make(0.0).init(params))
+
+    def update(updates, state, params=None, *, step=None, **extra):
+        del extra
+        value = schedule(state.count if step is None else step)
+        updates, inner = make(value).update(updates, state.inner, params)
+        return updates, FollowState(state.count + 1, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
 
 class TrackTargetState(NamedTuple):
-    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls
+    count: jax.Array  # type: ignore[assignment]
     target_params: Any
 
 
 def track_target(
     tau: float | Callable[[jax.Array], jax.Array], select: Callable[[Any], Any] = lambda params: params
-) -> optax.GradientTransformation:
+) -> Transformation:
     """Keeps a target network: target <- tau * target + (1 - tau) * parameters, after each step.
 
     Updates pass through unchanged. It averages the parameters as they are after the step, so it must be the last of a
     chain and sit inside `optax.MultiSteps`. The average is kept in float32 (in bfloat16 a tau of 0.996 would never
-    move it) and cast to the parameters' type only by whoever reads it.
+    move it); whoever reads it casts it to the type of the parameters.
 
     Args:
-      tau: momentum in [0, 1], or a schedule of the step count.
+      tau: momentum in [0, 1], or a schedule of the step (see `follow`).
       select: the part of the parameters that has a target (everything but a predictor, say).
 
     Read it with `target_of(opt_state)`. Source: BYOL, section 3.1, https://arxiv.org/abs/2006.07733.
@@ -37,39 +63,28 @@ def track_target(
         target = jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), select(params))
         return TrackTargetState(jnp.zeros([], jnp.int32), target)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, step=None, **extra):
+        del extra
         if params is None:
             raise ValueError("track_target needs params: call update(updates, state, params)")
-        t = tau(state.count) if callable(tau) else tau
+        t = tau(state.count if step is None else step) if callable(tau) else tau
         after = select(optax.apply_updates(params, updates))
         target = jax.tree.map(lambda old, new: t * old + (1 - t) * new.astype(old.dtype), state.target_params, after)
         return updates, TrackTargetState(state.count + 1, target)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-class FreezeState(NamedTuple):
-    count: jax.Array  # type: ignore[assignment]
+def freeze(names: Collection[str], steps: int) -> Transformation:
+    """Keeps the parameters with these top-level names as they are during the first `steps` steps.
 
-
-def freeze(names: Collection[str], steps: int) -> optax.GradientTransformation:
-    """Keeps the parameters with these top-level names as they are in the first `steps` steps.
-
-    It takes their updates away, so it stands behind the optimizer and before `track_target`. The optimizer's momentum
+    It sets their updates to zero, so it stands behind the optimizer and before `track_target`. The optimizer's momentum
     goes on meanwhile.
     """
-
-    def update(updates, state, params=None):
-        del params
-        move = state.count >= steps
-
-        def kept(tree):
-            return jax.tree.map(lambda u: jnp.where(move, u, 0), tree)
-
-        updates = {name: kept(tree) if name in names else tree for name, tree in updates.items()}
-        return updates, FreezeState(state.count + 1)
-
-    return optax.GradientTransformation(lambda params: FreezeState(jnp.zeros([], jnp.int32)), update)
+    thawed = optax.conditionally_mask(
+        optax.identity(), lambda count, step=None, **_: (count if step is None else step) >= steps, True
+    )
+    return optax.masked(thawed, lambda tree: {k: jax.tree.map(lambda _, k=k: k in names, v) for k, v in tree.items()})
 
 
 def target_of(opt_state: Any) -> Any:
@@ -84,7 +99,8 @@ def cosine_momentum(base: float, steps: int) -> Callable[[jax.Array], jax.Array]
     >>> round(float(schedule(0)), 4), round(float(schedule(50)), 4), round(float(schedule(100)), 4)
     (0.9, 0.95, 1.0)
     """
-    return lambda count: 1 - (1 - base) * (jnp.cos(jnp.pi * jnp.minimum(count, steps) / steps) + 1) / 2
+    rest = optax.cosine_decay_schedule(1 - base, steps)
+    return lambda count: 1 - rest(count)
 
 
 def lars(
@@ -94,7 +110,7 @@ def lars(
     momentum: float = 0.9,
     trust: float = 1e-3,
     mask: Callable[[Any], Any] | None = None,
-) -> optax.GradientTransformation:
+) -> Transformation:
     """LARS: g <- (g + wd p) * trust |p| / |g + wd p| for each tensor under `mask`, then SGD with momentum.
 
     The learning rate is applied after the momentum, as in MoCo v3's code (SimCLR's applies it inside; they differ only
@@ -105,11 +121,22 @@ def lars(
     """
     mask = mask or matrices
     return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=mask),
+        _decay(weight_decay, mask),
         optax.masked(optax.scale_by_trust_ratio(trust_coefficient=trust), mask),
         optax.trace(decay=momentum),
-        optax.scale_by_learning_rate(lr),
+        _scale(lr),
     )
+
+
+def _scale(lr: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return follow(lr, optax.scale_by_learning_rate) if callable(lr) else optax.scale_by_learning_rate(lr)
+
+
+def _decay(weight_decay: optax.ScalarOrSchedule, mask: Callable[[Any], Any]) -> optax.GradientTransformation:
+    def decay(value):
+        return optax.add_decayed_weights(value, mask=mask)
+
+    return follow(weight_decay, decay) if callable(weight_decay) else decay(weight_decay)
 
 
 def matrices(params: Any) -> Any:
@@ -139,23 +166,24 @@ def optimizer(
     last: optax.GradientTransformation,
     steps: int = 1,
     constant_lr: Collection[str] = (),
-) -> optax.GradientTransformation:
+) -> Transformation:
     """The whole chain of a run of `steps`; `last` is the method's own transformation (`track_target` or identity).
 
     constant_lr: top-level names of the parameters whose learning rate stays at the schedule's peak.
     """
     mask = (lambda params: jax.tree.map(lambda _: True, params)) if optim.decay_all else matrices
     decay: Any = optim.weight_decay
-    if optim.weight_decay_end >= 0:
-        start, end = optim.weight_decay, optim.weight_decay_end
-        decay = lambda count: end + (start - end) * (1 + jnp.cos(jnp.pi * jnp.minimum(count, steps) / steps)) / 2  # noqa: E731
+    if (end := optim.weight_decay_end) >= 0:
+        rest = optax.cosine_decay_schedule(optim.weight_decay - end, steps)
+        decay = lambda count: end + rest(count)  # noqa: E731
 
     def core(lr: Any) -> optax.GradientTransformation:
         if optim.name == "sgd":
-            nesterov = optax.sgd(lr, momentum=optim.momentum, nesterov=optim.nesterov)
-            return optax.chain(optax.add_decayed_weights(decay, mask=mask), nesterov)
+            trace = optax.trace(decay=optim.momentum, nesterov=optim.nesterov)
+            return optax.chain(_decay(decay, mask), trace, _scale(lr))
         if optim.name == "adamw":
-            return optax.adamw(lr, b1=optim.momentum, b2=optim.b2, weight_decay=decay, mask=mask)
+            adam = optax.scale_by_adam(b1=optim.momentum, b2=optim.b2)
+            return optax.chain(adam, _decay(decay, mask), _scale(lr))
         return lars(lr, weight_decay=decay, momentum=optim.momentum, mask=mask)
 
     whole = core(schedule)
@@ -170,4 +198,4 @@ def optimizer(
     vectors = optax.identity()
     if optim.vector_lr != 1:
         vectors = optax.masked(optax.scale(optim.vector_lr), lambda p: jax.tree.map(lambda x: x.ndim <= 1, p))
-    return optax.chain(clip, whole, vectors, last)
+    return optax.with_extra_args_support(optax.chain(clip, whole, vectors, last))

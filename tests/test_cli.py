@@ -233,7 +233,7 @@ def test_help_is_quick_and_imports_are_light():
         times.append(time.monotonic() - began)
     assert "pretrain" in done.stdout and min(times) < 1.5
     heavy = "{'tensorflow', 'sklearn', 'matplotlib', 'tensorflow_datasets', 'grain', 'PIL'}"
-    code = f"import sys, ssl_jax, ssl_jax.losses, ssl_jax.trainer; print({heavy} & set(sys.modules))"
+    code = f"import sys, ssl_jax, ssl_jax.losses, ssl_jax.train; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 

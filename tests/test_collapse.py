@@ -1,13 +1,12 @@
-"""A collapse is named within 200 steps, by the trainer's rule: a sign that stands for `trainer.COLLAPSED` in a row."""
+"""A collapse is named within 200 steps, by the trainer's rule: a sign that stands for `COLLAPSE_PATIENCE` in a row."""
 
 import numpy as np
 import pytest
-from test_methods import batch_of, start
-from tiny import Images, tiny_config
 
-from ssl_jax import trainer
+from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config
+from ssl_jax.train.hooks import COLLAPSE_PATIENCE
 
-pytestmark = [pytest.mark.usefixtures("small_networks"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 # What provokes each collapse, beside the tiny config's settings. At T = 100, no key is likelier than another.
 PROVOKED = {
@@ -28,11 +27,11 @@ def test_collapse_is_named_and_a_healthy_run_is_silent(name):
     def named(source, **changes):
         config = tiny_config(name, train__duration="200 steps", **changes)
         state, step_fn, mesh = start(config, source)
-        collapsed, in_a_row = trainer.set_up(config, source).method.collapsed, 0
+        collapsed, in_a_row = set_up(config, source).method.collapsed, 0
         for step in range(200):
             state, metrics = step_fn(state, batch_of(config, source, step, mesh))
             in_a_row = in_a_row + 1 if collapsed({k: float(v) for k, v in metrics.items()}) else 0
-            if in_a_row == trainer.COLLAPSED:
+            if in_a_row == COLLAPSE_PATIENCE:
                 return True
         return False
 

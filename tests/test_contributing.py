@@ -7,24 +7,25 @@ import numpy as np
 import pytest
 
 import ssl_jax.methods
-from ssl_jax import trainer
 from ssl_jax.config import method_names
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_method_of_contributing_trains(tmp_path, monkeypatch):
-    from test_methods import train
-    from tiny import Images, tiny_config, tiny_encoder
 
-    encoder = tiny_encoder()
-    monkeypatch.setattr(trainer, "build", lambda model, channels, size: encoder)
+    from ssl_jax.testing.tiny import Images, batch_of, start, tiny_config
+
     text = (ROOT / "CONTRIBUTING.md").read_text()
     name, code = re.search(r"<!-- method: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL).groups()
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.setattr(ssl_jax.methods, "__path__", [*ssl_jax.methods.__path__, str(tmp_path)])
     assert name in method_names()
-    _, losses = train(tiny_config(name, train__duration="200 steps"), Images(), 40)
+    config, source, losses = tiny_config(name, train__duration="200 steps"), Images(), []
+    state, step_fn, mesh = start(config, source)
+    for step in range(40):
+        state, metrics = step_fn(state, batch_of(config, source, step, mesh))
+        losses.append(float(metrics["loss"]))
     assert np.all(np.isfinite(losses)) and np.mean(losses[-5:]) < np.mean(losses[:5])
 
 

@@ -6,17 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Images, tiny_config
 
-from ssl_jax import trainer
+from ssl_jax import train
 from ssl_jax.augment import make_views
 from ssl_jax.config import method_names
 from ssl_jax.errors import UserError
-from ssl_jax.gradient import join_batch, make_gradient, split_batch
+from ssl_jax.methods.base import Context
 from ssl_jax.parallel import batch_sharding, make_mesh, replicated
+from ssl_jax.testing.tiny import Images, set_up, tiny_config
+from ssl_jax.train.gradient import join_batch, make_gradient, split_batch
 from ssl_jax.transforms import target_of
 
-pytestmark = pytest.mark.usefixtures("small_networks")
 QUICK = ("simclr", "moco", "dino", "swav", "mae", "instance_discrimination")  # the others are slow tests
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in method_names()]
 
@@ -26,12 +26,12 @@ def double(tree):
 
 
 def gradients(name, *, micro_batch, bn_group):
-    """(loss, metrics, extra, gradients) of a step on 64 images, in float64."""
+    """(loss, metrics, statistics, gradients) of a step on 64 images, in float64."""
     source = Images(n=64)
     config = tiny_config(name, train__batch=64)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
-    setup = trainer.set_up(config, source)
-    state = double(trainer.init_state(setup, 0))
+    setup = set_up(config, source)
+    state = double(train.init_state(setup, 0))
     # Drawn once: that those of a part are the same but for rounding in float32 is a test of its own.
     drawn = double(jax.jit(make_views(setup.views, setup.method.shares))(jax.random.key(2), source.images))
 
@@ -40,9 +40,11 @@ def gradients(name, *, micro_batch, bn_group):
 
     inputs = {"image": source.images, "label": source.labels, "index": np.arange(64)}
     gradient = make_gradient(setup.method, augment, micro_batch=micro_batch, bn_group=bn_group)
-    args = state.params, target_of(state.opt_state), state.extra, inputs, jax.random.key(1)
-    (loss, (outputs, extra, metrics)), grads = jax.jit(gradient)(*args)
-    return {"loss": loss, "metrics": metrics, "extra": extra, "grads": grads, "embedding": outputs["embedding"]}
+    ctx = Context(jnp.int32(5), jax.random.key(2), state.params)
+    keys = tuple(jax.random.split(jax.random.key(1)))
+    args = ctx, target_of(state.opt_state), state.model_state, inputs, keys
+    (loss, (outputs, stats, metrics)), grads = jax.jit(gradient)(*args)
+    return {"loss": loss, "metrics": metrics, "stats": stats, "grads": grads, "embedding": outputs["embedding"]}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +53,7 @@ def test_micro_batches_have_the_gradient_of_the_batch(name):
         whole = gradients(name, micro_batch=0, bn_group=8)
         parts = gradients(name, micro_batch=8, bn_group=8)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(whole["grads"])) > 1e-4
-    for key in ("loss", "metrics", "extra", "grads", "embedding"):
+    for key in ("loss", "metrics", "stats", "grads", "embedding"):
         for a, b in zip(jax.tree.leaves(parts[key]), jax.tree.leaves(whole[key]), strict=True):
             # jax.nn.dot_product_attention takes its softmax in float32: for ViTs 1e-6 of the largest.
             least = 1e-6 * float(jnp.abs(b).max()) if name in ("mae", "simmim") else 1e-9
@@ -67,7 +69,7 @@ def test_batch_norm_over_other_groups_is_another_gradient():
 
 def test_views_of_a_part_are_those_of_the_batch():
     images = Images(n=12).images
-    draw = jax.jit(make_views(trainer.set_up(tiny_config("simclr"), Images()).views))
+    draw = jax.jit(make_views(set_up(tiny_config("simclr"), Images()).views))
     whole, parts = draw(jax.random.key(0), images), draw(jax.random.key(0), images[2::3], None, np.arange(12)[2::3])
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b[2::3], atol=1e-6)
@@ -83,15 +85,15 @@ def test_parts_are_strided_and_come_back_in_order():
 
 def test_running_statistics_are_the_means_over_groups():
     with jax.enable_x64(True):
-        grouped = gradients("simclr", micro_batch=0, bn_group=8)["extra"]["stats"]
+        grouped = gradients("simclr", micro_batch=0, bn_group=8)["stats"]
         images, config = Images(n=64), tiny_config("simclr", train__batch=64)
-        setup = trainer.set_up(config, images)
-        state = double(trainer.init_state(setup, 0))
+        setup = set_up(config, images)
+        state = double(train.init_state(setup, 0))
         views, drawn = jax.jit(make_views(setup.views))(jax.random.key(2), images.images)
         each = []
         for i in range(8):
             batch = {"views": [v[8 * i : 8 * i + 8] for v in views], "drawn": drawn}
-            each.append(setup.method.forward(state.params, None, state.extra, batch, None)[1]["stats"])
+            each.append(setup.method.forward(state.params, None, state.model_state, batch, None)[1])
         mean = jax.tree.map(lambda *x: sum(x) / 8, *each)
     for a, b in zip(jax.tree.leaves(grouped), jax.tree.leaves(mean), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
@@ -103,9 +105,9 @@ def test_steps_in_micro_batches_on_devices(devices):
     source, losses = Images(), {}
     for name, mesh_of, changes in (("whole", 1, {}), ("parts", devices, {"train__micro_batch": 4})):
         config = tiny_config("simclr", train__bn_group=4, **changes)
-        setup, mesh = trainer.set_up(config, source), make_mesh(mesh_of, 16, 4)
-        state = jax.device_put(trainer.init_state(setup, 0), replicated(mesh))
-        step_fn = jax.jit(trainer.make_step(setup, config, mesh))
+        setup, mesh = set_up(config, source), make_mesh(mesh_of, 16, 4)
+        state = jax.device_put(train.init_state(setup, 0), replicated(mesh))
+        step_fn = jax.jit(train.make_step(setup, config, mesh))
         losses[name] = []
         for step in range(20):
             index = np.arange(step * 16, step * 16 + 16) % 48
@@ -129,6 +131,6 @@ def test_steps_in_micro_batches_on_devices(devices):
 )
 def test_parts_that_do_not_divide(changes, message):
     with pytest.raises(UserError, match=message):
-        trainer.set_up(tiny_config("simclr", **changes), Images())
+        set_up(tiny_config("simclr", **changes), Images())
     with pytest.raises(UserError, match="config.train.micro_batch=6: not divisible by the 4 devices"):
         make_mesh(4, 24, 6)

@@ -4,33 +4,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_methods import batch_of, start
-from tiny import Images, tiny_config, tiny_encoder
 
-from ssl_jax import trainer
 from ssl_jax.augment import make_views
 from ssl_jax.errors import UserError
-from ssl_jax.gradient import keys_at
 from ssl_jax.methods import moco
+from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config, tiny_encoder
+from ssl_jax.train.gradient import keys_at
 from ssl_jax.transforms import target_of
-
-pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 def steps(config, count):
     """For each step: what forward gives, its input, the state before and after it, and the metrics."""
-    source, setup = Images(), trainer.set_up(config, Images())
+    source, setup = Images(), set_up(config, Images())
     state, step_fn, mesh = start(config, source)
     augment, forward = jax.jit(make_views(setup.views, setup.method.shares)), jax.jit(setup.method.forward)
     for step in range(count):
         # The random numbers of `make_step`.
-        key_views, key_forward = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), step))
+        key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+        key_views, key_forward, key_loss = jax.random.split(key, 3)
         batch = batch_of(config, source, step, mesh)
         views, drawn = augment(key_views, batch["image"])
         inputs = {"views": views, "drawn": drawn, "index": batch["index"]}
         rng = keys_at(key_forward, jnp.arange(16))
-        outputs, _ = forward(state.params, target_of(state.opt_state), state.extra, inputs, rng)
+        outputs, _ = forward(state.params, target_of(state.opt_state), state.model_state, inputs, rng)
         before, (state, metrics) = state, step_fn(state, batch)
+        inputs["key"] = key_loss
         yield outputs, inputs, before, state, metrics
 
 
@@ -45,8 +43,8 @@ def found(query, keys, own, temperature):
     return np.log(np.exp(logits).sum()) - logits[own]
 
 
-def by_age(extra):
-    return np.roll(np.asarray(extra["queue"], np.float64), -int(extra["oldest"]), axis=0)
+def by_age(memory):
+    return np.roll(np.asarray(memory["queue"], np.float64), -int(memory["oldest"]), axis=0)
 
 
 @pytest.mark.parametrize("mode", ["nce", "softmax"])
@@ -55,7 +53,11 @@ def test_a_row_of_the_bank_moves_when_its_image_comes_once_an_epoch(mode):
     config = tiny_config("instance_discrimination", method__mode=mode, method__momentum=0.7, train__batch=10)
     seen = []
     for outputs, inputs, before, after, _ in steps(config, 4):
-        index, old, new = np.asarray(inputs["index"]), before.extra["bank"], after.extra["bank"]
+        index, old, new = (
+            np.asarray(inputs["index"]),
+            before.model_state.memory["bank"],
+            after.model_state.memory["bank"],
+        )
         want = unit(0.7 * np.asarray(old[index], np.float64) + 0.3 * unit(outputs["z"]))
         np.testing.assert_allclose(new[index], want, rtol=1e-4, atol=1e-5)
         assert list(np.flatnonzero(np.any(new != old, axis=1))) == sorted(index)
@@ -67,14 +69,14 @@ def test_z_is_that_of_the_first_batch():
     config = tiny_config("instance_discrimination", method__negatives=30)
     drawn, constant = [], None
     for outputs, inputs, before, after, metrics in steps(config, 4):
-        bank, z = np.asarray(before.extra["bank"], np.float64), unit(outputs["z"])
-        drawn.append(np.asarray(jax.random.randint(outputs["rng"][0], (30,), 0, 48)))
+        bank, z = np.asarray(before.model_state.memory["bank"], np.float64), unit(outputs["z"])
+        drawn.append(np.asarray(jax.random.randint(inputs["key"], (30,), 0, 48)))
         noise, own = bank[drawn[-1]], bank[np.asarray(inputs["index"])]
         odds = np.exp(np.concatenate([np.sum(z * own, axis=1, keepdims=True), z @ noise.T], axis=1) / 0.5)
         if constant is None:
-            assert before.extra["normalizer"] == 0
+            assert before.model_state.memory["normalizer"] == 0
             constant = 48 * odds.mean()
-        np.testing.assert_allclose(after.extra["normalizer"], constant, rtol=1e-5)
+        np.testing.assert_allclose(after.model_state.memory["normalizer"], constant, rtol=1e-5)
         h = odds / constant / (odds / constant + 30 / 48)
         np.testing.assert_allclose(metrics["loss"], np.mean(-np.log(h[:, 0]) - np.log(1 - h[:, 1:]).sum(1)), rtol=1e-4)
     assert len({tuple(d) for d in drawn}) == 4  # others in each step
@@ -84,7 +86,7 @@ def test_z_is_that_of_the_first_batch():
 def test_softmax_finds_the_image_among_all_rows():
     config = tiny_config("instance_discrimination", method__mode="softmax")
     for outputs, inputs, before, _, metrics in steps(config, 4):
-        bank, index = before.extra["bank"], inputs["index"]
+        bank, index = before.model_state.memory["bank"], inputs["index"]
         want = np.mean([found(z, bank, i, 0.5) for z, i in zip(outputs["z"], index)])
         np.testing.assert_allclose(metrics["loss"], want, rtol=1e-4)
 
@@ -94,15 +96,15 @@ def test_nnclr_finds_neighbours_of_one_view_for_the_other_and_remembers_the_firs
     config = tiny_config("nnclr", train__batch=10)
     remembered = None
     for outputs, _, before, after, metrics in steps(config, 8):
-        queue, terms = np.asarray(before.extra["queue"], np.float64), []
+        queue, terms = np.asarray(before.model_state.memory["queue"], np.float64), []
         for z, prediction in zip(outputs["z"], reversed(outputs["prediction"])):
             for i, own in enumerate(unit(z)):
                 neighbour = max(queue, key=lambda row, own=own: row @ own)
                 terms.append(found(neighbour, prediction, i, config.method.temperature))
         np.testing.assert_allclose(metrics["loss"], np.mean(terms), rtol=1e-4)
-        remembered = by_age(before.extra) if remembered is None else remembered
+        remembered = by_age(before.model_state.memory) if remembered is None else remembered
         remembered = np.concatenate([remembered, unit(outputs["z"][0])])[-24:]
-        np.testing.assert_allclose(by_age(after.extra), remembered, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(by_age(after.model_state.memory), remembered, rtol=1e-4, atol=1e-5)
 
 
 LOOC = {"method__factors": ("colour", "rotate", "crop")}
@@ -125,7 +127,7 @@ def test_looc_loss_and_queue_of_each_space():
     config = tiny_config("looc", **LOOC, train__batch=10)
     encoder, remembered = tiny_encoder(), None
     for outputs, inputs, before, after, metrics in steps(config, 6):
-        query, keys, queue = outputs["query"], np.asarray(outputs["keys"]), before.extra["queue"]
+        query, keys, queue = outputs["query"], np.asarray(outputs["keys"]), before.model_state.memory["queue"]
         each = []
         for space, name in enumerate(("all", *LOOC["method__factors"])):
             terms = []
@@ -138,11 +140,11 @@ def test_looc_loss_and_queue_of_each_space():
         np.testing.assert_allclose(metrics["loss"], np.mean(each), rtol=1e-4)
 
         pushed = np.stack([keys[:, space, space] for space in range(4)], axis=1)
-        remembered = by_age(before.extra) if remembered is None else remembered
+        remembered = by_age(before.model_state.memory) if remembered is None else remembered
         remembered = np.concatenate([remembered, unit(pushed)])[-24:]
-        np.testing.assert_allclose(by_age(after.extra), remembered, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(by_age(after.model_state.memory), remembered, rtol=1e-4, atol=1e-5)
 
-        trunk = before.params["encoder"], before.extra["stats"]["encoder"]
+        trunk = before.params["encoder"], before.model_state.stats["encoder"]
         embedding, _ = encoder.apply(*trunk, inputs["views"][0], train=True, groups=2)
         np.testing.assert_allclose(outputs["embedding"], embedding, rtol=1e-4, atol=1e-5)
 
@@ -150,16 +152,16 @@ def test_looc_loss_and_queue_of_each_space():
 def test_statistics_of_the_batch_give_moco_s_positives_away_unless_keys_are_shuffled(monkeypatch):
     """Noise, but for one black image in each of 8 groups: only the statistics of its group tell it from the others."""
     config = tiny_config("moco", train__batch=64, method__bn_groups=8)
-    method = trainer.set_up(config, Images(n=64)).method
+    method = set_up(config, Images(n=64)).method
     noise = np.random.default_rng(0).uniform(size=(64, 8, 8, 1)).astype(np.float32)
     black = np.arange(8) * 9  # in another place of each group
     noise[black] = 0
     views = [jnp.asarray(noise)] * 2
-    params, extra = method.init(jax.random.key(0), views)
+    params, state = method.init(jax.random.key(0), views)
 
     def look(orders):
         """Cosine of a black query with its key less that with the other black keys, and how many of these beat it."""
-        forward = jax.jit(lambda rng: method.forward(params, params, extra, {"views": views}, rng)[0])
+        forward = jax.jit(lambda rng: method.forward(params, params, state, {"views": views}, rng)[0])
         margins, ranks = [], []
         for seed in range(orders):
             outputs = forward(jax.random.split(jax.random.key(seed), len(noise)))
@@ -175,7 +177,7 @@ def test_statistics_of_the_batch_give_moco_s_positives_away_unless_keys_are_shuf
         del rng
         return network.apply(params, stats, x, train=True, groups=groups)
 
-    monkeypatch.setattr(moco, "shuffled", in_order)
+    monkeypatch.setattr(moco, "shuffle_bn", in_order)
     cheat, cheat_rank = look(1)
     assert cheat > 0.2 and cheat_rank == 0
     assert abs(margin) < 0.1 * cheat and 3 < rank < 4  # 3.5 of 7: chance
@@ -190,4 +192,4 @@ def test_settings_are_checked():
         ("instance_discrimination", "negatives", 0, "config.method.negatives=0: allowed: 1 or more"),
     ):
         with pytest.raises(UserError, match=words):
-            trainer.set_up(tiny_config(name, **{f"method__{key}": value}), Images())
+            set_up(tiny_config(name, **{f"method__{key}": value}), Images())

@@ -8,36 +8,35 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_methods import batch_of, start
-from tiny import Images, tiny_config
 
-from ssl_jax import losses, trainer
+from ssl_jax import losses, train
 from ssl_jax.augment import make_views
-from ssl_jax.gradient import keys_at
-from ssl_jax.methods.base import entropies, entropy_collapse
+from ssl_jax.augment import resolve as resolve_views
+from ssl_jax.methods.base import Context, State, entropies, entropy_collapse
 from ssl_jax.methods.vicregl import positions
+from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config, tiny_encoder
+from ssl_jax.train.gradient import keys_at
 from ssl_jax.transforms import freeze, target_of, track_target
-
-pytestmark = pytest.mark.usefixtures("small_networks")
-
 
 FORWARD = {}  # what was compiled once
 
 
 def outputs_of(config, state, step):
-    """What the method's forward gives in this step of `make_step`, from the same random numbers."""
+    """What the method's forward gives in this step of `make_step`, from the same random numbers, and its context."""
     source = Images()
     if repr(config) not in FORWARD:
-        setup = trainer.set_up(config, source)
+        setup = set_up(config, source)
         FORWARD[repr(config)] = setup.method, jax.jit(make_views(setup.views)), jax.jit(setup.method.forward)
     method, augment, forward = FORWARD[repr(config)]
-    key_views, key_forward = jax.random.split(jax.random.fold_in(jax.random.key(config.train.seed), step))
+    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    key_views, key_forward, key_loss = jax.random.split(key, 3)
     batch = batch_of(config, source, step, start(config, source)[2])
     views, drawn = augment(key_views, batch["image"])
     inputs = {"views": views, "drawn": drawn}
     target = target_of(state.opt_state)
     rng = keys_at(key_forward, jnp.arange(16))
-    return method, forward(state.params, target, state.extra, inputs, rng)[0], inputs
+    ctx = Context(state.step, key_loss, state.params)
+    return method, forward(state.params, target, state.model_state, inputs, rng)[0], ctx
 
 
 @pytest.mark.parametrize("name", ["tico", "dino", "swav"])
@@ -50,21 +49,21 @@ def test_the_loss_sees_the_state_of_before_and_the_step_updates_it_after(name):
         config = tiny_config(name, method__queue_start=0.0)
     state, step_fn, mesh = start(config, Images())
     for step in range(3):
-        method, outputs, inputs = outputs_of(config, state, step)
-        before = state.extra
+        method, outputs, ctx = outputs_of(config, state, step)
+        before = state.model_state
         state, metrics = step_fn(state, batch_of(config, Images(), step, mesh))
-        np.testing.assert_allclose(metrics["loss"], method.loss(outputs, before, inputs)[0], rtol=1e-4)
+        np.testing.assert_allclose(metrics["loss"], method.loss(outputs, before, {}, ctx)[0], rtol=1e-4)
         if name == "tico":
             z = np.asarray(losses.common.normalize(outputs["z"]), np.float64)
-            want = 0.7 * before["covariance"] + 0.3 * np.mean([np.outer(x, x) for x in z], axis=0)
-            np.testing.assert_allclose(state.extra["covariance"], want, rtol=1e-4, atol=1e-6)
+            want = 0.7 * before.memory["covariance"] + 0.3 * np.mean([np.outer(x, x) for x in z], axis=0)
+            np.testing.assert_allclose(state.model_state.memory["covariance"], want, rtol=1e-4, atol=1e-6)
         elif name == "dino":
             mean = sum(np.asarray(t, np.float64).mean(axis=0) for t in outputs["teacher"]) / 2
-            want = 0.8 * before["centre"] + 0.2 * mean
-            np.testing.assert_allclose(state.extra["centre"], want, rtol=1e-4, atol=1e-6)
+            want = 0.8 * before.memory["centre"] + 0.2 * mean
+            np.testing.assert_allclose(state.model_state.memory["centre"], want, rtol=1e-4, atol=1e-6)
         else:
-            want = np.concatenate([outputs["z"], before["queue"]], axis=1)[:, :24]
-            np.testing.assert_allclose(state.extra["queue"], want, rtol=1e-4, atol=1e-5)
+            want = np.concatenate([outputs["z"][:2], before.memory["queue"]], axis=1)[:, :24]
+            np.testing.assert_allclose(state.model_state.memory["queue"], want, rtol=1e-4, atol=1e-5)
 
 
 def test_prototypes_have_norm_one_before_each_step_and_stay_while_frozen():
@@ -89,13 +88,13 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
         return losses.common.normalize(jnp.asarray(generator.normal(size=shape), jnp.float32))
 
     prototypes, z, queue = unit(6, 8), unit(2, 10, 8), unit(2, 24, 8)
-    outputs = {"scores": [v @ prototypes.T for v in z]}
-    alone = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in outputs["scores"]]
+    outputs, scores = {"z": list(z)}, [v @ prototypes.T for v in z]
+    alone = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in scores]
     shared = [
         losses.sinkhorn(jnp.concatenate([q @ prototypes.T, s]), epsilon=0.05, iterations=3)[24:]
-        for q, s in zip(queue, outputs["scores"])
+        for q, s in zip(queue, scores)
     ]
-    without, using = (losses.swav(outputs["scores"], q, temperature=0.1) for q in (alone, shared))
+    without, using = (losses.swav(scores, q, temperature=0.1) for q in (alone, shared))
     assert abs(without - using) > 1e-3
     for settings, step, want in (
         (config, 2, without),
@@ -104,20 +103,22 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
         (late, 9, without),
         (late, 10, using),
     ):
-        method = trainer.set_up(settings, Images()).method
-        value, _ = method.loss(outputs, {"queue": queue, "prototypes": prototypes, "step": jnp.int32(step)}, {})
+        method = set_up(settings, Images()).method
+        ctx = Context(jnp.int32(step), None, {"prototypes": prototypes})
+        value, _ = method.loss(outputs, State({}, {"queue": queue}), {}, ctx)
         np.testing.assert_allclose(value, want, rtol=1e-5, err_msg=str(step))
 
 
 def test_swav_without_a_queue_is_saved_and_assigns_each_batch_alone(tmp_path):
     config = tiny_config("swav", method__queue=0, train__duration="6 steps", eval__every="0 steps")
-    encoder = trainer.fit(config, tmp_path / "run", Images())
+    encoder = train.fit(config, tmp_path / "run", Images(), tiny_encoder())
     assert encoder.about["step"] == 6
     state, step_fn, mesh = start(config, Images())
     outputs = outputs_of(config, state, 0)[1]
-    q = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in outputs["scores"][:2]]
+    scores = [z @ state.params["prototypes"].T for z in outputs["z"]]
+    q = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in scores[:2]]
     loss = step_fn(state, batch_of(config, Images(), 0, mesh))[1]["loss"]
-    np.testing.assert_allclose(loss, losses.swav(outputs["scores"], q, temperature=0.1), rtol=1e-5)
+    np.testing.assert_allclose(loss, losses.swav(scores, q, temperature=0.1), rtol=1e-5)
 
 
 def test_dino_exports_the_teacher_and_freezes_its_last_layer_for_an_epoch():
@@ -128,9 +129,9 @@ def test_dino_exports_the_teacher_and_freezes_its_last_layer_for_an_epoch():
     for step in range(5):
         state, _ = step_fn(state, batch_of(config, Images(), step, mesh))
         assert np.array_equal(state.params["last"], first) == (step < 3), step
-    method, target = trainer.set_up(config, Images()).method, target_of(state.opt_state)
-    params, stats = method.encoder(state.params, target, state.extra)
-    assert params is target["encoder"] and stats is state.extra["target"]["encoder"]
+    method, target = set_up(config, Images()).method, target_of(state.opt_state)
+    params, stats = method.encoder(state.params, target, state.model_state)
+    assert params is target["encoder"] and stats is state.model_state.stats["target"]["encoder"]
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, state.params["encoder"])
     assert max(jax.tree.leaves(moved)) > 0
 
@@ -138,11 +139,12 @@ def test_dino_exports_the_teacher_and_freezes_its_last_layer_for_an_epoch():
 def test_dino_teacher_temperature_warms_up():
     """Targets of one run at 0.01 to 0.05 over 10 of 20 steps: at steps 0, 5 and 30 those of 0.01, 0.03 and 0.05."""
     config = tiny_config("dino", method__warmup=0.5, method__warmup_temperature=0.01, method__teacher_temperature=0.05)
-    method = trainer.set_up(config, Images()).method
+    method = set_up(config, Images()).method
     logits = [jnp.asarray(np.random.default_rng(v).uniform(-0.1, 0.1, (4, 8)), jnp.float32) for v in range(2)]
     outputs = {"student": logits, "teacher": logits}
     for step, temperature in ((0, 0.01), (5, 0.03), (30, 0.05)):
-        value, _ = method.loss(outputs, {"centre": jnp.zeros(8), "step": jnp.int32(step)}, {})
+        ctx = Context(jnp.int32(step), None, None)
+        value, _ = method.loss(outputs, State({}, {"centre": jnp.zeros(8)}), {}, ctx)
         want = losses.dino(logits, logits, jnp.zeros(8), temperature=0.1, teacher_temperature=temperature)
         np.testing.assert_allclose(value, want, rtol=1e-5)
 
@@ -181,7 +183,7 @@ def test_vicregl_positions_are_where_the_pixels_come_from():
     size = 32
     image = np.broadcast_to(np.arange(size) * 7, (size, size)).astype(np.uint8)[None, :, :, None]
     view = tiny_config("vicregl", augment__brightness=0.0).augment
-    views = trainer.resolve_views(view, 2, size, True)[:2]
+    views = resolve_views(view, 2, size, True)[:2]
     for seed in range(6):
         made, drawn = make_views(views)(jax.random.key(seed), image)
         for shown, box in zip(made, drawn):
@@ -195,10 +197,10 @@ def test_settings_are_checked():
     from ssl_jax.errors import UserError
 
     with pytest.raises(UserError, match=r"config.method.matches=\(20,\): allowed: two numbers"):
-        trainer.set_up(tiny_config("vicregl", method__matches=(20,)), Images())
+        set_up(tiny_config("vicregl", method__matches=(20,)), Images())
     for name in ("vicreg", "vicregl", "barlow_twins"):
         config = tiny_config(name, train__batch=1)
-        with pytest.raises(UserError, match="config.train.batch=1"):
+        with pytest.raises(UserError, match="gets one image at a time; allowed: 2 or more"):
             state, step_fn, mesh = start(config, Images())
             step_fn(state, batch_of(config, Images(), 0, mesh))
 

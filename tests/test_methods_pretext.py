@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_encoder
 
 from ssl_jax.augment import PRESETS, make_views, ops, render, resolve
 from ssl_jax.config import Augment, Model, View, method_module
@@ -12,6 +11,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.methods import context_encoder, jigsaw, mae, rotation, simmim, transformation_prediction
 from ssl_jax.models import build_encoder, decoder
 from ssl_jax.network import Network
+from ssl_jax.testing.tiny import tiny_encoder
 
 RNG = jax.random.key(3)
 
@@ -41,8 +41,8 @@ def keys(images):
 
 
 def run_forward(method, images, drawn=(), jit=jax.jit):
-    params, extra = jax.jit(method.init)(jax.random.key(0), images)
-    return jit(method.forward)(params, None, extra, {"views": images, "drawn": drawn}, keys(images[0]))[0]
+    params, state = jax.jit(method.init)(jax.random.key(0), images)
+    return jit(method.forward)(params, None, state, {"views": images, "drawn": drawn}, keys(images[0]))[0]
 
 
 def without_jit(function):
@@ -288,7 +288,7 @@ def test_nothing_of_a_masked_patch_reaches_the_network(name):
 def test_the_loss_counts_masked_patches_alone(name):
     method = method_module(name).make(MASKED[name], vit(), None)
     outputs = run_forward(method, [noise(3, 8, 8, 1)])
-    loss, gradient = jax.value_and_grad(lambda p: method.loss(outputs | {"prediction": p}, {}, {})[0])(
+    loss, gradient = jax.value_and_grad(lambda p: method.loss(outputs | {"prediction": p}, None, {}, None)[0])(
         outputs["prediction"]
     )
     assert jnp.all((gradient != 0).any(axis=-1) == outputs["mask"])

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
-from tiny import tiny_config
 from toy_encoder import toy_encoder
 
-from ssl_jax import cli, commands, trainer
+from ssl_jax import cli, commands, parallel, train
 from ssl_jax.config import default, method_module, resolve, to_json
 from ssl_jax.data import Source
 from ssl_jax.encoder import export, random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import RunInfo
 from ssl_jax.run import write_json
+from ssl_jax.testing.tiny import set_up, tiny_config
 
 CLASSES = ["top", "middle", "bottom", "never"]
 
@@ -186,19 +186,19 @@ def test_supervised_is_trained_by_every_label_that_is_known():
     method = method_module("supervised").make(method_module("supervised").Config(), network, RunInfo(1, 1, 1, 3))
     views = [rng.uniform(size=(6, 8, 8, 1)).astype(np.float32)]
     labels = rng.choice([0, 1, np.nan], (6, 3)).astype(np.float32)
-    params, extra = method.init(jax.random.key(0), views)
-    outputs, _ = method.forward(params, None, extra, {"views": views}, jax.random.split(jax.random.key(1), 6))
-    loss, metrics = method.loss(outputs, extra, {"label": labels})
+    params, state = method.init(jax.random.key(0), views)
+    outputs, _ = method.forward(params, None, state, {"views": views}, jax.random.split(jax.random.key(1), 6))
+    loss, metrics = method.loss(outputs, state, {"label": labels}, None)
     known, p = ~np.isnan(labels), expit(np.asarray(outputs["logits"]))
     assert loss == pytest.approx(-np.log(np.where(labels == 1, p, 1 - p)[known]).mean(), rel=1e-5)
     assert metrics["accuracy"] == pytest.approx(((p > 0.5) == (labels == 1))[known].mean())
 
 
 @pytest.mark.parametrize("name, changes", [("sup_con", {}), ("triplet", {"method__mining": "hard"})])
-def test_methods_of_one_label_an_image_say_so(name, changes, small_networks):
+def test_methods_of_one_label_an_image_say_so(name, changes):
     config, data = tiny_config(name, **changes), source(32, 0)
-    step = trainer.make_step(trainer.set_up(config, data), config, trainer.make_mesh(1, 16))
+    step = train.make_step(set_up(config, data), config, parallel.make_mesh(1, 16))
     batch = {"image": data.arrays()[:16], "label": data.labels[:16], "index": np.arange(16)}
-    state = jax.eval_shape(lambda: trainer.init_state(trainer.set_up(config, data), 0))
-    with pytest.raises(UserError, match="needs one label an image, the data have 4"):
+    state = jax.eval_shape(lambda: train.init_state(set_up(config, data), 0))
+    with pytest.raises(UserError, match="needs one label per image, the data have 4"):
         jax.eval_shape(step, state, batch)

@@ -13,7 +13,7 @@ import pytest
 
 from ssl_jax import run
 from ssl_jax.checkpoint import steps
-from ssl_jax.trainer import REQUEUE
+from ssl_jax.train import REQUEUE
 
 # One process and two have other threads, so other rounding. At a larger rate it decides, once in a while, on which side
 # of 0 an input of a ReLU falls: seen at 0.003 as a jump from 1e-6 to 2e-4 within one step. At this rate the second loss

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import trainer
+from ssl_jax import train
 from ssl_jax.config import resolve
 from ssl_jax.errors import UserError
 from ssl_jax.parallel import make_mesh
@@ -68,11 +68,11 @@ def test_a_recipe_is_traced_at_full_size(file, name):
     evaluation = dataclasses.replace(config.eval, online_probe=False)
     config = dataclasses.replace(config, eval=evaluation)
     source, batch = Source(file, config.data.size), config.train.batch
-    setup = trainer.set_up(config, source)
-    state = jax.eval_shape(lambda: trainer.init_state(setup, 0))
+    setup = train.set_up(config, source)
+    state = jax.eval_shape(lambda: train.init_state(setup, 0))
     images = jax.ShapeDtypeStruct((batch, *source.shape), jnp.uint8)
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    step = trainer.make_step(setup, config, make_mesh(1, batch))
+    step = train.make_step(setup, config, make_mesh(1, batch))
     after, metrics = jax.eval_shape(step, state, {"image": images, "label": numbers, "index": numbers})
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()

@@ -3,20 +3,18 @@
 import jax
 import numpy as np
 import pytest
-from tiny import Images, tiny_config
 
-from ssl_jax import checkpoint, parallel, trainer
+from ssl_jax import checkpoint, parallel, train
 from ssl_jax.errors import UserError
 from ssl_jax.plan import collectives
+from ssl_jax.testing.tiny import Images, set_up, tiny_config
 
-pytestmark = pytest.mark.usefixtures("small_networks")
 
-
-def train(config, source, mesh, steps=20):
-    setup = trainer.set_up(config, source)
-    state = trainer.init_state(setup, 0, mesh)
+def losses_of(config, source, mesh, steps=20):
+    setup = set_up(config, source)
+    state = train.init_state(setup, 0, mesh)
     placed = (parallel.state_sharding(mesh, state), parallel.replicated(mesh))
-    step_fn, losses = jax.jit(trainer.make_step(setup, config, mesh), out_shardings=placed), []
+    step_fn, losses = jax.jit(train.make_step(setup, config, mesh), out_shardings=placed), []
     for step in range(steps):
         index = np.arange(step * 16, step * 16 + 16) % 48
         batch = {"image": source.images[index], "index": index.astype(np.int32), "label": source.labels[index]}
@@ -32,15 +30,15 @@ def test_split_parameters_train_as_whole_ones(name, monkeypatch, tmp_path):
     monkeypatch.setattr(parallel, "LARGE", 512)
     config, source = tiny_config(name), Images()
     one = parallel.make_mesh(1, 16)
-    _, wanted = train(config, source, one)
-    state, losses = train(config, source, parallel.make_mesh(4, 16, shard=2))
+    _, wanted = losses_of(config, source, one)
+    state, losses = losses_of(config, source, parallel.make_mesh(4, 16, shard=2))
     np.testing.assert_allclose(losses, wanted, rtol=0, atol=1e-5)
     arrays = jax.tree.leaves(state)
     parts = {x.size // x.addressable_shards[0].data.size for x in arrays}
     assert parts == {1, 2, 4}
     assert all(x.size <= 32 or x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(state.params))
     checkpoint.save(tmp_path, 20, state, 1)
-    like = trainer.init_state(trainer.set_up(config, source), 0, one)
+    like = train.init_state(set_up(config, source), 0, one)
     restored = checkpoint.restore_latest(tmp_path, like, pytest.fail)
     for found, saved in zip(jax.tree.leaves(restored), arrays, strict=True):
         np.testing.assert_array_equal(found, saved)
@@ -57,10 +55,10 @@ EMBEDDINGS = 16 * 8 * 4  # bytes: a batch of projections
 def compiled(name, devices=4, **changes):
     """The program of a step on so many devices."""
     config, source, mesh = tiny_config(name, **changes), Images(), parallel.make_mesh(devices, 16)
-    setup = trainer.set_up(config, source)
-    state = trainer.init_state(setup, 0, mesh)
+    setup = set_up(config, source)
+    state = train.init_state(setup, 0, mesh)
     batch = {"image": source.images[:16], "index": np.arange(16, dtype=np.int32), "label": source.labels[:16]}
-    step = jax.jit(trainer.make_step(setup, config, mesh), out_shardings=parallel.replicated(mesh))
+    step = jax.jit(train.make_step(setup, config, mesh), out_shardings=parallel.replicated(mesh))
     return step.lower(state, jax.device_put(batch, parallel.batch_sharding(mesh))).compile()
 
 

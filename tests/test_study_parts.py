@@ -126,7 +126,7 @@ def get_config():
 
 
 def _untrained(config, workdir, source):
-    """In place of trainer.fit: what it leaves behind, without the training."""
+    """In place of train.fit: what it leaves behind, without the training."""
     with run.lock(workdir):
         run.start(workdir, config)
         size, channels = source.shape[0], source.shape[2]
@@ -135,7 +135,7 @@ def _untrained(config, workdir, source):
 
 
 def test_tasks_of_an_array_share_a_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ssl_jax.trainer.fit", _untrained)
+    monkeypatch.setattr("ssl_jax.train.fit", _untrained)
     (tmp_path / "study.py").write_text(STUDY)
     folder = tmp_path / "out"
     args = ("study", f"--config={tmp_path / 'study.py'}", f"--workdir={folder}")
@@ -168,7 +168,7 @@ def test_an_arm_may_pretrain_on_other_data(tmp_path, monkeypatch):
         given[workdir.name] = (config.data.limit, len(source))
         return _untrained(config, workdir, source)
 
-    monkeypatch.setattr("ssl_jax.trainer.fit", fit)
+    monkeypatch.setattr("ssl_jax.train.fit", fit)
     (tmp_path / "study.py").write_text(
         STUDY.replace("    return config", '    config.study.arms["few"] = {"data": {"limit": 16}}\n    return config')
     )
@@ -199,7 +199,7 @@ def test_the_config_for_chest_x_rays(spec, arms):
 
 
 def test_phantoms_pass_through_the_readers_and_the_study(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ssl_jax.trainer.fit", _untrained)
+    monkeypatch.setattr("ssl_jax.train.fit", _untrained)
     data, folder = tmp_path / "phantoms", tmp_path / "study"
     assert cli.main(["phantom", f"--out={data}", "--patients=12", "--size=32", "--test=16"]) == 0
     smaller = ["data.size=32", "model.width=0.125", "finetune.steps=2", "finetune.epochs=0", "study.labels=(10,)"]

@@ -1,9 +1,10 @@
 """The one interface behind which every method stands. A new method is one new file beside this one.
 
-Such a file holds a docstring whose first line says what the method is and names its source, a frozen dataclass
-`Config`, a dict `RECIPE` ("optim.lr": 0.3, ...: where its defaults differ from those of `ssl_jax.config`) and
+Such a file holds a docstring (its first line says what the method does, the next paragraph names its source), a frozen
+dataclass `Config`, a dict `RECIPE` of the settings in other sections that differ from their defaults, such as
+{"optim.lr": 0.3}, and
 
-    make(config: Config, encoder: Network, run: Run) -> Method
+    make(config: Config, encoder: Network, run: RunInfo) -> Method
 """
 
 import math
@@ -20,100 +21,137 @@ from ssl_jax.losses.reconstruction import masked_error
 from ssl_jax.network import Network
 
 Params = Any
-Extra = Any
+Stats = Any
+Memory = dict[str, jax.Array]
 Batch = Mapping[str, Any]
+Outputs = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
 class RunInfo(NamedTuple):
-    """What a method may know of the run it is made for, for schedules and sizes."""
+    """What a method may know about the run it is made for: schedules and sizes depend on it."""
 
     steps: int  # of the whole run
-    epoch: int  # steps in one
+    epoch: int  # steps per epoch
     examples: int  # images in the data set
-    classes: int  # of the labels, 0 without
+    classes: int  # number of label classes, 0 without labels
+    bn_batch: int = 0  # images that share BatchNorm statistics (config.train.bn_group, micro_batch); 0: the whole batch
 
 
-def keep(params, extra, outputs, step):
+class State(NamedTuple):
+    """What a method keeps beside its parameters."""
+
+    stats: Stats  # running statistics of BatchNorm; a target network's under "target". Only `forward` changes them
+    memory: Memory  # queue, centre, memory bank, ... Only `post_update` changes it
+
+
+class Context(NamedTuple):
+    """What `loss` and `post_update` know beside outputs and state."""
+
+    step: jax.Array  # the one counter that every schedule follows: learning rate, momentum, temperature, freezing
+    key: jax.Array  # a random key for this step, the same in both functions
+    params: Params  # in `loss` those being trained, gradients flow into them; in `post_update` those after the step
+
+
+Init = Callable[[jax.Array, Sequence[jax.Array]], tuple[Params, State]]
+Forward = Callable[[Params, Params, State, Batch, jax.Array], tuple[Outputs, Stats]]
+Loss = Callable[[Outputs, State, Batch, Context], tuple[jax.Array, Metrics]]
+PostUpdate = Callable[[Outputs, State, Context], tuple[Params, Memory]]
+
+
+def no_update(outputs: Outputs, state: State, ctx: Context) -> tuple[Params, Memory]:
     """The `post_update` of a method that has nothing to do after a step."""
-    del outputs, step
-    return params, extra
+    del outputs
+    return ctx.params, state.memory
 
 
-def one_label(batch: Batch) -> jax.Array:
-    """batch["label"] int [B], for methods that know nothing of multi-label data. UserError if the data are such."""
-    label = batch["label"]
-    if label.ndim != 1:
-        raise UserError(
-            f"config.method.name: needs one label an image, the data have {label.shape[1]} labels an image; "
-            "allowed: supervised, methods without labels, or one column in config.data.labels"
-        )
-    return label
-
-
-def online_encoder(params, target, extra):
-    """The `encoder` of a method that keeps it under params["encoder"] and extra["stats"]["encoder"]."""
+def online_encoder(params: Params, target: Params, state: State) -> tuple[Params, Stats]:
+    """The `encoder` of a method that keeps it under params["encoder"] and state.stats["encoder"]."""
     del target
-    return params["encoder"], extra["stats"]["encoder"]
+    return params["encoder"], state.stats["encoder"]
 
 
 class Method(NamedTuple):
-    """A self-supervised (or supervised) method. Shapes: B batch, V views, D features.
+    """A self-supervised (or supervised) method. Shapes: B images per batch, V views, D features.
 
-    init:        (rng, views) -> params, extra        views: V arrays [B, H, W, C]; extra: statistics, queue, centre ...
-                 batch statistics that follow the parameters live in extra["stats"], the target's in extra["target"]
-    forward:     (params, target, extra, batch, rng) -> outputs, extra   per example (but for BatchNorm): may be cut
-                 into micro-batches. batch["views"]: V arrays [B, H, W, C] in [0, 1]; batch["drawn"]: V dicts of the
-                 parameters they were drawn with (see augment.draw); what `needs` names: batch["label"] [B], ...
-                 rng: a key for each image [B]. outputs: a dict of arrays [B, ...], or lists and dicts of such;
-                 outputs["embedding"] [B, D] is the encoder's output for the first view.
-    loss:        (outputs, extra, batch) -> scalar, metrics               sees the whole global batch; batch: what
-                 `needs` names
-    views:       number of views the method draws from each image
-    local_views: whether it takes further, smaller views after these (config.augment.local_views)
-    shares:      for each view the factors (augment.FACTORS) that it has in common with the first view
-    needs:       what the data must give beyond images: a subset of {"label", "index"}
-    transform:   last of the optimizer's chain: optax.identity() or transforms.track_target(...)
-    constant_lr: top-level names of params whose learning rate stays at its peak
-    post_update: (params, extra, outputs, step) -> params, extra          after the optimizer: queue, prototypes
-    encoder:     (params, target, extra) -> params, stats of the encoder: what is exported, evaluated and fine-tuned
-    collapsed:   (metrics as floats) -> the sign of a collapse that this method alone knows, in words, or ""
+    init: (key, views) -> params, State. `views`: V arrays [B, H, W, C].
+    forward: (params, target, state, batch, key) -> outputs, stats. Networks: one image at a time (BatchNorm aside), so
+        it may be called on micro-batches. `target`: the parameters of `transforms.track_target`, None without one.
+        batch["views"]: V arrays [B, H, W, C] in [0, 1]; batch["drawn"]: V dicts of the parameters they were drawn with
+        (see `augment.draw`); and what `needs` names, batch["label"] [B] for example. `key` [B]: one key per image.
+        outputs: a dict of arrays [B, ...], or of lists and dicts of such arrays; outputs["embedding"] [B, D] is the
+        encoder's output for the first view. stats: the new state.stats, of the same structure.
+    loss: (outputs, state, batch, ctx) -> scalar, metrics. Compares images: sees the whole global batch. `batch` holds
+        what `needs` names.
+    views: number of views drawn from each image.
+    local_views: whether the method takes further, smaller views after these (config.augment.local_views).
+    shares: for each view, the factors (`augment.FACTORS`) that it has in common with the first view.
+    needs: what the data must provide beyond images: a subset of {"label", "index"}.
+    transform: the last link of the optimizer's chain, optax.identity() or transforms.track_target(...).
+    constant_lr: top-level names of params whose learning rate stays at its peak.
+    post_update: (outputs, state, ctx) -> params, memory. After the optimizer: moves a queue, normalises prototypes.
+    encoder: (params, target, state) -> params, stats of the encoder that is evaluated, exported and fine-tuned.
+    collapsed: metrics as floats -> the sign of a collapse that only this method knows, in words, or "".
     """
 
-    init: Callable[..., tuple[Params, Extra]]
-    forward: Callable[..., tuple[dict[str, Any], Extra]]
-    loss: Callable[..., tuple[jax.Array, Metrics]]
+    init: Init
+    forward: Forward
+    loss: Loss
     views: int = 2
     local_views: bool = False
     shares: Sequence[Sequence[str]] = ()
     needs: frozenset[str] = frozenset()
     transform: optax.GradientTransformation = optax.identity()
     constant_lr: frozenset[str] = frozenset()
-    post_update: Callable[..., tuple[Params, Extra]] = keep
-    encoder: Callable[..., tuple[Params, Any]] = online_encoder
+    post_update: PostUpdate = no_update
+    encoder: Callable[[Params, Params, State], tuple[Params, Stats]] = online_encoder
     collapsed: Callable[[Mapping[str, float]], str] = lambda metrics: ""
 
 
-def init_network(network: Network) -> Callable[..., tuple[Params, Extra]]:
-    """The `init` of a method that is one network, without target or queue."""
+def init_network(network: Network) -> Init:
+    """The `init` of a method that is one network, without target or memory."""
 
-    def init(rng, views):
-        params, stats = network.init(rng, views[0])
-        return params, {"stats": stats}
+    def init(key, views):
+        params, stats = network.init(key, views[0])
+        return params, State(stats, {})
 
     return init
 
 
-def init_with_target(network: Network, *names: str) -> Callable[..., tuple[Params, Extra]]:
-    """The `init` of a method whose target network has the parts `names` of the online one (all, if none is named)."""
+def init_with_target(network: Network, *names: str) -> Init:
+    """The `init` of a method whose target network has the parts `names` of the online network (default: all)."""
 
-    def init(rng, views):
-        params, stats = network.init(rng, views[0])
+    def init(key, views):
+        params, stats = network.init(key, views[0])
         # Copies: a donated state must not hold one buffer twice.
         target = {name: jax.tree.map(jnp.copy, stats[name]) for name in names or stats}
-        return params, {"stats": stats, "target": target}
+        return params, State({**stats, "target": target}, {})
 
     return init
+
+
+def one_label(batch: Batch) -> jax.Array:
+    """batch["label"] int [B], for methods that take one label per image. UserError for multi-label data."""
+    label = batch["label"]
+    if label.ndim != 1:
+        raise UserError(
+            f"config.method.name: needs one label per image, the data have {label.shape[1]}; "
+            "allowed: supervised, methods without labels, or a single column in config.data.labels"
+        )
+    return label
+
+
+def require_shuffle(bn_groups: int, run: RunInfo, encoder: Network) -> None:
+    """UserError if shuffling the keys cannot hide which images a query was normalised with (`network.shuffle_bn`).
+
+    Where BatchNorm sees a part of the batch at a time, a single group holds the same images for query and key, whatever
+    their order.
+    """
+    if run.bn_batch and bn_groups == 1 and not encoder.patch:  # a ViT has no BatchNorm
+        raise UserError(
+            "config.method.bn_groups=1: with config.train.micro_batch or bn_group set, query and key would be "
+            "normalised over the same images, which gives the positive away; allowed: 2 or more"
+        )
 
 
 def select_entries(*names: str) -> Callable[[Params], Params]:
@@ -128,35 +166,37 @@ def require_vit(encoder: Network, method: str) -> int:
     return encoder.patch
 
 
-def init_with_head(encoder: Network, head: Callable[[jax.Array], Network]) -> Callable[..., tuple[Params, Extra]]:
+def init_with_head(encoder: Network, head: Callable[[jax.Array], Network]) -> Init:
     """The `init` of a method that predicts pixels: a ViT, and head(images), which takes its tokens [B, 1 + N, D]."""
 
-    def init(rng, views):
+    def init(key, views):
         images = views[0][:1]
-        rng_encoder, rng_head = jax.random.split(rng)
-        params, stats = encoder.init(rng_encoder, images)
+        key_encoder, key_head = jax.random.split(key)
+        params, stats = encoder.init(key_encoder, images)
         patches = jax.eval_shape(lambda p, s: encoder.apply(p, s, images, train=True, dense=True)[0], params, stats)
         _, height, width, features = patches.shape
-        of_head, _ = head(images).init(rng_head, jnp.zeros((1, 1 + height * width, features)))
-        return {"encoder": params, "head": of_head}, {"stats": {"encoder": stats}}
+        head_params, _ = head(images).init(key_head, jnp.zeros((1, 1 + height * width, features)))
+        return {"encoder": params, "head": head_params}, State({"encoder": stats}, {})
 
     return init
 
 
-def masked_loss(power: int) -> Callable[..., tuple[jax.Array, Metrics]]:
+def masked_loss(power: int) -> Loss:
     """The `loss` of a method with the outputs "prediction" and "pixels" [B, N, P] and "mask" [B, N]."""
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         return masked_error(outputs["prediction"], outputs["pixels"], outputs["mask"], power=power), {}
 
     return loss
 
 
 def require_batch(views: Sequence[jax.Array], method: str) -> None:
-    """UserError for a batch of one image, in which nothing varies."""
+    """UserError if a single image is embedded at a time, so that nothing varies."""
     if len(views[0]) < 2:
-        raise UserError(f"config.train.batch=1: {method} needs images that differ; allowed: 2 or more")
+        raise UserError(
+            f"config.train: {method} gets one image at a time; allowed: 2 or more (batch, micro_batch, bn_group)"
+        )
 
 
 def std_collapse(cause: str, least: float = 0.05) -> Callable[[Mapping[str, float]], str]:
@@ -200,18 +240,18 @@ def entropy_collapse(classes: int, uniform: str, single: str) -> Callable[[Mappi
     return collapsed
 
 
-def init_queue(rng, size: int, *shape: int) -> dict[str, jax.Array]:
-    """The entries of `extra` that `enqueue` fills: "queue" [size, *shape] of random unit vectors, and "oldest"."""
-    return {"queue": normalize(jax.random.normal(rng, (size, *shape))), "oldest": jnp.zeros([], jnp.int32)}
+def init_queue(key: jax.Array, size: int, *shape: int) -> Memory:
+    """The memory that `enqueue` moves: "queue" [size, *shape] of random unit vectors, and "oldest", its oldest row."""
+    return {"queue": normalize(jax.random.normal(key, (size, *shape))), "oldest": jnp.zeros([], jnp.int32)}
 
 
-def enqueue(extra: dict[str, Any], keys: jax.Array) -> dict[str, Any]:
-    """`extra` with the newest keys [B, ...] over the oldest ones of its queue, a ring of any length."""
-    size = len(extra["queue"])
+def enqueue(memory: Memory, keys: jax.Array) -> Memory:
+    """`memory` with the newest keys [B, ...] written over the oldest rows of its queue, a ring of any length."""
+    size = len(memory["queue"])
     keys = jax.lax.stop_gradient(keys[-size:])
-    places = (extra["oldest"] + jnp.arange(len(keys))) % size
-    oldest = (extra["oldest"] + len(keys)) % size
-    return {**extra, "queue": extra["queue"].at[places].set(keys), "oldest": oldest}
+    places = (memory["oldest"] + jnp.arange(len(keys))) % size
+    oldest = (memory["oldest"] + len(keys)) % size
+    return {**memory, "queue": memory["queue"].at[places].set(keys), "oldest": oldest}
 
 
 # The images of a batch that `search_metrics` looks at: enough for a mean, at any batch little memory.

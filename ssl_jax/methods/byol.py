@@ -35,18 +35,20 @@ def make(config, encoder, run):
     online = stack(encoder=encoder, projector=head, predictor=head) if config.predictor else target
     last = "predictor" if config.predictor else "projector"
 
-    def forward(params, target_params, extra, batch, rng):
-        del rng
-        (a, b), stats = apply_separately(online, params, extra["stats"], batch["views"])
-        (target_a, target_b), target_stats = apply_separately(target, target_params, extra["target"], batch["views"])
+    def forward(params, target_params, state, batch, key):
+        del key
+        (a, b), stats = apply_separately(online, params, state.stats, batch["views"])
+        (target_a, target_b), target_stats = apply_separately(
+            target, target_params, state.stats["target"], batch["views"]
+        )
         outputs = {
             "embedding": a["encoder"],
             "pairs": ((a[last], target_b["projector"]), (b[last], target_a["projector"])),
         }
-        return outputs, {"stats": stats, "target": target_stats}
+        return outputs, {**stats, "target": target_stats}
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         # 2 - 2 cos for each direction, added (equation 2 and its symmetric twin).
         value = sum(2 + 2 * negative_cosine(*pair) for pair in outputs["pairs"])
         return value, {"projection_std": embedding_std(outputs["pairs"][0][1])}

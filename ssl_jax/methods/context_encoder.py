@@ -54,23 +54,23 @@ def make(config, encoder, run):
         half, channels = images.shape[1] // 2, images.shape[-1]
         return stack(encoder=encoder, decoder=mlp((config.hidden, half * half * channels)))
 
-    def init(rng, views):
-        return init_network(network(views[0]))(rng, views)
+    def init(key, views):
+        return init_network(network(views[0]))(key, views)
 
-    def forward(params, target, extra, batch, rng):
+    def forward(params, target, state, batch, key):
         del target
         (images,) = batch["views"]
         side = images.shape[1]
         corner = jnp.full((len(images), 2), side // 4)
         if config.region == "random":
-            corner = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, side - side // 2 + 1))(rng)
+            corner = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, side - side // 2 + 1))(key)
         around, hidden = blank(images, corner)
-        y, stats = network(images).apply(params, extra["stats"], around, train=True)
+        y, stats = network(images).apply(params, state.stats, around, train=True)
         pixels = 2 * hidden.reshape(len(images), -1) - 1  # in [-1, 1], as official
-        return {"embedding": y["encoder"], "prediction": y["decoder"], "pixels": pixels}, {"stats": stats}
+        return {"embedding": y["encoder"], "prediction": y["decoder"], "pixels": pixels}, stats
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         return jnp.square(outputs["prediction"] - outputs["pixels"]).mean(), {}
 
     return Method(init, forward, loss, views=1)

@@ -41,43 +41,44 @@ RECIPE = {
     "optim.warmup": "0.1 epochs",
     "optim.clip_norm": 3.0,  # of the whole gradient; main_dino.py: of each tensor's
 }
+TINY = {"augment.local_views": 2, "augment.local.size": 4}  # for the contract test
 
 
 def make(config, encoder, run):
     head = mlp((config.hidden, config.hidden, config.bottleneck), norm=False, bias=True, gelu=True)
     network = stack(encoder=encoder, head=head)
 
-    def init(rng, views):
-        rng_net, rng_last = jax.random.split(rng)
-        params, extra = init_with_target(network)(rng_net, views)
-        params["last"] = normalize(jax.random.normal(rng_last, (config.out, config.bottleneck)))
-        return params, {**extra, "centre": jnp.zeros(config.out), "step": jnp.zeros([], jnp.int32)}
+    def init(key, views):
+        key_net, key_last = jax.random.split(key)
+        params, state = init_with_target(network)(key_net, views)
+        params["last"] = normalize(jax.random.normal(key_last, (config.out, config.bottleneck)))
+        return params, state._replace(memory={"centre": jnp.zeros(config.out)})
 
     def outputs_of(params, stats, views):
         """Embeddings and logits of each view; the last layer's weights have norm 1 whatever their parameters."""
-        y, stats = apply_jointly(network, {k: params[k] for k in stats}, stats, views)
+        y, stats = apply_jointly(network, {k: params[k] for k in ("encoder", "head")}, stats, views)
         last = normalize(params["last"])
         return [x["encoder"] for x in y], [normalize(x["head"]) @ last.T for x in y], stats
 
-    def forward(params, target, extra, batch, rng):
-        del rng
-        _, student, stats = outputs_of(params, extra["stats"], batch["views"])
-        embeddings, teacher, target_stats = outputs_of(target, extra["target"], batch["views"][:2])
+    def forward(params, target, state, batch, key):
+        del key
+        _, student, stats = outputs_of(params, state.stats, batch["views"])
+        embeddings, teacher, target_stats = outputs_of(target, state.stats["target"], batch["views"][:2])
         outputs = {"embedding": embeddings[0], "student": student, "teacher": teacher}
-        return outputs, {**extra, "stats": stats, "target": target_stats}
+        return outputs, {**stats, "target": target_stats}
 
-    def loss(outputs, extra, batch):
+    def loss(outputs, state, batch, ctx):
         del batch
-        share = jnp.minimum(1, extra["step"] / max(1, config.warmup * run.steps))
+        share = jnp.minimum(1, ctx.step / max(1, config.warmup * run.steps))
         cold = config.warmup_temperature + share * (config.teacher_temperature - config.warmup_temperature)
-        teacher, centre = outputs["teacher"], extra["centre"]
+        teacher, centre = outputs["teacher"], state.memory["centre"]
         value = dino(outputs["student"], teacher, centre, temperature=config.temperature, teacher_temperature=cold)
         return value, entropies(dino_targets(teacher, centre, temperature=cold))
 
-    def move_centre(params, extra, outputs, step):
+    def move_centre(outputs, state, ctx):
         mean = jnp.stack(outputs["teacher"]).mean(axis=(0, 1))
-        centre = config.centre_momentum * extra["centre"] + (1 - config.centre_momentum) * mean
-        return params, {**extra, "centre": centre, "step": step + 1}
+        centre = config.centre_momentum * state.memory["centre"] + (1 - config.centre_momentum) * mean
+        return ctx.params, {"centre": centre}
 
     return Method(
         init,
@@ -89,7 +90,7 @@ def make(config, encoder, run):
             track_target(cosine_momentum(config.momentum, run.steps)),
         ),
         post_update=move_centre,
-        encoder=lambda params, target, extra: (target["encoder"], extra["target"]["encoder"]),
+        encoder=lambda params, target, state: (target["encoder"], state.stats["target"]["encoder"]),
         collapsed=entropy_collapse(
             config.out,
             uniform="teacher_temperature too high, or a learning rate too high",

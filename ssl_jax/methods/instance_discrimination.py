@@ -30,6 +30,8 @@ class Config:
 
 # main.py: SGD with momentum 0.9, weight decay 1e-4 on everything, batch 256, 200 epochs, rate x 0.1 at 120 and at 160.
 RECIPE = {"optim.lr": 0.03, "optim.schedule": "step", "optim.decay_all": True}
+# For the contract test: Z of a bank of 8 numbers a row is far off at the own temperature.
+TINY = {"method.temperature": 0.5}
 
 
 def make(config, encoder, run):
@@ -40,43 +42,42 @@ def make(config, encoder, run):
     network = stack(encoder=encoder, projector=linear(config.out))
     sizes = {"examples": run.examples, "temperature": config.temperature}
 
-    def init(rng, views):
-        rng_net, rng_bank = jax.random.split(rng)
-        params, extra = init_network(network)(rng_net, views)
+    def init(key, views):
+        key_net, key_bank = jax.random.split(key)
+        params, state = init_network(network)(key_net, views)
         most = (3 / config.out) ** 0.5  # rows of length 1, on average (lib/NCEAverage.py)
-        bank = jax.random.uniform(rng_bank, (run.examples, config.out), minval=-most, maxval=most)
-        return params, {**extra, "bank": bank, "normalizer": jnp.zeros([])}
+        bank = jax.random.uniform(key_bank, (run.examples, config.out), minval=-most, maxval=most)
+        return params, state._replace(memory={"bank": bank, "normalizer": jnp.zeros([])})
 
-    def forward(params, target, extra, batch, rng):
-        del target
-        y, stats = network.apply(params, extra["stats"], batch["views"][0], train=True)
-        outputs = {"embedding": y["encoder"], "z": normalize(y["projector"]), "index": batch["index"], "rng": rng}
-        return outputs, {**extra, "stats": stats}
+    def forward(params, target, state, batch, key):
+        del target, key
+        y, stats = network.apply(params, state.stats, batch["views"][0], train=True)
+        outputs = {"embedding": y["encoder"], "z": normalize(y["projector"]), "index": batch["index"]}
+        return outputs, stats
 
-    def noise(outputs, extra):
+    def noise(state, ctx):
         """Rows of the bank, the same for the whole batch."""
-        return extra["bank"][jax.random.randint(outputs["rng"][0], (config.negatives,), 0, run.examples)]
+        return state.memory["bank"][jax.random.randint(ctx.key, (config.negatives,), 0, run.examples)]
 
-    def normalizer(outputs, extra):
+    def normalizer(outputs, state, ctx):
         """Z, fixed from the first batch on."""
-        z, bank = jax.lax.stop_gradient(outputs["z"]), extra["bank"]
-        first = nce_normalizer(z, bank[outputs["index"]], noise(outputs, extra), **sizes)
-        return jnp.where(extra["normalizer"] > 0, extra["normalizer"], first)
+        z, bank = jax.lax.stop_gradient(outputs["z"]), state.memory["bank"]
+        first = nce_normalizer(z, bank[outputs["index"]], noise(state, ctx), **sizes)
+        return jnp.where(state.memory["normalizer"] > 0, state.memory["normalizer"], first)
 
-    def loss(outputs, extra, batch):
+    def loss(outputs, state, batch, ctx):
         del batch
-        z, bank, index = outputs["z"], extra["bank"], outputs["index"]
+        z, bank, index = outputs["z"], state.memory["bank"], outputs["index"]
         if config.mode == "nce":
-            value = nce(z, bank[index], noise(outputs, extra), normalizer=normalizer(outputs, extra), **sizes)
+            value = nce(z, bank[index], noise(state, ctx), normalizer=normalizer(outputs, state, ctx), **sizes)
         else:
             value = indexed_info_nce(z, bank, index, temperature=config.temperature)
         return value, {"projection_std": embedding_std(z)}
 
-    def remember(params, extra, outputs, step):
-        del step
-        bank, index = extra["bank"], outputs["index"]
+    def remember(outputs, state, ctx):
+        bank, index = state.memory["bank"], outputs["index"]
         rows = normalize(config.momentum * bank[index] + (1 - config.momentum) * outputs["z"])
-        return params, {**extra, "bank": bank.at[index].set(rows), "normalizer": normalizer(outputs, extra)}
+        return ctx.params, {"bank": bank.at[index].set(rows), "normalizer": normalizer(outputs, state, ctx)}
 
     # Not `chance_collapse`: against a bank of old rows, a sound run may be worse than that for epochs.
     collapsed = std_collapse("a learning rate or weight decay too high")

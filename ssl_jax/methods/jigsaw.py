@@ -35,6 +35,7 @@ RECIPE = {
     "augment.gray": 0.66,
 }
 SMALLEST = 12  # px of a view: cells of 4, tiles of 3
+TINY = {"augment.size": 12}  # for the contract test: cells of 4 px
 
 
 def permutation_set(count: int, seed: int = 0) -> np.ndarray:
@@ -55,7 +56,7 @@ def permutation_set(count: int, seed: int = 0) -> np.ndarray:
     return candidates[:, chosen].T
 
 
-def tiles_of(rng, images, *, tile, channel_shift):
+def tiles_of(key, images, *, tile, channel_shift):
     """[B, s, s, C] -> nine tiles of each image, row by row [B, 9, t, t, C], each with mean 0.5 and deviation 0.25.
 
     A tile lies at random in its cell but for the last pixels on the right and below: between two tiles is always a gap.
@@ -72,7 +73,7 @@ def tiles_of(rng, images, *, tile, channel_shift):
         inside = jax.random.randint(key_tile, (9, 1, 2), 0, slack + 1)
         return inside, jax.random.randint(key_channel, (9, channels, 2), 0, channel_shift + 1) * (channels == 3)
 
-    inside, shift = jax.vmap(draw)(rng)
+    inside, shift = jax.vmap(draw)(key)
     cells = (side - 3 * cell) // 2 + cell * jnp.indices((3, 3)).reshape(2, 9).T[:, None]  # [9, 1, 2]
     corners = cells + jnp.minimum(inside + shift, slack)  # [B, 9, C, 2]
 
@@ -94,25 +95,25 @@ def make(config, encoder, run):
     orders = jnp.asarray(permutation_set(config.permutations))
     network = stack(encoder=siamese(encoder), head=mlp((config.hidden, config.permutations)))
 
-    def cut(rng, images):
-        return tiles_of(rng, images, tile=config.tile, channel_shift=config.channel_shift)
+    def cut(key, images):
+        return tiles_of(key, images, tile=config.tile, channel_shift=config.channel_shift)
 
-    def init(rng, views):
-        return init_network(network)(rng, [cut(jax.random.split(rng, len(views[0])), views[0])])
+    def init(key, views):
+        return init_network(network)(key, [cut(jax.random.split(key, len(views[0])), views[0])])
 
-    def forward(params, target, extra, batch, rng):
+    def forward(params, target, state, batch, key):
         del target
         (images,) = batch["views"]
-        rng_tiles, rng_order = jnp.moveaxis(jax.vmap(jax.random.split)(rng), 1, 0)
-        answer = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(orders)))(rng_order)
-        tiles = cut(rng_tiles, images)
+        key_tiles, key_order = jnp.moveaxis(jax.vmap(jax.random.split)(key), 1, 0)
+        answer = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(orders)))(key_order)
+        tiles = cut(key_tiles, images)
         shuffled = jnp.take_along_axis(tiles, orders[answer][:, :, None, None, None], axis=1)
-        y, stats = network.apply(params, extra["stats"], shuffled, train=True)
+        y, stats = network.apply(params, state.stats, shuffled, train=True)
         embedding = y["encoder"].reshape(len(images), 9, -1).mean(axis=1)
-        return {"embedding": embedding, "logits": y["head"], "answer": answer}, {"stats": stats}
+        return {"embedding": embedding, "logits": y["head"], "answer": answer}, stats
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         logits, answer = outputs["logits"], outputs["answer"]
         each = optax.softmax_cross_entropy_with_integer_labels(logits, answer)
         return each.mean(), {"accuracy": (logits.argmax(-1) == answer).mean()}

@@ -22,6 +22,7 @@ from ssl_jax.methods.base import (
     enqueue,
     init_queue,
     init_with_target,
+    require_shuffle,
     search_metrics,
 )
 from ssl_jax.models import mlp
@@ -45,7 +46,7 @@ RECIPE = {"optim.lr": 0.03, "optim.decay_all": True, "augment.rotate": 180.0}
 
 
 def make(config, encoder, run):
-    del run
+    require_shuffle(config.bn_groups, run, encoder)
     for factor in config.factors:
         if factor not in FACTORS:
             raise unknown("config.method.factors", factor, FACTORS)
@@ -55,25 +56,25 @@ def make(config, encoder, run):
     spaces = 1 + len(config.factors)  # space 0 feels nothing; space i feels factor i and finds key i
     network = stack(encoder=encoder, heads=heads(mlp((config.hidden, config.out), norm=False, bias=True), spaces))
 
-    def init(rng, views):
-        rng_net, rng_queue = jax.random.split(rng)
-        params, extra = init_with_target(network)(rng_net, views)
-        return params, {**extra, **init_queue(rng_queue, config.queue, spaces, config.out)}
+    def init(key, views):
+        key_net, key_queue = jax.random.split(key)
+        params, state = init_with_target(network)(key_net, views)
+        return params, state._replace(memory=init_queue(key_queue, config.queue, spaces, config.out))
 
-    def forward(params, target, extra, batch, rng):
-        groups, target_stats, keys = config.bn_groups, extra["target"], []
+    def forward(params, target, state, batch, key):
+        groups, target_stats, keys = config.bn_groups, state.stats["target"], []
         view_query, *view_keys = batch["views"]
-        q, stats = network.apply(params, extra["stats"], view_query, train=True, groups=groups)
-        for view, key in zip(view_keys, jax.random.split(rng[0], spaces), strict=True):
-            k, target_stats = shuffle_bn(network, target, target_stats, view, key, groups)
+        q, stats = network.apply(params, state.stats, view_query, train=True, groups=groups)
+        for view, key_order in zip(view_keys, jax.random.split(key[0], spaces), strict=True):
+            k, target_stats = shuffle_bn(network, target, target_stats, view, key_order, groups)
             keys.append(jax.lax.stop_gradient(normalize(k["heads"])))
         # query [B, spaces, D], keys [B, keys, spaces, D]
         outputs = {"embedding": q["encoder"], "query": q["heads"], "keys": jnp.stack(keys, axis=1)}
-        return outputs, {**extra, "stats": stats, "target": target_stats}
+        return outputs, {**stats, "target": target_stats}
 
-    def loss(outputs, extra, batch):
-        del batch
-        query, keys, queue = outputs["query"], outputs["keys"], extra["queue"]
+    def loss(outputs, state, batch, ctx):
+        del batch, ctx
+        query, keys, queue = outputs["query"], outputs["keys"], state.memory["queue"]
         values = {}
         for i, space in enumerate(("all", *config.factors)):
             # Where no factor is felt, the other keys of the image are no negatives: they belong to it, too.
@@ -85,10 +86,10 @@ def make(config, encoder, run):
         )
         return jnp.stack(list(values.values())).mean(), metrics | values
 
-    def push_keys(params, extra, outputs, step):
-        del step
+    def push_keys(outputs, state, ctx):
         each = jnp.arange(spaces)
-        return params, enqueue(extra, outputs["keys"][:, each, each])  # into the queue of a space the keys found in it
+        # Into the queue of each space go the keys that are positives there.
+        return ctx.params, enqueue(state.memory, outputs["keys"][:, each, each])
 
     return Method(
         init,
@@ -105,8 +106,8 @@ def make(config, encoder, run):
 def heads(head: Network, count: int) -> Network:
     """`count` heads without statistics side by side: [B, D] -> [B, count, D']."""
 
-    def init(rng, x):
-        return [head.init(key, x)[0] for key in jax.random.split(rng, count)], {}
+    def init(key, x):
+        return [head.init(k, x)[0] for k in jax.random.split(key, count)], {}
 
     def apply(params, stats, x, **kwargs):
         return jnp.stack([head.apply(p, {}, x, **kwargs)[0] for p in params], axis=1), stats

@@ -52,15 +52,15 @@ def make(config, encoder, run):
     def head(images):
         return decoder(config.width, config.depth, config.heads, patch * patch * images.shape[-1])
 
-    def forward(params, target, extra, batch, rng):
+    def forward(params, target, state, batch, key):
         del target
         (images,) = batch["views"]
         pixels = patchify(images, patch)
         count = pixels.shape[1]
         kept = max(1, int(count * (1 - config.mask)))
-        order = jax.vmap(lambda key: jax.random.permutation(key, count))(rng)  # the first `kept` are visible
+        order = jax.vmap(lambda key: jax.random.permutation(key, count))(key)  # the first `kept` are visible
         tokens, stats = encoder.apply(
-            params["encoder"], extra["stats"]["encoder"], images, train=True, visible=order[:, :kept]
+            params["encoder"], state.stats["encoder"], images, train=True, visible=order[:, :kept]
         )
         prediction, _ = head(images).apply(params["head"], {}, tokens, train=True, order=order)
         outputs = {
@@ -70,6 +70,6 @@ def make(config, encoder, run):
             "pixels": normalized(pixels) if config.normalize else pixels,
             "mask": jnp.argsort(order, axis=1) >= kept,
         }
-        return outputs, {"stats": {"encoder": stats}}
+        return outputs, {"encoder": stats}
 
     return Method(init_with_head(encoder, head), forward, masked_loss(power=2), views=1)

@@ -18,6 +18,7 @@ from ssl_jax.methods.base import (
     enqueue,
     init_queue,
     init_with_target,
+    require_shuffle,
     search_metrics,
 )
 from ssl_jax.models import linear, mlp
@@ -40,35 +41,34 @@ RECIPE = {"optim.lr": 0.03, "optim.decay_all": True}  # SGD, momentum 0.9, weigh
 
 
 def make(config, encoder, run):
-    del run
+    require_shuffle(config.bn_groups, run, encoder)
     if config.head not in ("mlp", "linear"):
         raise unknown("config.method.head", config.head, ("mlp", "linear"))
     head = linear(config.out) if config.head == "linear" else mlp((config.hidden, config.out), norm=False, bias=True)
     network = stack(encoder=encoder, projector=head)
 
-    def init(rng, views):
-        rng_net, rng_queue = jax.random.split(rng)
-        params, extra = init_with_target(network)(rng_net, views)
-        return params, {**extra, **init_queue(rng_queue, config.queue, config.out)}
+    def init(key, views):
+        key_net, key_queue = jax.random.split(key)
+        params, state = init_with_target(network)(key_net, views)
+        return params, state._replace(memory=init_queue(key_queue, config.queue, config.out))
 
-    def forward(params, target, extra, batch, rng):
+    def forward(params, target, state, batch, key):
         view_query, view_key = batch["views"]
         groups = config.bn_groups
-        q, stats = network.apply(params, extra["stats"], view_query, train=True, groups=groups)
-        k, target_stats = shuffle_bn(network, target, extra["target"], view_key, rng[0], groups)
+        q, stats = network.apply(params, state.stats, view_query, train=True, groups=groups)
+        k, target_stats = shuffle_bn(network, target, state.stats["target"], view_key, key[0], groups)
         key = jax.lax.stop_gradient(normalize(k["projector"]))
         outputs = {"embedding": q["encoder"], "query": q["projector"], "key": key}
-        return outputs, {**extra, "stats": stats, "target": target_stats}
+        return outputs, {**stats, "target": target_stats}
 
-    def loss(outputs, extra, batch):
-        del batch
-        query, key, queue = outputs["query"], outputs["key"], extra["queue"]
+    def loss(outputs, state, batch, ctx):
+        del batch, ctx
+        query, key, queue = outputs["query"], outputs["key"], state.memory["queue"]
         value = info_nce(query, key, queue, temperature=config.temperature)
         return value, search_metrics(value, similarities(query[METRIC_ROWS], key[METRIC_ROWS], queue))
 
-    def push_keys(params, extra, outputs, step):
-        del step
-        return params, enqueue(extra, outputs["key"])
+    def push_keys(outputs, state, ctx):
+        return ctx.params, enqueue(state.memory, outputs["key"])
 
     target = track_target(config.momentum)
     return Method(init, forward, loss, transform=target, post_update=push_keys, collapsed=chance_collapse)

@@ -32,15 +32,15 @@ def make(config, encoder, run):
     target_network = stack(encoder=encoder, projector=projector)
     online = stack(encoder=encoder, projector=projector, predictor=predictor)
 
-    def forward(params, target, extra, batch, rng):
-        del rng
-        (a, b), stats = apply_separately(online, params, extra["stats"], batch["views"])
-        (key_a, key_b), target_stats = apply_separately(target_network, target, extra["target"], batch["views"])
+    def forward(params, target, state, batch, key):
+        del key
+        (a, b), stats = apply_separately(online, params, state.stats, batch["views"])
+        (key_a, key_b), target_stats = apply_separately(target_network, target, state.stats["target"], batch["views"])
         pairs = ((a["predictor"], key_b["projector"]), (b["predictor"], key_a["projector"]))
-        return {"embedding": a["encoder"], "pairs": pairs}, {"stats": stats, "target": target_stats}
+        return {"embedding": a["encoder"], "pairs": pairs}, {**stats, "target": target_stats}
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         t = config.temperature
         # The factor 2 T makes the gradient's size independent of the temperature (builder.py).
         return sum(2 * t * in_batch_info_nce(q, k, temperature=t) for q, k in outputs["pairs"]), {}

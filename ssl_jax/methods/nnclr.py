@@ -27,6 +27,7 @@ class Config:
 
 # The paper, for 1000 epochs at batch 4096: as SimCLR. solo-learn's bash_files/run_nnclr.sh: rate 0.4, decay 1e-5.
 RECIPE = {"optim.name": "lars", "optim.lr": 0.3, "optim.weight_decay": 1e-6, "optim.warmup": "0.1 epochs"}
+TINY = {"method.temperature": 0.5}  # for the contract test: at the own one, rounding of its steps grows too fast
 
 
 def make(config, encoder, run):
@@ -37,32 +38,31 @@ def make(config, encoder, run):
         predictor=mlp((config.predictor_hidden, config.out)),
     )
 
-    def init(rng, views):
-        rng_net, rng_queue = jax.random.split(rng)
-        params, extra = init_network(network)(rng_net, views)
-        return params, {**extra, **init_queue(rng_queue, config.queue, config.out)}
+    def init(key, views):
+        key_net, key_queue = jax.random.split(key)
+        params, state = init_network(network)(key_net, views)
+        return params, state._replace(memory=init_queue(key_queue, config.queue, config.out))
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
-        views, stats = apply_separately(network, params, extra["stats"], batch["views"])
+    def forward(params, target, state, batch, key):
+        del target, key
+        views, stats = apply_separately(network, params, state.stats, batch["views"])
         outputs = {
             "embedding": views[0]["encoder"],
             "z": [jax.lax.stop_gradient(normalize(view["projector"])) for view in views],
             "prediction": [view["predictor"] for view in views],
         }
-        return outputs, {**extra, "stats": stats}
+        return outputs, stats
 
-    def loss(outputs, extra, batch):
-        del batch
-        neighbours = [extra["queue"][jnp.argmax(z @ extra["queue"].T, axis=1)] for z in outputs["z"]]
+    def loss(outputs, state, batch, ctx):
+        del batch, ctx
+        neighbours = [state.memory["queue"][jnp.argmax(z @ state.memory["queue"].T, axis=1)] for z in outputs["z"]]
         pairs = list(zip(neighbours, reversed(outputs["prediction"]), strict=True))
         each = [indexed_info_nce(*pair, temperature=config.temperature) for pair in pairs]
         value = (each[0] + each[1]) / 2
         neighbour, prediction = pairs[0][0][METRIC_ROWS], normalize(pairs[0][1])
         return value, search_metrics(value, neighbour @ prediction.T, jnp.arange(len(neighbour)))
 
-    def remember(params, extra, outputs, step):
-        del step
-        return params, enqueue(extra, outputs["z"][0])  # the first view alone
+    def remember(outputs, state, ctx):
+        return ctx.params, enqueue(state.memory, outputs["z"][0])  # the first view alone
 
     return Method(init, forward, loss, post_update=remember, collapsed=chance_collapse)

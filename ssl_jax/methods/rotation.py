@@ -41,15 +41,15 @@ def make(config, encoder, run):
     del config, run
     network = stack(encoder=encoder, classifier=linear(4))
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
+    def forward(params, target, state, batch, key):
+        del target, key
         (images,) = batch["views"]
-        y, stats = network.apply(params, extra["stats"], quarter_turns(images), train=True)
+        y, stats = network.apply(params, state.stats, quarter_turns(images), train=True)
         logits = y["classifier"].reshape(-1, 4, 4)  # [B, turn, 4]
-        return {"embedding": y["encoder"][::4], "logits": logits}, {"stats": stats}
+        return {"embedding": y["encoder"][::4], "logits": logits}, stats
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         logits = outputs["logits"]
         turns = jnp.broadcast_to(jnp.arange(4), logits.shape[:2])
         each = optax.softmax_cross_entropy_with_integer_labels(logits, turns)

@@ -30,13 +30,13 @@ def make(config, encoder, run):
     del run
     network = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
-        (a, b), stats = apply_jointly(network, params, extra["stats"], batch["views"])
-        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
+    def forward(params, target, state, batch, key):
+        del target, key
+        (a, b), stats = apply_jointly(network, params, state.stats, batch["views"])
+        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, stats
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         return nt_xent(*outputs["z"], temperature=config.temperature), {}
 
     return Method(init_network(network), forward, loss)

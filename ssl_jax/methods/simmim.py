@@ -34,15 +34,15 @@ RECIPE = {
 }
 
 
-def random_mask(rng, side, *, mask, block):
-    """[B, side * side] bool of keys rng [B]: of the blocks of block x block patches, the share `mask` (rounded up).
+def random_mask(key, side, *, mask, block):
+    """[B, side * side] bool of key [B], one per image: the share `mask` (rounded up) of the block x block blocks.
 
     Blocks in the last row and column are smaller where `block` does not divide `side`.
     """
     blocks = -(-side // block)
-    rank = jax.vmap(lambda key: jax.random.permutation(key, blocks * blocks))(rng)
+    rank = jax.vmap(lambda k: jax.random.permutation(k, blocks * blocks))(key)
     of_blocks = (rank < math.ceil(mask * blocks * blocks)).reshape(-1, blocks, blocks)
-    return of_blocks.repeat(block, axis=1).repeat(block, axis=2)[:, :side, :side].reshape(len(rng), -1)
+    return of_blocks.repeat(block, axis=1).repeat(block, axis=2)[:, :side, :side].reshape(len(key), -1)
 
 
 def make(config, encoder, run):
@@ -56,20 +56,20 @@ def make(config, encoder, run):
     def head(images):
         return linear(patch * patch * images.shape[-1])
 
-    def init(rng, views):
-        rng, rng_token = jax.random.split(rng)
-        params, extra = init_with_head(encoder, head)(rng, views)
+    def init(key, views):
+        key_net, key_token = jax.random.split(key)
+        params, state = init_with_head(encoder, head)(key_net, views)
         width = params["head"]["linear"]["kernel"].shape[0]
         # Cut off at one deviation, as in the official ViT.
-        return params | {"token": 0.02 * jax.random.truncated_normal(rng_token, -1, 1, (width,))}, extra
+        return params | {"token": 0.02 * jax.random.truncated_normal(key_token, -1, 1, (width,))}, state
 
-    def forward(params, target, extra, batch, rng):
+    def forward(params, target, state, batch, key):
         del target
         (images,) = batch["views"]
-        mask = random_mask(rng, images.shape[1] // patch, mask=config.mask, block=config.block)
+        mask = random_mask(key, images.shape[1] // patch, mask=config.mask, block=config.block)
         masked = (mask, params["token"])
         tokens, stats = encoder.apply(
-            params["encoder"], extra["stats"]["encoder"], images, train=True, dense=True, masked=masked
+            params["encoder"], state.stats["encoder"], images, train=True, dense=True, masked=masked
         )
         tokens = tokens.reshape(*mask.shape, -1)
         prediction, _ = head(images).apply(params["head"], {}, tokens, train=True)
@@ -80,6 +80,6 @@ def make(config, encoder, run):
             "pixels": (patchify(images, patch) - 0.5) / 0.25,  # about mean 0, deviation 1; official: ImageNet's
             "mask": mask,
         }
-        return outputs, {"stats": {"encoder": stats}}
+        return outputs, {"encoder": stats}
 
     return Method(init, forward, masked_loss(power=1), views=1)

@@ -31,14 +31,14 @@ def make(config, encoder, run):
         predictor=mlp((config.bottleneck, config.out)),
     )
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
-        (a, b), stats = apply_separately(network, params, extra["stats"], batch["views"])
+    def forward(params, target, state, batch, key):
+        del target, key
+        (a, b), stats = apply_separately(network, params, state.stats, batch["views"])
         pairs = ((a["predictor"], b["projector"]), (b["predictor"], a["projector"]))
-        return {"embedding": a["encoder"], "pairs": pairs}, {"stats": stats}
+        return {"embedding": a["encoder"], "pairs": pairs}, stats
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         pairs = outputs["pairs"]
         value = sum(negative_cosine(*pair, stop_gradient=config.stop_gradient) for pair in pairs) / 2
         return value, {"projection_rank": direction_rank(pairs[1][1])}

@@ -26,13 +26,13 @@ def make(config, encoder, run):
     projector = mlp((config.hidden, config.out), norm=False, bias=True)  # section 3.1: no BatchNorm
     network = stack(encoder=encoder, projector=projector)
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
-        (a, b), stats = apply_jointly(network, params, extra["stats"], batch["views"])
-        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
+    def forward(params, target, state, batch, key):
+        del target, key
+        (a, b), stats = apply_jointly(network, params, state.stats, batch["views"])
+        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, stats
 
-    def loss(outputs, extra, batch):
-        del extra
+    def loss(outputs, state, batch, ctx):
+        del state, ctx
         z_a, z_b = outputs["z"]
         return sup_con(z_a, z_b, one_label(batch), temperature=config.temperature), {}
 

@@ -25,13 +25,13 @@ RECIPE = {"optim.lr": 0.1, "optim.nesterov": True, "optim.weight_decay": 5e-4}
 def make(config, encoder, run):
     network = stack(encoder=encoder, classifier=linear(config.classes or run.classes))
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
-        y, stats = network.apply(params, extra["stats"], batch["views"][0], train=True)
-        return {"embedding": y["encoder"], "logits": y["classifier"]}, {"stats": stats}
+    def forward(params, target, state, batch, key):
+        del target, key
+        y, stats = network.apply(params, state.stats, batch["views"][0], train=True)
+        return {"embedding": y["encoder"], "logits": y["classifier"]}, stats
 
-    def loss(outputs, extra, batch):
-        del extra
+    def loss(outputs, state, batch, ctx):
+        del state, ctx
         logits, label = outputs["logits"], batch["label"]
         if label.ndim == 2:
             known, right = ~jnp.isnan(label), (logits > 0) == (label >= 0.5)

@@ -36,60 +36,56 @@ RECIPE = {
     "optim.weight_decay": 1e-6,
     "optim.warmup": "0.1 epochs",
 }  # scripts/swav_200ep_bs256_pretrain.sh; 4.8 at batch 4096 is half as much
+TINY = {"augment.local_views": 2, "augment.local.size": 4}  # for the contract test
 
 
 def make(config, encoder, run):
     projector = mlp((config.hidden, config.out))
     network = stack(encoder=encoder, projector=projector)
 
-    def init(rng, views):
-        rng_net, rng_prototypes = jax.random.split(rng)
-        params, extra = init_network(network)(rng_net, views)
-        prototypes = normalize(jax.random.normal(rng_prototypes, (config.prototypes, config.out)))
-        extra["step"] = jnp.zeros([], jnp.int32)
-        if config.queue:  # an array without elements cannot be saved
-            extra["queue"] = jnp.zeros((2, config.queue, config.out))
-            extra["prototypes"] = jnp.copy(prototypes)  # for the loss, which has no parameters
-        return {**params, "prototypes": prototypes}, extra
+    def init(key, views):
+        key_net, key_prototypes = jax.random.split(key)
+        params, state = init_network(network)(key_net, views)
+        params["prototypes"] = normalize(jax.random.normal(key_prototypes, (config.prototypes, config.out)))
+        # Without a queue nothing is remembered: an array without elements could not be saved.
+        return params, state._replace(
+            memory={"queue": jnp.zeros((2, config.queue, config.out))} if config.queue else {}
+        )
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
-        stats, views = extra["stats"], batch["views"]
-        y, encoder_stats = apply_jointly(encoder, params["encoder"], stats["encoder"], views)
+    def forward(params, target, state, batch, key):
+        del target, key
+        y, encoder_stats = apply_jointly(encoder, params["encoder"], state.stats["encoder"], batch["views"])
         # The projector sees the views of all sizes at once, as the official one does.
-        z, projector_stats = apply_jointly(projector, params["projector"], stats["projector"], y)
-        each = [normalize(view) for view in z]
-        outputs = {
-            "embedding": y[0],
-            "z": each[:2],
-            "scores": [z @ params["prototypes"].T for z in each],
-        }
-        return outputs, {**extra, "stats": {"encoder": encoder_stats, "projector": projector_stats}}
+        z, projector_stats = apply_jointly(projector, params["projector"], state.stats["projector"], y)
+        outputs = {"embedding": y[0], "z": [normalize(view) for view in z]}
+        return outputs, {"encoder": encoder_stats, "projector": projector_stats}
 
     def assign(scores, remembered):
         """Assignments of the batch, which shares the clusters with the images remembered."""
         options = {"epsilon": config.epsilon, "iterations": config.sinkhorn_iterations}
         return sinkhorn(jnp.concatenate([remembered, scores]), **options)[len(remembered) :]
 
-    def loss(outputs, extra, batch):
+    def loss(outputs, state, batch, ctx):
         del batch
-        scores = jax.lax.stop_gradient(outputs["scores"][:2])
+        prototypes = ctx.params["prototypes"]
+        scores = [z @ prototypes.T for z in outputs["z"]]
+        targets = jax.lax.stop_gradient(scores[:2])
         if config.queue:
-            remembered = extra["queue"] @ extra["prototypes"].T
-            full = extra["step"] * len(scores[0]) >= config.queue
-            use = full & (extra["step"] >= config.queue_start * run.steps)
-            q = [jax.lax.cond(use, assign, lambda s, r: assign(s, r[:0]), *pair) for pair in zip(scores, remembered)]
+            remembered = jax.lax.stop_gradient(state.memory["queue"] @ prototypes.T)
+            full = ctx.step * len(targets[0]) >= config.queue
+            use = full & (ctx.step >= config.queue_start * run.steps)
+            q = [jax.lax.cond(use, assign, lambda s, r: assign(s, r[:0]), *pair) for pair in zip(targets, remembered)]
         else:
-            q = [assign(s, s[:0]) for s in scores]
-        return swav(outputs["scores"], q, temperature=config.temperature), entropies(q)
+            q = [assign(s, s[:0]) for s in targets]
+        return swav(scores, q, temperature=config.temperature), entropies(q)
 
-    def after(params, extra, outputs, step):
+    def after(outputs, state, ctx):
         """Prototypes are unit vectors again; the newest features come first in the queue, the oldest leave it."""
-        extra, prototypes = {**extra, "step": step + 1}, normalize(params["prototypes"])
-        if config.queue:
-            queue = jnp.concatenate([jnp.stack(outputs["z"]), extra["queue"]], axis=1)[:, : config.queue]
-            extra |= {"queue": queue, "prototypes": prototypes}
-        return {**params, "prototypes": prototypes}, extra
+        params = {**ctx.params, "prototypes": normalize(ctx.params["prototypes"])}
+        if not config.queue:
+            return params, state.memory
+        newest = jnp.stack(outputs["z"][:2])
+        return params, {"queue": jnp.concatenate([newest, state.memory["queue"]], axis=1)[:, : config.queue]}
 
     return Method(
         init,

@@ -35,28 +35,27 @@ RECIPE = {
 def make(config, encoder, run):
     network = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
 
-    def init(rng, views):
-        params, extra = init_with_target(network)(rng, views)
-        return params, {**extra, "covariance": jnp.zeros((config.out, config.out))}
+    def init(key, views):
+        params, state = init_with_target(network)(key, views)
+        return params, state._replace(memory={"covariance": jnp.zeros((config.out, config.out))})
 
-    def forward(params, target, extra, batch, rng):
-        del rng
+    def forward(params, target, state, batch, key):
+        del key
         view, other = batch["views"]
-        y, stats = network.apply(params, extra["stats"], view, train=True)
-        t, target_stats = network.apply(target, extra["target"], other, train=True)
+        y, stats = network.apply(params, state.stats, view, train=True)
+        t, target_stats = network.apply(target, state.stats["target"], other, train=True)
         outputs = {"embedding": y["encoder"], "z": y["projector"], "target": t["projector"]}
-        return outputs, {**extra, "stats": stats, "target": target_stats}
+        return outputs, {**stats, "target": target_stats}
 
-    def loss(outputs, extra, batch):
-        del batch
+    def loss(outputs, state, batch, ctx):
+        del batch, ctx
         z = outputs["z"]
-        value = tico(z, outputs["target"], extra["covariance"], beta=config.beta, rho=config.rho)
+        value = tico(z, outputs["target"], state.memory["covariance"], beta=config.beta, rho=config.rho)
         return value, {"projection_std": embedding_std(z)}
 
-    def remember(params, extra, outputs, step):
-        del step
-        covariance = tico_covariance(outputs["z"], extra["covariance"], beta=config.beta)
-        return params, {**extra, "covariance": covariance}
+    def remember(outputs, state, ctx):
+        covariance = tico_covariance(outputs["z"], state.memory["covariance"], beta=config.beta)
+        return ctx.params, {"covariance": covariance}
 
     transform = track_target(cosine_momentum(config.momentum, run.steps))
     collapsed = std_collapse("config.method.rho too small")

@@ -34,6 +34,7 @@ PARTS = {
 }  # fmt: skip
 CHANGES_NOTHING = {"zoom": 1.0, "brightness": 1.0, "contrast": 1.0, "saturation": 1.0}
 MIRRORED = (1, 0, 3, 2)  # upper left <-> upper right, lower right <-> lower left
+TINY = {"augment.second.rotate": 90.0, "augment.second.shear": 20.0}  # for the contract test: something to predict
 
 
 def targets_of(drawn, channels):
@@ -70,13 +71,13 @@ def make(config, encoder, run):
     # One output for every number there may be: which ones are drawn is for the views to say.
     network = stack(encoder=siamese(encoder), head=mlp((config.hidden, sum(count for count, _ in PARTS.values()))))
 
-    def init(rng, views):
-        return init_network(network)(rng, [jnp.stack(views, axis=1)])
+    def init(key, views):
+        return init_network(network)(key, [jnp.stack(views, axis=1)])
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
+    def forward(params, target, state, batch, key):
+        del target, key
         pair = jnp.stack(batch["views"], axis=1)
-        y, stats = network.apply(params, extra["stats"], pair, train=True)
+        y, stats = network.apply(params, state.stats, pair, train=True)
         embedding = jnp.split(y["encoder"], 2, axis=1)[0]
         targets = targets_of(batch["drawn"][1], batch["views"][1].shape[-1])
         if not targets:
@@ -84,10 +85,10 @@ def make(config, encoder, run):
                 "config.augment: the second view has nothing to predict; allowed: preset=transformation, or any of "
                 "second.rotate, shear, zoom, translate, perspective, brightness, contrast"
             )
-        return {"embedding": embedding, "prediction": y["head"], "targets": targets}, {"stats": stats}
+        return {"embedding": embedding, "prediction": y["head"], "targets": targets}, stats
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         targets = outputs["targets"]
         errors, start = {}, 0
         for name, (count, _) in PARTS.items():

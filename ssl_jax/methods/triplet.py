@@ -39,20 +39,20 @@ def make(config, encoder, run):
     mined = config.mining != "none"
     network = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
 
-    def forward(params, target, extra, batch, rng):
-        del target
-        (a, b), stats = apply_jointly(network, params, extra["stats"], batch["views"])
+    def forward(params, target, state, batch, key):
+        del target, key
+        (a, b), stats = apply_jointly(network, params, state.stats, batch["views"])
         anchor, positive = a["projector"], b["projector"]
         if config.normalize:
             anchor, positive = normalize(anchor), normalize(positive)
         if len(anchor) < 2:
             raise UserError("config.train.batch=1: triplet takes its negative from the batch; allowed: 2 or more")
-        return {"embedding": a["encoder"], "anchor": anchor, "positive": positive, "rng": rng}, {"stats": stats}
+        return {"embedding": a["encoder"], "anchor": anchor, "positive": positive}, stats
 
-    def loss(outputs, extra, batch):
-        del extra
+    def loss(outputs, state, batch, ctx):
+        del state
         anchor, positive = outputs["anchor"], outputs["positive"]
-        shift = jax.random.randint(outputs["rng"][0], (), 1, len(positive))  # to another image, never to itself
+        shift = jax.random.randint(ctx.key, (), 1, len(positive))  # to another image, never to itself
         negative = jnp.roll(positive, shift, axis=0)
         metrics = {"distance": jnp.linalg.norm(jax.lax.stop_gradient(anchor - negative), axis=1).mean()}
         if not mined:

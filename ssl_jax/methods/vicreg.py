@@ -33,14 +33,14 @@ def make(config, encoder, run):
     network = stack(encoder=encoder, projector=mlp((config.hidden, config.hidden, config.out), last_bias=False))
     weights = {"invariance": config.invariance, "variance": config.variance, "covariance": config.covariance}
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
+    def forward(params, target, state, batch, key):
+        del target, key
         require_batch(batch["views"], "vicreg")
-        (a, b), stats = apply_separately(network, params, extra["stats"], batch["views"])
-        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, {"stats": stats}
+        (a, b), stats = apply_separately(network, params, state.stats, batch["views"])
+        return {"embedding": a["encoder"], "z": (a["projector"], b["projector"])}, stats
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         z = outputs["z"]
         return vicreg(*z, **weights), {"projection_std": z[0].std(axis=0).mean()}
 

@@ -35,6 +35,7 @@ RECIPE = {
     "optim.weight_decay": 1e-6,
     "optim.warmup": "0.1 epochs",
 }  # README: ResNet-50, 100 epochs; 0.2 for 300
+TINY = {"augment.local_views": 1, "augment.local.size": 4}  # for the contract test: two double the time to compile
 
 
 def make(config, encoder, run):
@@ -46,12 +47,12 @@ def make(config, encoder, run):
     whole = stack(encoder=encoder, projector=projector)
     settings = {k: getattr(config, k) for k in ("alpha", "matches", "invariance", "variance", "covariance")}
 
-    def init(rng, views):
-        rng_whole, rng_places = jax.random.split(rng)
-        params, stats = whole.init(rng_whole, views[0])
+    def init(key, views):
+        key_whole, key_places = jax.random.split(key)
+        params, stats = whole.init(key_whole, views[0])
         width = params["projector"]["linear1"]["kernel"].shape[0]
-        params["places"], stats["places"] = places.init(rng_places, jnp.zeros((1, width)))
-        return params, {"stats": stats}
+        params["places"], stats["places"] = places.init(key_places, jnp.zeros((1, width)))
+        return params, stats
 
     def apply(params, stats, x, *, train):
         maps, encoder_stats = encoder.apply(params["encoder"], stats["encoder"], x, train=train, dense=True)
@@ -63,17 +64,17 @@ def make(config, encoder, run):
         stats = {"encoder": encoder_stats, "projector": projector_stats, "places": places_stats}
         return {"embedding": y, "z": z, "maps": local}, stats
 
-    def forward(params, target, extra, batch, rng):
-        del target, rng
+    def forward(params, target, state, batch, key):
+        del target, key
         require_batch(batch["views"], "vicregl")
-        each, stats = apply_separately(Network(init, apply), params, extra["stats"], batch["views"])
+        each, stats = apply_separately(Network(init, apply), params, state.stats, batch["views"])
         where = [positions(drawn, *y["maps"].shape[1:3]) for y, drawn in zip(each, batch["drawn"], strict=True)]
         maps = [y["maps"].reshape(*p.shape[:2], -1) for y, p in zip(each, where, strict=True)]
         outputs = {"embedding": each[0]["embedding"], "z": [y["z"] for y in each], "maps": maps, "positions": where}
-        return outputs, {"stats": stats}
+        return outputs, stats
 
-    def loss(outputs, extra, batch):
-        del extra, batch
+    def loss(outputs, state, batch, ctx):
+        del state, batch, ctx
         z = outputs["z"]
         value = vicregl(z, outputs["maps"], outputs["positions"], **settings)
         return value, {"projection_std": z[0].std(axis=0).mean()}

@@ -1,10 +1,17 @@
-"""Small things that several tests train on."""
+"""Small networks, images and configs: what compiles in no time and still has all that a method may need."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax.config import default, resolve
+from ssl_jax import train
+from ssl_jax.augment import make_views
+from ssl_jax.config import default, method_module, resolve
+from ssl_jax.data import order
 from ssl_jax.network import Network
+from ssl_jax.parallel import batch_sharding, make_mesh, replicated
 
 # Of any method that has such a field. VICReg's weights are a 25th: as if the loss and the learning rate were. TiCo's
 # covariance and DINO's centre are full at once, or the loss would rise while they fill.
@@ -14,20 +21,9 @@ SMALL = {
     "freeze_steps": 3, "local": 8, "invariance": 1.0, "variance": 1.0, "covariance": 0.04, "beta": 0.1,
     "centre_momentum": 0.0, "teacher_temperature": 0.01, "warmup_temperature": 0.01,
 }  # fmt: skip
-# At their own temperatures, rounding of the steps here grows too fast, and Z of a bank of 8 numbers a row is far off.
-TEMPERATURE = {"instance_discrimination": 0.5, "nnclr": 0.5}
-# Views that a method cannot do without: cells of 4 px for tiles; a warp to predict.
-VIEWS = {
-    "jigsaw": {"augment.size": 12},
-    "transformation_prediction": {"augment.second.rotate": 90.0, "augment.second.shear": 20.0},
-}
-MULTI_CROP = (
-    "dino",
-    "swav",
-    "vicregl",
-)  # trained with local views, too; two double VICRegL's time to compile
 
 
+@functools.cache
 def tiny_encoder():
     """Images -> BatchNorm MLP -> embeddings [B, 12]: a network with statistics that compiles in no time."""
     from ssl_jax.models import mlp
@@ -75,13 +71,14 @@ class Images:
 
 
 def tiny_config(method, **changes):
-    """A resolved config of `method` at toy size; changes are written section__key=value."""
+    """A resolved config of `method` at toy size; changes are written section__key=value.
+
+    A method that needs something else here (views of a certain size, say) has it in a dict `TINY` of its module.
+    """
     config = default(method)
     for key in SMALL:
         if key in config.method:
             config.method[key] = SMALL[key]
-    if method in TEMPERATURE:
-        config.method.temperature = TEMPERATURE[method]
     config.augment.preset = "none"
     config.augment.crop_scale = (0.5, 1.0)
     config.augment.flip = 0.5
@@ -90,15 +87,55 @@ def tiny_config(method, **changes):
     config.augment.jitter_prob = 1.0
     config.optim.update({"name": "sgd", "lr": 0.05, "lr_batch": 0, "warmup": "0 steps"})
     config.train.update({"batch": 16, "duration": "20 steps", "log_every": "1 steps", "devices": 1})
-    if method in MULTI_CROP:
-        config.augment.local_views, config.augment.local.size = 1 if method == "vicregl" else 2, 4
     config.data.name = "synthetic"
     if config.model.name.startswith("vit"):
         config.model.update({"width": 1 / 16, "depth": 1, "patch": 2})
     else:
         config.model.update({"name": "resnet_thin", "width": 0.25})
-    config.update_from_flattened_dict(VIEWS.get(method, {}))
+    config.update_from_flattened_dict(getattr(method_module(method), "TINY", {}))
     for key, value in changes.items():
         section, name = key.split("__")
         config[section][name] = value
     return resolve(config)
+
+
+def tiny_network(config):
+    """The encoder that stands in for a ResNet; None, the config's own, for a ViT."""
+    return None if config.model.name.startswith("vit") else tiny_encoder()
+
+
+def set_up(config, source):
+    """`train.set_up` on `tiny_network`."""
+    return train.set_up(config, source, tiny_network(config))
+
+
+def views_of(setup, images, seed=1):
+    """What a method's forward gets of images uint8 [B, H, W, C]: its views, and how they were drawn."""
+    views, drawn = jax.jit(make_views(setup.views, setup.method.shares))(jax.random.key(seed), images)
+    return {"views": views, "drawn": drawn}
+
+
+def batch_of(config, source, step, mesh):
+    """The batch of a step, on the devices of `mesh`."""
+    index = order(config.train.seed, len(source), config.train.batch, step)
+    batch = {"image": source.images[index], "index": index.astype(np.int32)}
+    if source.labels is not None:
+        batch["label"] = source.labels[index]
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+STARTED: dict[
+    str, tuple
+] = {}  # what was compiled once serves all tests of a config; the newest, as programs take memory
+
+
+def start(config, source, devices=1):
+    """(initial state, jitted step, mesh)"""
+    key = repr((config, source.images.shape, source.labels is None, devices))
+    if key not in STARTED:
+        setup, mesh = set_up(config, source), make_mesh(devices, config.train.batch)
+        state = jax.device_put(train.init_state(setup, config.train.seed), replicated(mesh))
+        STARTED[key] = state, jax.jit(train.make_step(setup, config, mesh)), mesh
+        if len(STARTED) > 4:
+            del STARTED[next(iter(STARTED))]
+    return STARTED[key]

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Images, tiny_config, tiny_encoder
 
-from ssl_jax import run, trainer
+from ssl_jax import parallel, run, train
 from ssl_jax.checkpoint import steps
-from ssl_jax.config import Data
 from ssl_jax.errors import UserError
 from ssl_jax.report import html
+from ssl_jax.testing.tiny import Images, tiny_config, tiny_encoder
+from ssl_jax.train.step import device_store
 
 TINY = (
     "--config.data.name=synthetic --config.data.limit=96 --config.data.size=16 --config.data.channels=1 "
@@ -111,7 +111,7 @@ def test_signals_save_and_ask_for_requeue(uninterrupted, tmp_path, number):
     wait_for(process, workdir, 7)
     process.send_signal(number)
     _, err = process.communicate(timeout=100)
-    assert process.returncode == trainer.REQUEUE, err
+    assert process.returncode == train.REQUEUE, err
     saved = steps(workdir / "checkpoints")[-1]
     assert saved >= 7 and f"saved step {saved}" in err
     done = finish(workdir)
@@ -137,7 +137,7 @@ def test_a_run_goes_on_with_fewer_devices(tmp_path):
         wait_for(process, workdir, until)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=100)
-        assert process.returncode == trainer.REQUEUE, err
+        assert process.returncode == train.REQUEUE, err
     saved = steps(workdir / "checkpoints")[-1]
     assert 11 <= saved < 20
     done = finish(workdir, *flags, **on(1))
@@ -229,48 +229,41 @@ def test_memory_and_disk_engines_train_the_same(tmp_path):
     for engine in ("memory", "disk"):
         config = tiny_config("simclr", train__duration="2.5 epochs", eval__every="0 steps")
         source = dataclasses.replace(config.data, name="folder", path=str(data), size=16, engine=engine)
-        trainer.fit(dataclasses.replace(config, data=source), tmp_path / engine)
+        train.fit(dataclasses.replace(config, data=source), tmp_path / engine)
         lines[engine] = (tmp_path / engine / "metrics.jsonl").read_text()
     assert lines["memory"] == lines["disk"] and len(lines["memory"].splitlines()) == 5
 
 
-@pytest.fixture
-def small_networks(monkeypatch):
-    encoder = tiny_encoder()
-    monkeypatch.setattr(trainer, "build", lambda model, channels, size: encoder)
-    monkeypatch.setattr(trainer, "export", lambda folder, encoder: None)
-
-
-def test_loss_not_finite_stops_with_step_cause_and_checkpoint(tmp_path, small_networks):
+def test_loss_not_finite_stops_with_step_cause_and_checkpoint(tmp_path):
     source = Images()
     config = tiny_config("supervised", train__duration="40 steps", train__save_every="2 steps", optim__lr=1e38)
     with pytest.raises(
         UserError, match=r"step \d+: loss is (nan|inf).*likely cause: a learning rate too high.*checkpoint"
     ):
-        trainer.fit(config, tmp_path / "run", source)
+        train.fit(config, tmp_path / "run", source, tiny_encoder())
     assert all(line["loss"] is not None for line in run.read_lines(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_non_finite_steps_are_left_out_with_everything_they_touched(small_networks):
+def test_non_finite_steps_are_left_out_with_everything_they_touched():
     """A batch with a NaN: parameters, queue, statistics and target stay bit-equal; the step counts."""
     config = tiny_config("moco", optim__skip_nonfinite=True)
-    setup = trainer.set_up(config, Images())
-    bad = setup.method._replace(loss=lambda outputs, extra, batch: (outputs["query"].sum() * jnp.nan, {}))
-    mesh = trainer.make_mesh(1, 16)
-    state = trainer.init_state(setup, 0)
-    step = jax.jit(trainer.make_step(setup._replace(method=bad), config, mesh))
+    setup = train.set_up(config, Images(), tiny_encoder())
+    bad = setup.method._replace(loss=lambda outputs, state, batch, ctx: (outputs["query"].sum() * jnp.nan, {}))
+    mesh = parallel.make_mesh(1, 16)
+    state = train.init_state(setup, 0)
+    step = jax.jit(train.make_step(setup._replace(method=bad), config, mesh))
     after, metrics = step(state, {"image": jnp.zeros((16, 8, 8, 1), jnp.uint8), "label": jnp.zeros(16, jnp.int32)})
     assert int(metrics["skipped"]) == 1 and int(after.step) == 1
     for a, b in zip(jax.tree.leaves(after._replace(step=0)), jax.tree.leaves(state._replace(step=0)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_collapse_is_told_in_words(tmp_path, small_networks, capsys):
+def test_collapse_is_told_in_words(tmp_path, capsys):
     """Black images all look the same: the embedding cannot spread."""
     source = Images(n=64, labels=False)
     source.images[:] = 0
     config = tiny_config("simclr", train__duration="60 steps", eval__every="30 steps")
-    trainer.fit(config, tmp_path / "run", source)
+    train.fit(config, tmp_path / "run", source, tiny_encoder())
     assert "collapsed: embedding std" in capsys.readouterr().err
     lines = run.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["rank_me"] for line in lines if "rank_me" in line] == pytest.approx([1, 1], abs=1e-3)
@@ -278,31 +271,31 @@ def test_collapse_is_told_in_words(tmp_path, small_networks, capsys):
     assert "The run shows a collapse: embedding std" in html.write_report(tmp_path / "run").read_text()
     config = dataclasses.replace(config, on_collapse="stop")
     with pytest.raises(UserError, match=r"collapsed: embedding std .* stopped by config.on_collapse=stop"):
-        trainer.fit(config, tmp_path / "stopped", source)
+        train.fit(config, tmp_path / "stopped", source, tiny_encoder())
 
 
-def test_several_labels_an_image_are_watched(tmp_path, small_networks):
+def test_several_labels_an_image_are_watched(tmp_path):
     """The online probe tells its masked cross-entropy, kNN the mean AUC over classes."""
     source = Images(n=96)
     source.labels = (source.labels[:, None] == np.arange(3)).astype(np.float32)
     source.labels[5, 1] = source.labels[7] = np.nan
     config = tiny_config("simclr", train__duration="20 steps", eval__every="20 steps", data__engine="disk")
-    trainer.fit(config, tmp_path / "run", source)
+    train.fit(config, tmp_path / "run", source, tiny_encoder())
     lines = run.read_lines(tmp_path / "run" / "metrics.jsonl")
     probe = [line["probe_loss"] for line in lines if "loss" in line]
     assert probe[0] == pytest.approx(np.log(2)) and np.log(2) > probe[10] > probe[-1]  # it starts at zero: p is 1/2
     assert [line["step"] for line in lines if line.get("knn_auc", 0) > 0.9] == [20]
     assert "Online probe, loss" in html.write_report(tmp_path / "run").read_text()
-    fetch = trainer._Loop(dataclasses.replace(config, data=Data(engine="memory")), tmp_path, tmp_path, source)._fetch()
-    np.testing.assert_array_equal(fetch({"index": np.arange(96)})["label"], source.labels)  # float, NaN and all
+    gather = device_store(source, parallel.make_mesh(1, 96))
+    np.testing.assert_array_equal(gather({"index": np.arange(96)})["label"], source.labels)  # float, NaN and all
 
 
-def test_workdir_that_is_something_else(tmp_path, small_networks):
+def test_workdir_that_is_something_else(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     for name, message in (("file", "cannot be made|is a file"), ("full", "not empty and no run folder")):
         with pytest.raises(UserError, match=message):
-            trainer.fit(tiny_config("simclr"), tmp_path / name, Images())
+            train.fit(tiny_config("simclr"), tmp_path / name, Images(), tiny_encoder())
     assert (tmp_path / "full" / "thesis.tex").read_text() == "x"
     assert {p.name for p in (tmp_path / "full").iterdir()} <= {".lock", "thesis.tex"}

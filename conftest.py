@@ -27,7 +27,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 def group(nodeid):
     """A file's tests share a worker and what they made; those of one method share another, as they take the longest."""
     file, _, test = nodeid.partition("::")
-    return " ".join(re.split(r"[\[\]-]", test)[1:2]) if file.endswith("test_methods.py") else file
+    return " ".join(re.split(r"[\[\]-]", test)[1:2]) if file.endswith("test_contract.py") else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -49,19 +49,3 @@ def pytest_runtest_teardown():
         import jax
 
         jax.clear_caches()
-
-
-@pytest.fixture
-def small_networks(monkeypatch):
-    """Methods on an MLP with BatchNorm in place of a ResNet."""
-    from tiny import tiny_encoder
-
-    from ssl_jax import trainer
-    from ssl_jax.encoder import build
-
-    encoder = tiny_encoder()
-
-    def build_small(model, *shape):
-        return build(model, *shape) if model.name.startswith("vit") else encoder
-
-    monkeypatch.setattr(trainer, "build", build_small)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax import parallel
-from ssl_jax.methods.base import Method
+from ssl_jax.methods.base import Context, Method, State
 
 Inputs = Mapping[str, jax.Array]
 
@@ -52,9 +52,10 @@ def keys_at(key: jax.Array, places: jax.Array) -> jax.Array:
 def make_gradient(
     method: Method, augment: Callable[..., Any], *, micro_batch: int = 0, bn_group: int = 0, mesh: Any = None
 ) -> Callable[..., Any]:
-    """A function (params, target, extra, inputs, key) -> (loss, (outputs, extra, metrics)), gradients of params.
+    """A function (ctx, target, state, inputs, keys) -> (loss, (outputs, stats, metrics)), gradients of ctx.params.
 
-    inputs: arrays [B, ...] under "image" (uint8), and "pair", "label", "index" as there are.
+    inputs: arrays [B, ...] under "image" (uint8), and "pair", "label", "index" where there are any.
+    keys: two random keys, for the views and for `forward`.
     micro_batch: images embedded at a time, a divisor of B; 0: all.
     bn_group: images that share the statistics of BatchNorm, neighbours in the batch, a divisor of that; 0: all of
     them. Groups stay whole in micro-batches, and on their devices if their number divides among them.
@@ -62,68 +63,81 @@ def make_gradient(
     """
     stretch = bn_group or 1
 
-    def forward(params, target, extra, inputs, key):
-        key_views, key_forward = jax.random.split(key)
+    def forward(params, target, state, inputs, keys):
+        key_views, key_forward = keys
         views, drawn = augment(key_views, inputs["image"], inputs.get("pair"), inputs["place"])
         batch = {"views": views, "drawn": drawn, **{name: inputs[name] for name in method.needs}}
-        rng = keys_at(key_forward, inputs["place"])
-        if not bn_group or bn_group == len(rng):
+        key = keys_at(key_forward, inputs["place"])
+        if not bn_group or bn_group == len(key):
             with parallel.use_mesh(mesh):
-                return method.forward(params, target, extra, batch, rng)
-        groups = split_batch((batch, rng), len(rng) // bn_group, bn_group)
-        outputs, after = jax.vmap(lambda group: method.forward(params, target, extra, *group))(groups)
-        return join_batch(outputs, bn_group), {**extra, **jax.tree.map(lambda x: x.mean(axis=0), _statistics(after))}
+                outputs, stats = method.forward(params, target, state, batch, key)
+        else:
+            groups = split_batch((batch, key), len(key) // bn_group, bn_group)
+            outputs, stats = jax.vmap(lambda group: method.forward(params, target, state, *group))(groups)
+            outputs, stats = join_batch(outputs, bn_group), jax.tree.map(lambda x: x.mean(axis=0), stats)
+        check_structure("forward", "statistics", stats, state.stats)
+        return outputs, stats
 
-    def whole(params, target, extra, inputs, key):
+    def whole(ctx, target, state, inputs, keys):
         def objective(params):
-            outputs, after = forward(params, target, extra, inputs, key)
-            loss, metrics = method.loss(outputs, extra, inputs)
-            return loss, (outputs, after, metrics)
+            outputs, stats = forward(params, target, state, inputs, keys)
+            loss, metrics = method.loss(outputs, state, needed(inputs), ctx._replace(params=params))
+            return loss, (outputs, stats, metrics)
 
-        return jax.value_and_grad(objective, has_aux=True)(params)
+        return jax.value_and_grad(objective, has_aux=True)(ctx.params)
 
-    def in_parts(params, target, extra, inputs, key):
+    def in_parts(ctx, target, state, inputs, keys):
         count = len(inputs["place"]) // micro_batch
         parts = split_batch(inputs, count, stretch)
 
         def embed(total, part):
-            outputs, after = forward(params, target, extra, part, key)
-            return jax.tree.map(jnp.add, total, _statistics(after)), outputs
+            outputs, stats = forward(ctx.params, target, state, part, keys)
+            return jax.tree.map(jnp.add, total, stats), outputs
 
-        total, outputs = jax.lax.scan(embed, jax.tree.map(jnp.zeros_like, _statistics(extra)), parts)
-        after, outputs = {**extra, **jax.tree.map(lambda x: x / count, total)}, join_batch(outputs, stretch)
+        total, outputs = jax.lax.scan(embed, jax.tree.map(jnp.zeros_like, state.stats), parts)
+        stats, outputs = jax.tree.map(lambda x: x / count, total), join_batch(outputs, stretch)
         leaves, structure = jax.tree.flatten(outputs)
         real = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
-        def objective(of_real):
-            given = list(leaves)
-            for n, leaf in zip(real, of_real, strict=True):
-                given[n] = leaf
-            return method.loss(jax.tree.unflatten(structure, given), extra, inputs)
+        def objective(real_leaves, params):
+            filled = list(leaves)
+            for n, leaf in zip(real, real_leaves, strict=True):
+                filled[n] = leaf
+            tree = jax.tree.unflatten(structure, filled)
+            return method.loss(tree, state, needed(inputs), ctx._replace(params=params))
 
-        (loss, metrics), pulls = jax.value_and_grad(objective, has_aux=True)([leaves[n] for n in real])
+        # `direct`: what reaches parameters that the loss itself reads, past the outputs.
+        (loss, metrics), (pulls, direct) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
+            [leaves[n] for n in real], ctx.params
+        )
 
         def pull_back(total, part_and_pulls):
             part, pulls = part_and_pulls
 
             def pulled(params):
-                made = jax.tree.leaves(forward(params, target, extra, part, key)[0])
-                return sum(jnp.vdot(made[n], pull) for n, pull in zip(real, pulls, strict=True))
+                again = jax.tree.leaves(forward(params, target, state, part, keys)[0])
+                return sum(jnp.vdot(again[n], pull) for n, pull in zip(real, pulls, strict=True))
 
-            return jax.tree.map(jnp.add, total, jax.grad(pulled)(params)), None
+            return jax.tree.map(jnp.add, total, jax.grad(pulled)(ctx.params)), None
 
-        nothing = jax.tree.map(jnp.zeros_like, params)
-        grads, _ = jax.lax.scan(pull_back, nothing, (parts, split_batch(pulls, count, stretch)))
-        return (loss, (outputs, after, metrics)), grads
+        grads, _ = jax.lax.scan(pull_back, direct, (parts, split_batch(pulls, count, stretch)))
+        return (loss, (outputs, stats, metrics)), grads
 
-    def gradient(params, target, extra, inputs: Inputs, key):
+    def needed(inputs):
+        return {name: inputs[name] for name in method.needs}
+
+    def gradient(ctx: Context, target, state: State, inputs: Inputs, keys):
         inputs = {**inputs, "place": jnp.arange(len(inputs["image"]))}
         cut = micro_batch and micro_batch < len(inputs["image"])
-        return (in_parts if cut else whole)(params, target, extra, inputs, key)
+        return (in_parts if cut else whole)(ctx, target, state, inputs, keys)
 
     return gradient
 
 
-def _statistics(extra: Mapping[str, Any]) -> dict[str, Any]:
-    """What `forward` changes of a method's state: the running statistics, its own and the target's."""
-    return {name: extra[name] for name in ("stats", "target") if name in extra}
+def check_structure(function: str, what: str, after: Any, before: Any) -> None:
+    """TypeError if a method's function returns a tree of another structure than the part of the state it replaces."""
+    wanted, got = str(jax.tree.structure(before)), str(jax.tree.structure(after))
+    if got != wanted:
+        raise TypeError(
+            f"a method's {function} must return {what} of the structure that init made, {wanted}, not {got}"
+        )

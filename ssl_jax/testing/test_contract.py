@@ -1,0 +1,202 @@
+"""One contract, kept by every method: those of this package, or those named in SSL_JAX_METHODS (see `__main__`).
+
+Each method is compiled once for one device and once for all; the tests share the two programs.
+"""
+
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssl_jax import checkpoint, train
+from ssl_jax.config import default, method_module, method_names, resolve
+from ssl_jax.data import order
+from ssl_jax.errors import UserError
+from ssl_jax.methods.base import Context
+from ssl_jax.parallel import batch_sharding, make_mesh, replicated
+from ssl_jax.testing.tiny import Images, set_up, tiny_config, tiny_network, views_of
+from ssl_jax.train.hooks import COLLAPSE_PATIENCE
+from ssl_jax.transforms import target_of
+
+STEPS = 60
+
+
+class Tried:
+    """A method at toy size: its config, its compiled steps, and the run that several tests look at."""
+
+    def __init__(self, name: str):
+        self.config = tiny_config(name, train__duration="200 steps")
+        self.source = Images()
+        self.setup = set_up(self.config, self.source)
+        self.start = train.init_state(self.setup, self.config.train.seed)
+        self.target = target_of(self.start.opt_state)
+        self.batch = {**views_of(self.setup, self.source.images[:16]), "index": jnp.arange(16)}
+        self.batch["label"] = np.asarray(self.source.labels)[:16]
+
+    @functools.lru_cache  # noqa: B019  # lives as long as the tests of one method
+    def step(self, devices: int):
+        mesh = make_mesh(devices, self.config.train.batch)
+        return jax.jit(train.make_step(self.setup, self.config, mesh)), mesh
+
+    def run(self, first: int, last: int, state=None, source=None, devices: int = 1):
+        """States and metrics after each of the steps first to last - 1."""
+        step_fn, mesh = self.step(devices)
+        source = source or self.source
+        state = jax.device_put(self.start if state is None else state, replicated(mesh))
+        states, metrics = [], []
+        for step in range(first, last):
+            index = order(self.config.train.seed, len(source), self.config.train.batch, step)
+            batch = {"image": source.images[index], "index": index.astype(np.int32), "label": source.labels[index]}
+            state, values = step_fn(state, jax.device_put(batch, batch_sharding(mesh)))
+            states.append(state)
+            metrics.append(jax.device_get(values))
+        return states, metrics
+
+    @functools.cached_property
+    def whole(self):
+        return self.run(0, STEPS)
+
+
+def pytest_generate_tests(metafunc):
+    if "name" in metafunc.fixturenames:
+        chosen = [name for name in os.environ.get("SSL_JAX_METHODS", "").split(",") if name]
+        metafunc.parametrize("name", chosen or method_names(), scope="module")
+
+
+@pytest.fixture(scope="module")
+def tried(name):
+    return Tried(name)
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_finite_and_loss_falls_and_no_collapse_is_named(tried):
+    states, metrics = tried.whole
+    collapsed, in_a_row = tried.setup.method.collapsed, 0
+    for values in metrics:
+        in_a_row = in_a_row + 1 if collapsed({key: float(value) for key, value in values.items()}) else 0
+        assert in_a_row < COLLAPSE_PATIENCE, collapsed(values)
+    losses = [float(values["loss"]) for values in metrics]
+    assert np.all(np.isfinite(losses))
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(states[-1]))
+    # Against the random vectors that a queue starts with, a positive is found at once: these two steps do not count.
+    begun = 2 if hasattr(tried.config.method, "queue") else 0
+    assert np.mean(losses[-10:]) < np.mean(losses[begun : begun + 5]) - 0.01, losses
+
+
+def test_jit_equals_no_jit(tried):
+    """Of all that a method computes: outputs, loss, metrics, and the parameters and memory that it tidies up."""
+    method, state = tried.setup.method, tried.start
+    keys, key = jax.random.split(jax.random.key(0), 16), jax.random.key(1)
+
+    def run(params, target, model_state, batch):
+        outputs, stats = method.forward(params, target, model_state, batch, keys)
+        ctx = Context(jnp.int32(0), key, params)
+        needed = {name: batch[name] for name in method.needs}
+        loss = method.loss(outputs, model_state, needed, ctx)
+        return outputs, stats, loss, method.post_update(outputs, model_state, ctx)
+
+    args = state.params, tried.target, state.model_state, tried.batch
+    for a, b in zip(jax.tree.leaves(jax.jit(run)(*args)), jax.tree.leaves(run(*args)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("devices", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
+def test_one_and_many_devices_agree(tried, devices):
+    if devices > jax.device_count():
+        pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8; make test-slow sets it")
+    one, many = (
+        [values["loss"] for values in metrics]
+        for metrics in (tried.whole[1][:20], tried.run(0, 20, devices=devices)[1])
+    )
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-5)
+
+
+def test_runs_are_bit_equal_and_resume_is_exact(tried, tmp_path):
+    """Saved, restored into a fresh process' state and continued: every array as in a run that never stopped."""
+    states, metrics = tried.whole
+    stop = int(np.random.default_rng().integers(1, 12))
+    again, _ = tried.run(0, stop)
+    assert equal(again[-1], states[stop - 1])
+    checkpoint.save(tmp_path, stop, again[-1], keep=1)
+    restored = checkpoint.restore_latest(tmp_path, train.init_state(tried.setup, 0), pytest.fail)
+    resumed, rest = tried.run(stop, 12, state=restored)
+    assert equal(rest, metrics[stop:12]), f"stopped at {stop}"
+    assert equal(resumed[-1], states[11]), f"stopped at {stop}"
+
+
+def test_no_gradient_into_the_target(tried):
+    method, state = tried.setup.method, tried.start
+    if tried.target is None:
+        assert "target" not in state.model_state.stats
+        return
+    keys = jax.random.split(jax.random.key(3), 16)
+
+    def loss(params, target):
+        outputs, _ = method.forward(params, target, state.model_state, tried.batch, keys)
+        ctx = Context(jnp.int32(0), jax.random.key(4), params)
+        needed = {name: tried.batch[name] for name in method.needs}
+        return method.loss(outputs, state.model_state, needed, ctx)[0]
+
+    into_params, into_target = jax.jit(jax.grad(loss, argnums=(0, 1)))(state.params, tried.target)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(into_params)) > 0
+    assert all(jnp.all(g == 0) for g in jax.tree.leaves(into_target))
+
+
+def test_labels_reach_only_methods_that_declare_them(tried):
+    """The online probe learns from labels; encoder, optimizer and statistics must not feel them."""
+    shuffled = Images()
+    shuffled.labels = np.random.default_rng(1).permutation(tried.source.labels).astype(np.int32)
+    a, b = tried.whole[0][5], tried.run(0, 6, source=shuffled)[0][-1]
+    assert equal(a._replace(probe=()), b._replace(probe=())) != ("label" in tried.setup.method.needs)
+    assert not equal(a.probe, b.probe)
+
+
+def test_needs_are_checked_before_compiling(tried):
+    source = Images(labels=False)
+    if "label" in tried.setup.method.needs:
+        with pytest.raises(UserError, match="needs labels"):
+            set_up(tried.config, source)
+    else:
+        traced(tried.config, source, tiny_network(tried.config))
+
+
+@pytest.mark.parametrize("batch,channels", [(10, 2), (13, 5)])
+def test_odd_batches_and_channels(name, batch, channels):
+    config = tiny_config(name, train__batch=batch)
+    if hasattr(config.method, "bn_groups") and batch % 2:
+        config = tiny_config(name, train__batch=batch, method__bn_groups=1)
+    traced(config, Images(channels=channels), tiny_network(config))
+
+
+def traced(config, source, encoder=None):
+    """(state before, state after, metrics) of one step, as shapes and types: what would fail while tracing fails."""
+    setup, mesh = train.set_up(config, source, encoder), make_mesh(1, config.train.batch)
+    state = jax.eval_shape(lambda: train.init_state(setup, 0))
+    step, size = train.make_step(setup, config, mesh), config.train.batch
+    batch = {"image": source.images[:size], "index": np.arange(size, dtype=np.int32)}
+    if source.labels is not None:
+        batch["label"] = source.labels[:size]
+    return state, *jax.eval_shape(step, state, batch)
+
+
+def test_bfloat16_computes_and_the_state_stays_float32(name):
+    """Traced over a real network: every array of the state keeps its type, and the loss is float32."""
+    config, source = tiny_config(name, model__dtype="bfloat16"), Images()
+    state, after, metrics = traced(config, source)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].dtype == jnp.float32
+
+
+def test_documented_for_the_listing(name):
+    """`ssl-jax methods` reads the docstring: one line, then the source; every field of Config has a default."""
+    module = method_module(name)
+    head, rest = str(module.__doc__).split("\n\n")[:2]
+    assert len(head.splitlines()) == 1 and rest.startswith("Source: ")
+    assert resolve(default(name)).method == dataclasses.replace(module.Config())

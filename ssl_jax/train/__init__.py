@@ -1,0 +1,6 @@
+"""Pretraining: the compiled step (`step`, `gradient`), the loop that feeds it, and the hooks that run beside it."""
+
+from ssl_jax.train.loop import REQUEUE, fit
+from ssl_jax.train.step import Setup, TrainState, init_state, make_step, set_up
+
+__all__ = ["REQUEUE", "Setup", "TrainState", "fit", "init_state", "make_step", "set_up"]

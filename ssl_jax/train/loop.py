@@ -1,0 +1,105 @@
+"""`fit`: makes or continues a run, and feeds the compiled step. What happens beside the steps is in `hooks`."""
+
+import contextlib
+import dataclasses
+import functools
+import signal
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ssl_jax import checkpoint, parallel, run
+from ssl_jax.config import Config, to_steps
+from ssl_jax.data import Source, open_source
+from ssl_jax.encoder import Encoder, export, load_encoder
+from ssl_jax.models import resolve_conv
+from ssl_jax.network import Network
+from ssl_jax.train.hooks import REQUEUE, Stop, Training, make_hooks, write_views
+from ssl_jax.train.step import TrainState, batches, compile_step, encoder_of, init_state, set_up
+
+AHEAD = 2  # steps handed to the devices before the metrics of an earlier one are read: so they never wait for the host
+
+
+def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Network | None = None) -> Encoder:
+    """Trains, or continues to train, the run in `workdir`; returns its encoder. A finished run is only loaded.
+
+    encoder: see `set_up`. Raises UserError for mistakes and for a loss that is not finite; SystemExit(75) after SIGTERM
+    or SIGINT, once the state is saved.
+    """
+    source = source or open_source(config.data)
+    total = to_steps(config.train.duration, len(source), config.train.batch)
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> dict[str, Any]:
+            done = run.read_json(workdir / "encoder" / "encoder.json").get("step") == total
+            # A finished run is only read: tasks of one study that start together all want its encoder.
+            stack.enter_context(run.lock(workdir, shared=done))
+            run.start(workdir, config)
+            # How convolutions are written changes the last bits: a continued run keeps what it began with.
+            conv = run.read_json(workdir / "environment.json").get("conv") or resolve_conv(config.model.conv)
+            if not done:
+                run.record_environment(workdir, conv=conv)
+            return {"done": done, "conv": conv}
+
+        begun = parallel.run_on_main(enter)
+        if begun["done"]:
+            return load_encoder(workdir)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=begun["conv"]))
+        # All processes do the same; what others than the first write is thrown away, except their part of checkpoints.
+        main = parallel.is_main_process()
+        out = workdir if main else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        setup = set_up(config, source, encoder)
+        sizes = config.train
+        mesh = parallel.make_mesh(sizes.devices, sizes.batch, sizes.micro_batch, sizes.shard)
+        state = init_state(setup, config.train.seed, mesh)
+        warn = functools.partial(print, flush=True) if main else lambda _: None
+        restored = checkpoint.restore_latest(workdir / "checkpoints", state, warn)
+        state = state if restored is None else restored
+        training = Training(config, setup, source, mesh, workdir, out, int(state.step))
+        if training.start < total:
+            state = train(training, state)
+        trained = encoder_of(setup, config, state)
+        export(out / "encoder", trained)
+        return trained
+
+
+def train(training: Training, state: TrainState) -> TrainState:
+    """Runs the steps that are left. SystemExit(75) after a stop signal, after the same step in every process."""
+    config, mesh, total, clock = training.config, training.mesh, training.setup.steps, training.clock
+    step_fn = compile_step(training.setup, config, mesh, state)
+    feed = batches(config, training.source, mesh, training.start, total)
+    write_views(training)
+    with contextlib.ExitStack() as stack:
+        hooks = [stack.enter_context(contextlib.closing(hook)) for hook in make_hooks(training)]
+        stop = next(hook for hook in hooks if isinstance(hook, Stop))
+        pending: deque[tuple[int, dict[str, Any]]] = deque()  # steps whose metrics are still on the devices
+        for step in range(training.start + 1, total + 1):
+            asked = time.monotonic()
+            batch = next(feed)
+            if pending and pending[-1][1]["loss"].is_ready():  # the devices were idle at most while this was awaited
+                clock.waited += time.monotonic() - asked
+            state, metrics = step_fn(state, batch, parallel.per_device(mesh, stop.received))
+            pending.append((step, metrics))
+            due = [hook for hook in hooks if hook.every and (step % hook.every == 0 or step == total)]
+            # Before a state is judged or saved, all metrics up to it are looked at: nothing broken is saved.
+            while len(pending) > (0 if due or stop.requested else AHEAD):
+                at, on_device = pending.popleft()
+                values = {name: value.item() for name, value in jax.device_get(on_device).items()}
+                for hook in hooks:
+                    hook.on_metrics(at, values)
+            if stop.requested:
+                due += [hook for hook in hooks if hook.at_stop and hook not in due]
+            with clock.paused():
+                for hook in due:
+                    hook.on_state(step, state)
+            if stop.requested:
+                break
+    if step < total:
+        name = signal.Signals(stop.requested).name
+        training.say(f"{name}: saved step {step} in {training.workdir}; the same command continues it")
+        raise SystemExit(REQUEUE)
+    return state

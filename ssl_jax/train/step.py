@@ -1,0 +1,250 @@
+"""What a config means for one data set: the method and its optimizer, the initial state, and the compiled step.
+
+A batch travels: data.order -> raw uint8 images -> (inside the step) views -> method.forward -> method.loss -> gradient
+-> optimizer -> method.post_update. The data order and all randomness are functions of (seed, step), so a run is
+continued from its TrainState alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from ssl_jax import parallel
+from ssl_jax.augment import make_views
+from ssl_jax.augment import resolve as resolve_views
+from ssl_jax.collapse import embedding_std
+from ssl_jax.config import Config, View, method_module, to_steps
+from ssl_jax.data import Partners, Source, order, stream
+from ssl_jax.encoder import Encoder, build, describe, started_from
+from ssl_jax.errors import UserError
+from ssl_jax.losses import binary_cross_entropy, cross_entropy
+from ssl_jax.methods.base import Context, Method, RunInfo, State
+from ssl_jax.models import resolve_conv
+from ssl_jax.network import Network
+from ssl_jax.train.gradient import check_structure, make_gradient
+from ssl_jax.transforms import learning_rate, optimizer, target_of
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # the one counter: schedules, data order and randomness follow it
+    params: Any
+    opt_state: Any
+    model_state: State  # the method's own: BatchNorm statistics, queue ...
+    probe: Any  # the online linear probe and its optimizer; () without labels
+
+
+class Setup(NamedTuple):
+    """What a config means for one data set."""
+
+    method: Method
+    encoder: Network
+    tx: optax.GradientTransformationExtraArgs
+    schedule: Callable[[Any], Any]  # the learning rate at a step
+    views: tuple[View, ...]
+    steps: int
+    shape: tuple[int, int, int]
+    classes: int  # of the online probe; 0 without labels or without a probe
+
+
+def set_up(config: Config, source: Source, encoder: Network | None = None) -> Setup:
+    """Builds method and optimizer. Whatever the data or the config lack is an error here, before anything compiles.
+
+    encoder: used in place of the network that config.model describes.
+    """
+    examples, batch, shape = len(source), config.train.batch, source.shape
+    if batch > examples:
+        raise UserError(f"config.train.batch={batch}: larger than the data set; allowed: 1 to {examples}")
+    _check_parts(config)
+    module = method_module(config.method_name)
+    classes = len(source.classes) if source.labels is not None else 0
+    steps = to_steps(config.train.duration, examples, batch)
+    if steps < 1:
+        raise UserError(f"config.train.duration={config.train.duration!r}: not even one step; allowed: one or more")
+    size = min(shape[:2])
+    micro_batch = config.train.micro_batch if config.train.micro_batch < batch else 0
+    bn_batch = config.train.bn_group or micro_batch
+    if encoder is None:
+        conv = resolve_conv(config.model.conv, in_loop=bool(micro_batch))
+        encoder = build(dataclasses.replace(config.model, conv=conv), shape[2], size)
+    if config.model.init:
+        encoder = started_from(encoder, config.model.init)
+    run = RunInfo(steps, examples // batch, examples, classes, bn_batch if bn_batch < batch else 0)
+    method: Method = module.make(config.method, encoder, run)
+    if "label" in method.needs and not classes:
+        raise UserError(
+            f"config.method.name={config.method_name!r}: needs labels, but the data set "
+            f"{config.data.path or config.data.name!r} has none; allowed: data with class folders or a label column"
+        )
+    schedule = learning_rate(config.optim, batch, steps, to_steps(config.optim.warmup, examples, batch))
+    tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr)
+    views = resolve_views(config.augment, method.views, size, method.local_views)
+    return Setup(method, encoder, tx, schedule, views, steps, shape, classes if config.eval.online_probe else 0)
+
+
+def _check_parts(config: Config) -> None:
+    """Each part must divide what it is a part of: the batch, then the micro-batch."""
+    whole_key = "batch"
+    for key in ("micro_batch", "bn_group"):
+        whole, part = getattr(config.train, whole_key), getattr(config.train, key)
+        if part and whole % part:
+            raise UserError(f"config.train.{key}={part}: allowed: 0, or a divisor of config.train.{whole_key}={whole}")
+        whole_key = key if part else whole_key
+
+
+PROBE = optax.adam(1e-3)
+
+
+def init_state(setup: Setup, seed: int, mesh: Mesh | None = None) -> TrainState:
+    """Parameters, optimizer and state of step 0, a function of the seed alone; laid out over `mesh` if there is one."""
+    views = [jnp.zeros((2, v.size, v.size, setup.shape[2])) for v in setup.views]
+
+    def init(key):
+        params, model_state = setup.method.init(key, views)
+        probe: Any = ()
+        if setup.classes:
+            width = jax.eval_shape(setup.encoder.init, key, views[0])
+            features = jax.eval_shape(lambda p, s: setup.encoder.apply(p, s, views[0], train=True)[0], *width)
+            linear = {"w": jnp.zeros((features.shape[1], setup.classes)), "b": jnp.zeros(setup.classes)}
+            probe = (linear, PROBE.init(linear))
+        return TrainState(jnp.zeros([], jnp.int32), params, setup.tx.init(params), model_state, probe)
+
+    # A generator of its own: the data order and the views use fold_in(key(seed), step).
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
+    return jax.jit(init, out_shardings=mesh and parallel.state_sharding(mesh, jax.eval_shape(init, key)))(key)
+
+
+def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """The train step, to be jitted: (state, {"image" uint8 [B, H, W, C], "index" [B], ...}) -> state, metrics.
+
+    The batch holds "label" [B] if the data have labels, and "pair" [B, H, W, C] if config.data.pairs says so.
+    """
+    method, augment = setup.method, make_views(setup.views, setup.method.shares)
+    train = config.train
+    gradient = make_gradient(method, augment, micro_batch=train.micro_batch, bn_group=train.bn_group, mesh=mesh)
+
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+        key_views, key_forward, key_loss = jax.random.split(key, 3)
+        inputs = {name: batch[name] for name in ("image", "pair", *method.needs) if name in batch}
+        inputs = jax.lax.with_sharding_constraint(inputs, parallel.batch_sharding(mesh))
+        ctx = Context(state.step, key_loss, state.params)
+        before = state.model_state
+        (loss, (outputs, stats, metrics)), grads = gradient(
+            ctx, target_of(state.opt_state), before, inputs, (key_views, key_forward)
+        )
+        updates, opt_state = setup.tx.update(grads, state.opt_state, state.params, step=state.step)
+        ctx = ctx._replace(params=optax.apply_updates(state.params, updates))
+        params, memory = method.post_update(outputs, before, ctx)
+        check_structure("post_update", "a memory", memory, before.memory)
+        after = TrainState(state.step, params, opt_state, State(stats, memory), state.probe)
+
+        embedding = jax.lax.stop_gradient(outputs["embedding"])
+        norm = optax.tree.norm(grads)
+        metrics |= {"loss": loss, "grad_norm": norm, "embedding_std": embedding_std(embedding)}
+        metrics["lr"] = jnp.asarray(setup.schedule(state.step), jnp.float32)
+        if setup.classes and "label" in batch:
+            probe, probe_metrics = _probe_step(state.probe, embedding, batch["label"])
+            metrics, after = metrics | probe_metrics, after._replace(probe=probe)
+        if config.optim.skip_nonfinite:
+            # The whole state stays, or a queue and statistics of the broken batch would remain.
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+            metrics["skipped"] = 1 - finite.astype(jnp.int32)
+        return after._replace(step=state.step + 1), metrics
+
+    return step
+
+
+def compile_step(setup: Setup, config: Config, mesh: Mesh, state: TrainState) -> Callable[..., tuple[TrainState, dict]]:
+    """The jitted step of a run, (state, batch, stop int [devices]) -> state, metrics: `state` is given away, and the
+    metric "stop" is the largest number that any device's process has put into `stop`."""
+    step = make_step(setup, config, mesh)
+
+    def with_stop(state, batch, stop):
+        state, metrics = step(state, batch)
+        return state, {**metrics, "stop": stop.max()}
+
+    placed = parallel.state_sharding(mesh, state)
+    return jax.jit(with_stop, donate_argnums=0, out_shardings=(placed, parallel.replicated(mesh)))
+
+
+def _probe_step(probe, embedding, label):
+    """One step of the online linear probe, and its accuracy, or for several labels per image its loss.
+
+    `embedding` carries no gradient, so labels never reach the encoder.
+    """
+    linear, opt_state = probe
+    multilabel = label.ndim == 2
+
+    def objective(linear):
+        logits = embedding @ linear["w"] + linear["b"]
+        return (binary_cross_entropy if multilabel else cross_entropy)(logits, label), logits
+
+    (loss, logits), grads = jax.value_and_grad(objective, has_aux=True)(linear)
+    updates, opt_state = PROBE.update(grads, opt_state, linear)
+    probe = optax.apply_updates(linear, updates), opt_state
+    if multilabel:
+        return probe, {"probe_loss": loss}
+    known = label >= 0
+    right = (logits.argmax(axis=-1) == label) & known
+    return probe, {"probe_accuracy": right.sum() / jnp.maximum(known.sum(), 1)}
+
+
+def batches(config: Config, source: Source, mesh: Mesh, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+    """The batches of steps start to stop - 1 on the devices. Each process makes the rows of its own devices only.
+
+    A data set that is held in memory lies on the devices, where a program of its own gathers each batch: so the step is
+    the same to the last digit wherever images come from.
+    """
+    size, seed, rows = config.train.batch, config.train.seed, parallel.local_rows(mesh, config.train.batch)
+    if not in_memory(config, source):
+        options: Any = {"batch": size, "seed": seed, "workers": config.data.workers, "rows": rows}
+        for batch in stream(source, start=start, stop=stop, **options):
+            yield parallel.global_batch(mesh, size, rows, {**batch, "index": batch["index"].astype(np.int32)})
+        return
+    gather = device_store(source, mesh)
+    partners = None if source.objects is None else Partners(source.objects)
+    for step in range(start, stop):
+        index = order(seed, len(source), size, step)
+        batch = {"index": index[rows].astype(np.int32)}
+        if partners:
+            batch["partner"] = partners(seed, index, step)[rows].astype(np.int32)
+        yield gather(parallel.global_batch(mesh, size, rows, batch))
+
+
+def device_store(source: Source, mesh: Mesh) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+    """Puts all images on the devices; returns what turns {"index", "partner"} into a batch of images and labels."""
+    arrays: dict[str, Any] = {"image": source.arrays()}
+    if source.labels is not None:
+        arrays["label"] = source.labels
+    store = parallel.replicate(mesh, arrays)
+
+    def gather(store, batch):
+        found = {name: values[batch["index"]] for name, values in store.items()}
+        if "partner" in batch:
+            found["pair"] = store["image"][batch["partner"]]
+        return {"index": batch["index"], **found}
+
+    return functools.partial(jax.jit(gather, out_shardings=parallel.batch_sharding(mesh)), store)
+
+
+def in_memory(config: Config, source: Source) -> bool:
+    """Whether the whole data set is decoded once and lies on the devices."""
+    if config.data.engine == "auto":
+        return len(source) * int(np.prod(source.shape)) <= config.data.memory_gb * 1e9
+    return config.data.engine == "memory"
+
+
+def encoder_of(setup: Setup, config: Config, state: TrainState) -> Encoder:
+    """The encoder in a state, as arrays that this process may use alone. All processes must ask."""
+    params, stats = setup.method.encoder(state.params, target_of(state.opt_state), state.model_state)
+    params, stats = parallel.to_local((params, stats))
+    size, channels = min(setup.shape[:2]), setup.shape[2]
+    return Encoder(setup.encoder, params, stats, size, channels, describe(config, size, channels, int(state.step)))
