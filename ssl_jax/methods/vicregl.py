@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
 from ssl_jax.losses import vicregl
-from ssl_jax.methods.base import Method, require_batch, std_collapse
+from ssl_jax.methods.base import Method, State, require_batch, std_collapse
 from ssl_jax.models import mlp
 from ssl_jax.network import Network, apply_separately, stack
 
@@ -52,7 +52,7 @@ def make(config, encoder, run):
         params, stats = whole.init(key_whole, views[0])
         width = params["projector"]["linear1"]["kernel"].shape[0]
         params["places"], stats["places"] = places.init(key_places, jnp.zeros((1, width)))
-        return params, stats
+        return params, State(stats, {})
 
     def apply(params, stats, x, *, train):
         maps, encoder_stats = encoder.apply(params["encoder"], stats["encoder"], x, train=train, dense=True)
