@@ -144,7 +144,7 @@ def test_wandb_without_a_login_is_a_mistake(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(UserError, match=r"^config.log='wandb': No API key.*WANDB_MODE=offline$"):
+    with pytest.raises(UserError, match=r"^config.log='wandb': .*login.* WANDB_MODE=offline keeps the run"):
         open_writers("wandb", tmp_path / "run", {}, 0)
 
 
@@ -255,6 +255,7 @@ def wandb_history(folder):
 def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
     trained_twice(tmp_path, "wandb")
+    Image.fromarray(PICTURE).save(tmp_path / "picture.png")
     rows = wandb_history(tmp_path)
     assert [step for step, _ in rows] == [0, 1, 2, 3, 4, 5]
     assert [row["loss"] for _, row in rows[1:-1]] == [1.0, 0.5, 0.4, 0.3]
@@ -268,6 +269,12 @@ def test_wandb_offline(tmp_path):
     assert len(runs) == 2 and runs[0].display_name == tmp_path.name and runs[0].project == "ssl_jax"
     config = {entry.key: json.loads(entry.value_json) for entry in runs[0].config.update}
     assert {key: config[key] for key in PARAMS} == PARAMS
+    # A picture of the finished run comes as the next step: W&B takes no earlier one.
+    for writer in open_writers("wandb", tmp_path, CONFIG, 5):
+        writer.image(5, "neighbours", tmp_path / "picture.png")
+        writer.close()
+    step, row = wandb_history(tmp_path)[-1]
+    assert step == 6 and row["neighbours.width"] == 5
 
 
 def test_wandb_survives_a_signal(tmp_path):

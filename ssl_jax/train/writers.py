@@ -57,7 +57,8 @@ def open_writers(
             try:
                 tracker = TRACKERS[name](folder, flatten(config or {}), start)
             except ImportError as error:
-                raise UserError(f"config.log={name!r}: needs {name}: pip install 'ssl_jax[{name}]'") from error
+                why = "" if isinstance(error, ModuleNotFoundError) else f" ({_first_line(error)})"
+                raise UserError(f"config.log={name!r}: needs {name}: pip install 'ssl_jax[{name}]'{why}") from error
             except UserError:
                 raise
             except Exception as error:
@@ -134,7 +135,9 @@ class WandB:
     """A run of Weights & Biases, whose id is kept in RUN/wandb.json; its local files are in RUN/wandb.
 
     W&B's own variables apply: WANDB_MODE=offline, WANDB_DIR, WANDB_PROJECT, WANDB_ENTITY and so on. W&B cannot take
-    back a step, but a continued run repeats steps exactly: those that W&B has got already are not sent again.
+    back a step, but a continued run repeats steps exactly: those that W&B already has are not sent again. SIGKILL may
+    cost it the steps of the last seconds, which metrics.jsonl has. Offline, each continuation is a segment of the same
+    run, and `wandb sync` uploads them in order.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], start: int):
@@ -154,26 +157,24 @@ class WandB:
                 config=config,
                 reinit="create_new",  # leaves a run alone that the caller's own code has open
             )
-        except wandb.errors.UsageError as error:
-            raise UserError(
-                f"config.log='wandb': {_first_line(error)} Or keep it on this machine: WANDB_MODE=offline"
-            ) from error
-        # The server knows what it has. Offline nobody does: `_log` keeps count.
-        self.sent = saved.get("step", -1) if self.run.offline else self.run.starting_step - 1
-        self.counted = -1
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            hint = "WANDB_MODE=offline keeps the run on this machine"
+            raise UserError(f"config.log='wandb': {_first_line(error)} {hint}") from error
+        # The first step that W&B does not have. The server knows it; offline, RUN/wandb.json does.
+        self.start = saved.get("step", -1) + 1 if self.run.offline else self.run.starting_step
+        self.counted = self.start - 1
         if not self.run.disabled:
             write_json(self.file, {**saved, "id": self.run.id})
 
     def scalars(self, step: int, values: Values, group: str = "metrics") -> None:
-        numbers, texts = _split(values, group)
-        self._log(step, {**numbers, **texts})
+        if step >= self.start:
+            numbers, texts = _split(values, group)
+            self._log(step, {**numbers, **texts})
 
     def image(self, step: int, name: str, image: Picture) -> None:
-        self._log(step, {name: self.to_image(pixels(image))})
+        self._log(max(step, self.start), {name: self.to_image(pixels(image))})
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
-        if step <= self.sent:
-            return
         self.run.log(values, step=step)
         if self.run.offline and step > self.counted:
             write_json(self.file, {"id": self.run.id, "step": step})
@@ -203,7 +204,7 @@ class MLflow:
         if not uri:
             uri, location = f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlflow").as_uri()
         self.client = MlflowClient(uri)
-        self.id = read_json(folder / "mlflow.json").get("id")
+        self.id = str(read_json(folder / "mlflow.json").get("id", ""))
         if self.id:
             try:
                 self.client.update_run(self.id, status="RUNNING")
@@ -215,9 +216,10 @@ class MLflow:
         try:
             experiment = self.client.create_experiment(name, location)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            known = self.client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+            if known is None:
                 raise
-            experiment = self.client.get_experiment_by_name(name).experiment_id
+            experiment = known.experiment_id
         self.id = self.client.create_run(experiment, run_name=folder.name).info.run_id
         write_json(folder / "mlflow.json", {"id": self.id})
         params = [Param(key, str(value)[: self.MAX_CHARS]) for key, value in config.items()]
@@ -291,11 +293,7 @@ def _first_line(error: Exception) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by their dotted keys; what is neither a number nor a text is written out.
-
-    >>> flatten({"train": {"batch": 256}, "model": {"mean": [0.5]}})
-    {'train.batch': 256, 'model.mean': '[0.5]'}
-    """
+    """Options by their dotted keys, such as "train.batch"; what is neither a number nor a text is written out."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
