@@ -1,0 +1,319 @@
+"""Where the numbers and pictures of a run go: into JSON lines always, and into the trackers that config.log names.
+
+A tracker is imported only when it is asked for. It works in a thread of its own, so a slow or lost connection neither
+delays nor ends training. A run that is continued goes on in the same TensorBoard folder, W&B run or MLflow run.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ssl_jax.errors import UserError, unknown
+from ssl_jax.run import read_json, read_lines, write_bytes, write_json
+
+GROUPS = ("metrics", "timing")
+CLOSE_SECONDS = 60  # how long the end of a run waits for a tracker to send what is left
+
+Values = Mapping[str, float | str | None]  # None, as in JSON, where a number is not finite; text: what has gone wrong
+Picture = str | Path | np.ndarray  # a PNG file, or uint8 [H, W, C] with 1 or 3 channels
+
+
+class Writer(Protocol):
+    def scalars(self, step: int, values: Values, group: str = "metrics") -> None:
+        """group: one of GROUPS; "timing" is what no rerun repeats."""
+
+    def image(self, step: int, name: str, image: Picture) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_writers(
+    names: str, folder: Path, config: Mapping[str, Any] | None, start: int, say: Callable[[str], None] = print
+) -> list[Writer]:
+    """JSON lines in the run folder and the trackers of `names`, such as "tensorboard,wandb", opened at step `start`.
+
+    config: the resolved options, recorded once as parameters. say: prints a warning when a tracker fails.
+    Only the main process of a run may name trackers. Raises UserError for an unknown name, a missing package and W&B
+    without a login; a tracker that can't be reached is left out, with a warning.
+    """
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in chosen:
+        if name not in TRACKERS:
+            raise unknown("config.log", name, TRACKERS)
+    writers: list[Writer] = [JsonLines(folder, start)]
+    with contextlib.ExitStack() as on_error:
+        for name in chosen:
+            try:
+                tracker = TRACKERS[name](folder, flatten(config or {}), start)
+            except ImportError as error:
+                why = "" if isinstance(error, ModuleNotFoundError) else f" ({_first_line(error)})"
+                raise UserError(f"config.log={name!r}: needs {name}: pip install 'ssl_jax[{name}]'{why}") from error
+            except UserError:
+                raise
+            except Exception as error:
+                say(_warning(name, error))
+                continue
+            writers.append(Background(name, tracker, say))
+            on_error.callback(writers[-1].close)
+        on_error.pop_all()
+    return writers
+
+
+class JsonLines:
+    """metrics.jsonl and timing.jsonl, which survive kills: opened at a step, they forget every line after it."""
+
+    def __init__(self, folder: Path, start: int):
+        self.folder = folder
+        for group in GROUPS:
+            kept = [line for line in read_lines(self._path(group)) if line["step"] <= start]
+            write_bytes(self._path(group), "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def _path(self, group: str) -> Path:
+        return self.folder / f"{group}.jsonl"
+
+    def scalars(self, step: int, values: Values, group: str = "metrics") -> None:
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        try:
+            with self._path(group).open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path(group)}: cannot be written ({error.strerror})") from error
+
+    def image(self, step: int, name: str, image: Picture) -> None:
+        """Nothing: the pictures are files in the run folder already."""
+
+    def close(self) -> None:
+        pass
+
+
+class TensorBoard:
+    """RUN/tensorboard. TensorBoard itself drops the steps that a killed run had written after its checkpoint."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], start: int):
+        from tensorboardX import SummaryWriter
+        from tensorboardX.summary import hparams
+
+        logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it would report every NaN
+        path = folder / "tensorboard"
+        before = len(list(path.glob("events*")))
+        self.writer = SummaryWriter(
+            str(path),
+            purge_step=start + 1 if start else 0,
+            flush_secs=10,
+            filename_suffix=f".{before}",  # names hold the second: two files of the same one stay apart and in order
+        )
+        if not start or not before:
+            for summary in hparams(config, {"loss": 0.0}):
+                self.writer.file_writer.add_summary(summary)
+
+    def scalars(self, step: int, values: Values, group: str = "metrics") -> None:
+        numbers, texts = _split(values, group)
+        for name, number in numbers.items():
+            self.writer.add_scalar(name, number, step)
+        for name, text in texts.items():
+            self.writer.add_text(name, text, step)
+
+    def image(self, step: int, name: str, image: Picture) -> None:
+        self.writer.add_image(name, pixels(image), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, whose id is kept in RUN/wandb.json; its local files are in RUN/wandb.
+
+    W&B's own variables apply: WANDB_MODE=offline, WANDB_DIR, WANDB_PROJECT, WANDB_ENTITY and so on. W&B cannot take
+    back a step, but a continued run repeats steps exactly: those that W&B already has are not sent again. SIGKILL may
+    cost it the steps of the last seconds, which metrics.jsonl has. Offline, each continuation is a segment of the same
+    run, and `wandb sync` uploads them in order.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], start: int):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its crash reports to its makers
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(CLOSE_SECONDS))
+        import wandb
+
+        self.to_image, self.file = wandb.Image, folder / "wandb.json"
+        saved = read_json(self.file)
+        try:
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "ssl_jax"),
+                dir=os.environ.get("WANDB_DIR", str(folder)),
+                name=folder.absolute().name,
+                id=saved.get("id"),
+                resume="allow",
+                config=config,
+                reinit="create_new",  # leaves a run alone that the caller's own code has open
+            )
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            hint = "WANDB_MODE=offline keeps the run on this machine"
+            raise UserError(f"config.log='wandb': {_first_line(error)} {hint}") from error
+        # The first step that W&B does not have. The server knows it; offline, RUN/wandb.json does.
+        self.start = saved.get("step", -1) + 1 if self.run.offline else self.run.starting_step
+        self.counted = self.start - 1
+        if not self.run.disabled:
+            write_json(self.file, {**saved, "id": self.run.id})
+
+    def scalars(self, step: int, values: Values, group: str = "metrics") -> None:
+        if step >= self.start:
+            numbers, texts = _split(values, group)
+            self._log(step, {**numbers, **texts})
+
+    def image(self, step: int, name: str, image: Picture) -> None:
+        self._log(max(step, self.start), {name: self.to_image(pixels(image))})
+
+    def _log(self, step: int, values: dict[str, Any]) -> None:
+        self.run.log(values, step=step)
+        if self.run.offline and step > self.counted:
+            write_json(self.file, {"id": self.run.id, "step": step})
+            self.counted = step
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """A run of MLflow, whose id is kept in RUN/mlflow.json.
+
+    It goes to MLFLOW_TRACKING_URI, by default to the database RUN/mlflow.db. MLflow keeps every value of a step: after
+    a kill, steps past the last checkpoint are there twice, with the same numbers.
+    """
+
+    MAX_PARAMS, MAX_CHARS = 100, 6000  # in one call; in one value
+
+    def __init__(self, folder: Path, config: dict[str, Any], start: int):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # its usage reports to its makers
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
+        folder = folder.absolute()
+        uri, location = os.environ.get("MLFLOW_TRACKING_URI"), None
+        if not uri:
+            uri, location = f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlflow").as_uri()
+        self.client = MlflowClient(uri)
+        self.id = str(read_json(folder / "mlflow.json").get("id", ""))
+        if self.id:
+            try:
+                self.client.update_run(self.id, status="RUNNING")
+                return
+            except MlflowException as error:  # another server, or the run was deleted there
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ssl_jax")
+        try:
+            experiment = self.client.create_experiment(name, location)
+        except MlflowException as error:
+            known = self.client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+            if known is None:
+                raise
+            experiment = known.experiment_id
+        self.id = self.client.create_run(experiment, run_name=folder.name).info.run_id
+        write_json(folder / "mlflow.json", {"id": self.id})
+        params = [Param(key, str(value)[: self.MAX_CHARS]) for key, value in config.items()]
+        for i in range(0, len(params), self.MAX_PARAMS):
+            self.client.log_batch(self.id, params=params[i : i + self.MAX_PARAMS])
+
+    def scalars(self, step: int, values: Values, group: str = "metrics") -> None:
+        from mlflow.entities import Metric, RunTag
+
+        numbers, texts = _split(values, group)
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, number, now, step) for name, number in numbers.items()]
+        self.client.log_batch(self.id, metrics=metrics, tags=[RunTag(name, text) for name, text in texts.items()])
+
+    def image(self, step: int, name: str, image: Picture) -> None:
+        self.client.log_image(self.id, pixels(image), key=name, step=step)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)
+
+
+TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Writer]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
+
+
+class Background:
+    """Passes everything on to a tracker in a thread. When the tracker fails it says so once and goes on."""
+
+    def __init__(self, name: str, tracker: Writer, say: Callable[[str], None]):
+        self.name, self.tracker, self.say = name, tracker, say
+        self.calls: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self.warned = False
+        self.thread = threading.Thread(target=self._work, name=f"config.log={name}", daemon=True)
+        self.thread.start()
+
+    def scalars(self, step: int, values: Values, group: str = "metrics") -> None:
+        self.calls.put((self.tracker.scalars, step, dict(values), group))
+
+    def image(self, step: int, name: str, image: Picture) -> None:
+        self.calls.put((self.tracker.image, step, name, pixels(image)))
+
+    def close(self) -> None:
+        self.calls.put((self.tracker.close,))
+        self.calls.put(None)
+        self.thread.join(CLOSE_SECONDS + 5)
+        if self.thread.is_alive():
+            self._warn(TimeoutError(f"not everything could be sent within {CLOSE_SECONDS} s"))
+
+    def _work(self) -> None:
+        for call, *arguments in iter(self.calls.get, None):
+            try:
+                call(*arguments)
+            except Exception as error:
+                self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self.warned:
+            self.warned = True
+            self.say(_warning(self.name, error))
+
+
+def _warning(name: str, error: Exception) -> str:
+    return f"warning: config.log={name!r}: {_first_line(error)}; training goes on without it"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their dotted keys, such as "train.batch"; what is neither a number nor a text is written out."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def pixels(image: Picture) -> np.ndarray:
+    """uint8 [H, W, 3]."""
+    if isinstance(image, np.ndarray):
+        loaded = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    else:
+        loaded = Image.open(image)
+    return np.asarray(loaded.convert("RGB"))
+
+
+def _split(values: Values, group: str) -> tuple[dict[str, float], dict[str, str]]:
+    """(numbers, texts). All trackers show NaN where a number is missing; those of "timing" form a group of charts."""
+    prefix = "" if group == "metrics" else f"{group}/"
+    numbers = {prefix + k: math.nan if v is None else float(v) for k, v in values.items() if not isinstance(v, str)}
+    return numbers, {prefix + k: v for k, v in values.items() if isinstance(v, str)}
