@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from tiny import Images, tiny_config
 
-from ssl_jax import checkpoint, parallel, trainer
+from ssl_jax import checkpoint, hlo, parallel, trainer
 from ssl_jax.errors import UserError
-from ssl_jax.plan import collectives
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
@@ -67,8 +66,8 @@ def compiled(name, devices=4, **changes):
 def travelling(name, **changes):
     """{kind: [bytes]} of the collectives in a step on 4 devices."""
     kinds = {}
-    for kind, often, size in collectives(compiled(name, **changes).as_text()):
-        kinds.setdefault(kind, []).extend([size] * often)
+    for kind, runs, size in hlo.collectives(hlo.parse(compiled(name, **changes).as_text())):
+        kinds.setdefault(kind, []).extend([size] * runs)
     return kinds
 
 
