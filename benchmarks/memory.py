@@ -1,10 +1,11 @@
-"""What large batches cost on small memory, each case in a process of its own: peak resident memory and time.
+"""Measures what large batches cost on small memory: peak memory and time.
 
     python benchmarks/memory.py                 all cases, on an idle machine; 12 minutes on two cores
-    python benchmarks/memory.py --cases=losses  the losses alone (or: step)
+    python benchmarks/memory.py --cases=losses  only the losses (or: step)
 
-A line a case in benchmarks/results/memory.csv. Peak memory is that of the whole process (resident), Python, JAX and
-compiler included; of a step also what the compiler says that its program needs beside the images.
+Each case runs in a process of its own and is a row of benchmarks/results/memory.csv; what it says is in
+benchmarks/scale.md. Peak memory is that of the whole process (resident), with Python, JAX and the compiler. For a
+training step, program_mb is the compiler's count of what its program needs besides state and images.
 """
 
 import argparse
@@ -18,16 +19,16 @@ import time
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# case: (kind, what). "whole" is the loss in its dense form: the N x N matrix.
+# name: (kind, arguments of `loss` or `step`). dense: the loss as a whole N x N matrix, not in chunks.
 CASES = {
     "nothing, jax imported": ("losses", {}),
-    "nt_xent, N = 65,536, D = 128": ("losses", {"loss": "nt_xent", "pairs": 32_768, "dim": 128}),
-    "nt_xent, N = 8,192, D = 128": ("losses", {"loss": "nt_xent", "pairs": 4_096, "dim": 128}),
-    "nt_xent, N = 8,192, D = 128, dense": ("losses", {"loss": "nt_xent", "pairs": 4_096, "dim": 128, "dense": True}),
-    "barlow_twins, B = 1,024, D = 8,192": ("losses", {"loss": "barlow_twins", "pairs": 1_024, "dim": 8_192}),
-    "vicreg, B = 1,024, D = 8,192": ("losses", {"loss": "vicreg", "pairs": 1_024, "dim": 8_192}),
-    "barlow_twins, B = 2,048, D = 8,192": ("losses", {"loss": "barlow_twins", "pairs": 2_048, "dim": 8_192}),
-    "vicreg, B = 2,048, D = 8,192": ("losses", {"loss": "vicreg", "pairs": 2_048, "dim": 8_192}),
+    "nt_xent, N = 65,536, D = 128": ("losses", {"kind": "nt_xent", "pairs": 32_768, "dim": 128}),
+    "nt_xent, N = 8,192, D = 128": ("losses", {"kind": "nt_xent", "pairs": 4_096, "dim": 128}),
+    "nt_xent, N = 8,192, D = 128, dense": ("losses", {"kind": "nt_xent", "pairs": 4_096, "dim": 128, "dense": True}),
+    "barlow_twins, B = 1,024, D = 8,192": ("losses", {"kind": "barlow_twins", "pairs": 1_024, "dim": 8_192}),
+    "vicreg, B = 1,024, D = 8,192": ("losses", {"kind": "vicreg", "pairs": 1_024, "dim": 8_192}),
+    "barlow_twins, B = 2,048, D = 8,192": ("losses", {"kind": "barlow_twins", "pairs": 2_048, "dim": 8_192}),
+    "vicreg, B = 2,048, D = 8,192": ("losses", {"kind": "vicreg", "pairs": 2_048, "dim": 8_192}),
     "simclr, batch 64": ("step", {"batch": 64}),
     "simclr, batch 4,096 in micro-batches of 64": ("step", {"batch": 4_096, "micro_batch": 64}),
 }
@@ -35,7 +36,7 @@ REPEATS = 3
 
 
 def loss(kind: str, pairs: int, dim: int, dense: bool = False) -> dict:
-    """Value and gradient of a loss of two views."""
+    """Times the value and gradient of a loss of two views."""
     import jax
     import numpy as np
 
@@ -56,7 +57,7 @@ def loss(kind: str, pairs: int, dim: int, dense: bool = False) -> dict:
 
 
 def step(batch: int, micro_batch: int = 0) -> dict:
-    """A training step of SimCLR on ResNet-18, 32 px; images in memory as in a run."""
+    """Times a training step of SimCLR with ResNet-18 at 32 px, its images on the device as in a run."""
     import jax
     import numpy as np
 
@@ -90,7 +91,7 @@ def step(batch: int, micro_batch: int = 0) -> dict:
 
 
 def timed(run) -> float:
-    """Seconds: the median of three after a first; of what takes minutes, the first, which costs little extra there."""
+    """Median seconds of three runs after a warm-up; if that takes over a minute, its own seconds."""
     times = []
     while len(times) <= REPEATS:
         began = time.perf_counter()
@@ -101,13 +102,14 @@ def timed(run) -> float:
     return round(statistics.median(times[1:]), 4)
 
 
-def one(name: str) -> dict:
-    kind, what = CASES[name]
-    found: dict = {}
-    if "loss" in what:
-        found = loss(what["loss"], **{key: value for key, value in what.items() if key != "loss"})
-    elif what:
-        found = step(**what)
+def measure(name: str) -> dict:
+    """Runs a case in this process; returns its row."""
+    kind, arguments = CASES[name]
+    result: dict = {}
+    if "kind" in arguments:
+        result = loss(**arguments)
+    elif arguments:
+        result = step(**arguments)
     else:
         import jax.numpy as jnp
 
@@ -116,35 +118,35 @@ def one(name: str) -> dict:
         jnp.zeros(1).block_until_ready()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     fields = ("seconds", "images_per_s", "program_mb")
-    return {"case": name, "kind": kind, "peak_gb": round(peak, 3)} | {key: found.get(key, "") for key in fields}
+    return {"case": name, "kind": kind, "peak_gb": round(peak, 3)} | {key: result.get(key, "") for key in fields}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="", help="losses or step (default: both)")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # measured in this process
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # the case to measure in this process
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(args.one)))
+        print(json.dumps(measure(args.one)))
         return
-    chosen = [name for name, (kind, _) in CASES.items() if args.cases in ("", kind)]
-    if not chosen:
+    names = [name for name, (kind, _) in CASES.items() if args.cases in ("", kind)]
+    if not names:
         sys.exit(f"--cases={args.cases}: unknown; allowed: {', '.join(sorted({k for k, _ in CASES.values()}))}")
     path = RESULTS / "memory.csv"
-    kept = []
+    results = []
     if path.exists():
         with path.open() as file:
-            kept = [row for row in csv.DictReader(file) if row["case"] not in chosen]
-    for name in chosen:
+            results = [row for row in csv.DictReader(file) if row["case"] not in names]
+    for name in names:
         done = subprocess.run(
             [sys.executable, __file__, f"--one={name}"], stdout=subprocess.PIPE, text=True, check=True
         )
-        kept.append(json.loads(done.stdout.splitlines()[-1]))
-        print(kept[-1], flush=True)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        print(results[-1], flush=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, kept[-1])
+        writer = csv.DictWriter(file, results[-1])
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(results)
 
 
 if __name__ == "__main__":

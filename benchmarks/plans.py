@@ -1,12 +1,12 @@
-"""What published recipes would need of TPU slices, as `ssl-jax plan` predicts it: nothing is run on a TPU.
+"""Predicts what published recipes need of TPU slices, with `ssl-jax plan`; nothing is run on a TPU.
 
     pip install -e '.[plan]'
     python benchmarks/plans.py [--slices=v5e:2x4,v5e:8x8,v5p:8x8x8] [--recipes=simclr,byol] [--groups]
 
-Every recipe of configs/imagenet.py named here, in bfloat16, at its paper's batch, is compiled for every slice: minutes
-each. Where the batch does not fit, the largest micro-batch that does is searched. With --groups also with statistics of
-BatchNorm of each chip alone (train.bn_group), where there is BatchNorm. A finished row of results/plans.csv is not made
-again; the table stands in docs/scale.md.
+Each recipe of configs/imagenet.py is compiled for each slice, in bfloat16 and with the batch of its paper. That takes
+minutes each. If the batch does not fit, the largest micro-batch that does is searched. --groups plans the recipes with
+BatchNorm again, with statistics per chip (train.bn_group). Rows that are in results/plans.csv are not computed again.
+The table is in benchmarks/scale.md.
 """
 
 import argparse
@@ -16,39 +16,37 @@ from pathlib import Path
 
 from methods import add, rows
 
-from ssl_jax import plan
+from ssl_jax import hlo, plan
 from ssl_jax.commands import start_jax
 from ssl_jax.config import resolve
 from ssl_jax.errors import UserError
 from ssl_jax.settings import load_config
 
 HERE = Path(__file__).resolve().parent
-CSV, PAGE = HERE / "results" / "plans.csv", HERE.parent / "docs" / "scale.md"
+CSV, PAGE = HERE / "results" / "plans.csv", HERE / "scale.md"
 BEGIN, END = "<!-- table of benchmarks/plans.py -->\n", "<!-- end of table -->"
 RECIPES = ("simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae")
-WITHOUT = ("dino", "mae", "moco_v2")  # no BatchNorm, or in groups of its own
+UNGROUPED = ("dino", "mae", "moco_v2")  # without BatchNorm, or with groups of their own
 
 
-def predicted(recipe: str, topology: str, grouped: bool) -> dict:
+def predict(recipe: str, topology: str, grouped: bool) -> dict:
     config = resolve(load_config(f"imagenet:{recipe}", ["--config.model.dtype=bfloat16"]))
     if grouped:
-        chips = len(plan.slice_of(topology)[2])
-        config = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, bn_group=config.train.batch // chips)
-        )
-    [made] = plan.compare(config, [topology], plan.describe(config.data, 0, 0))
-    return plan.as_row(made)
+        group = config.train.batch // plan.parse_topology(topology).chips
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, bn_group=group))
+    [only] = plan.compare(config, [topology], plan.open_or_describe(config.data))
+    return plan.table_row(only)
 
 
 def table() -> str:
-    head = ["recipe", "batch", "slice", "chips", "at a time", "GiB a chip", "all-reduce", "other collectives"]
-    head += ["network, ms", "ms a step", "images/s", "hours", "limit"]
+    head = ["recipe", "batch", "slice", "chips", "micro-batch", "GiB/chip", "all-reduce", "others"]
+    head += ["net ms", "step ms", "images/s", "hours", "limit"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in sorted(csv.DictReader(CSV.open()), key=lambda row: (RECIPES.index(row["recipe"]), int(row["chips"]))):
-        name = f"`{row['recipe']}`" + (", BatchNorm of a chip" if row["grouped"] == "True" else "")
+        name = f"`{row['recipe']}`" + (", BatchNorm per chip" if row["grouped"] == "True" else "")
         cells = [name, row["batch"], row["topology"], row["chips"]]
         if row["fits"] == "True":
-            others = [f"{row[kind]} {kind}" for kind in plan.KINDS.split("|")[1:] if row[kind] != "0"]
+            others = [f"{row[kind]} {kind}" for kind in hlo.COLLECTIVES[1:] if row[kind] != "0"]
             cells += [row["micro_batch"] if row["micro_batch"] != "0" else "all", f"{float(row['memory']) / 2**30:.1f}"]
             cells += [row["all-reduce"], ", ".join(others) or "none", f"{1e3 * float(row['network_s']):.1f}"]
             cells += [f"{1e3 * float(row['step_s']):.0f}", f"{float(row['images_per_s']):,.0f}"]
@@ -75,12 +73,12 @@ def main() -> None:
         for recipe in args.recipes.split(","):
             job = {"recipe": recipe, "topology": topology, "grouped": str(args.groups)}
             done = any(all(row[key] == value for key, value in job.items()) for row in rows(CSV))
-            if done or (args.groups and recipe in WITHOUT):
+            if done or (args.groups and recipe in UNGROUPED):
                 continue
             print(f"{recipe}, {topology}", flush=True)
             try:
-                add(CSV, {**job, **predicted(recipe, topology, args.groups)})
-            except UserError as error:  # a batch that does not divide among the chips
+                add(CSV, {**job, **predict(recipe, topology, args.groups)})
+            except UserError as error:  # a batch that does not divide evenly among the chips
                 print(error, flush=True)
                 continue
             show()

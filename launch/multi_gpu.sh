@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
-# One run on several hosts with GPUs and no scheduler: the same command on each host, over ssh. Ctrl-C saves and ends it.
+# Runs one command of ssl-jax on several hosts with GPUs, over ssh, without a scheduler. Ctrl-C saves and ends the run.
 #
-#   HOSTS="gpu1 gpu2" launch/multi_gpu.sh pretrain --config=imagenet:simclr --config.data.path=/shared/imagenet --workdir=/shared/runs/simclr
+#   HOSTS="gpu1 gpu2" launch/multi_gpu.sh pretrain \
+#       --config=imagenet:simclr --config.data.path=/shared/imagenet --workdir=/shared/runs/simclr
 #
-# HOSTS     names that ssh knows, all of them without a password; the first one leads. "localhost" is this host, without ssh
-# PORT      where the others find the first one (12355)
-# SSL_JAX   the program, if it is not on their PATH (/shared/venv/bin/ssl-jax)
-# --workdir and the data must be on a file system that all share. GPUs of a single host need no script: ssl-jax takes all.
+# HOSTS     hosts that ssh reaches without a password; the first one coordinates. "localhost" is this host, without ssh
+# PORT      port of the first host where the others connect (default: 12355)
+# SSL_JAX   path of the program, such as /shared/venv/bin/ssl-jax, if it is not on their PATH
+# All hosts must see --workdir and the data. A single host needs no script: ssl-jax uses all its GPUs.
 set -uo pipefail
 
 if (($# == 0)) || [[ -z ${HOSTS:-} ]]; then
-  sed -n '2,9p' "$0" | cut -c3- >&2
+  sed -n '2,10p' "$0" | cut -c3- >&2
   exit 2
 fi
 read -ra hosts <<<"$HOSTS"
 printf -v command ' %q' "${SSL_JAX:-ssl-jax}" "$@"
 processes=()
 for number in "${!hosts[@]}"; do
-  joined="export JAX_COORDINATOR_ADDRESS=${hosts[0]}:${PORT:-12355} JAX_NUM_PROCESSES=${#hosts[@]} JAX_PROCESS_ID=$number; exec$command"
+  variables="JAX_COORDINATOR_ADDRESS=${hosts[0]}:${PORT:-12355} JAX_NUM_PROCESSES=${#hosts[@]} JAX_PROCESS_ID=$number"
+  numbered="export $variables; exec$command"
   if [[ ${hosts[number]} == localhost ]]; then
-    bash -c "$joined" &
-  else # -tt: a signal here reaches the process there
-    ssh -tt "${hosts[number]}" "$joined" </dev/null &
+    bash -c "$numbered" &
+  else # -tt: a signal to this script reaches the process on that host
+    ssh -tt "${hosts[number]}" "$numbered" </dev/null &
   fi
   processes+=($!)
 done
@@ -30,7 +32,7 @@ worst=0
 for process in "${processes[@]}"; do
   wait "$process"
   code=$?
-  while ((code > 128)) && kill -0 "$process" 2>/dev/null; do # woken by the trap, the process still saves
+  while ((code > 128)) && kill -0 "$process" 2>/dev/null; do # the trap woke us, but the process is still saving
     wait "$process"
     code=$?
   done

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, from creation to deletion; `gcloud` has to be installed and logged in.
+# A run on a Cloud TPU slice, from creating the slice to deleting it. Needs `gcloud`, logged in.
 #
-#   launch/tpu_pod.sh create                                    ask for the slice, and wait until it is there
-#   launch/tpu_pod.sh install                                   ssl_jax from this checkout, on all workers
+#   launch/tpu_pod.sh create                            requests the slice and waits until it is there
+#   launch/tpu_pod.sh install                           installs ssl_jax from this checkout on all workers
 #   launch/tpu_pod.sh start pretrain --config=... --workdir=gs://... or a shared disk
-#   launch/tpu_pod.sh tail                                      what worker 0 says
-#   launch/tpu_pod.sh resume pretrain --config=...              after maintenance or preemption: create anew, install, start
-#   launch/tpu_pod.sh stop                                      SIGTERM: the run saves its step and ends
+#   launch/tpu_pod.sh tail                              follows the log of worker 0
+#   launch/tpu_pod.sh resume pretrain --config=...      after maintenance or preemption: create, install and start again
+#   launch/tpu_pod.sh stop                              sends SIGTERM: the run saves its step and ends
 #   launch/tpu_pod.sh delete
 #
-# --dry-run before the command prints what would be done. Settings come from the environment:
-#   TPU_NAME   a name for the slice (ssl-jax)      TPU_ZONE     such as us-central1-a
-#   TPU_TYPE   such as v5litepod-64, v6e-256       TPU_VERSION  software of the workers, such as v2-alpha-tpuv5-lite
-#   TPU_SPOT   1: may be preempted, cheaper        TPU_PROJECT  if not gcloud's own
+# --dry-run before the command prints the calls instead of making them. Settings come from the environment:
+#   TPU_NAME   name of the slice (ssl-jax)         TPU_ZONE     such as us-central1-a
+#   TPU_TYPE   such as v5litepod-64, v6e-256       TPU_VERSION  runtime of the workers, such as v2-alpha-tpuv5-lite
+#   TPU_SPOT   1: cheaper, may be preempted        TPU_PROJECT  default: the project of gcloud
 set -euo pipefail
 
-usage() { sed -n '2,17p' "$0" | cut -c3-; }
+usage() { sed -n '2,15p' "$0" | cut -c3-; }
 
 dry=
 if [[ ${1:-} == --dry-run ]]; then
@@ -30,11 +30,11 @@ command=$1
 shift
 
 name=${TPU_NAME:-ssl-jax}
-: "${TPU_ZONE:?is not set; allowed: a zone that has the type, such as us-central1-a}"
+: "${TPU_ZONE:?is not set; allowed: a zone with this type of TPU, such as us-central1-a}"
 where=("--zone=$TPU_ZONE")
 if [[ -n ${TPU_PROJECT:-} ]]; then where+=("--project=$TPU_PROJECT"); fi
 here=$(cd "$(dirname "$0")/.." && pwd)
-# A run outlives the connection that started it. A worker's own log stays on it.
+# The run outlives the connection that starts it; each worker keeps its own log.
 log=ssl-jax.log
 
 run() {
@@ -46,13 +46,13 @@ run() {
   fi
 }
 
-on_workers() { # which worker, or all; what
+on_workers() { # number of the worker, or all; command
   run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" "--worker=$1" "--command=$2"
 }
 
 create() {
-  : "${TPU_TYPE:?is not set; allowed: such as v5litepod-64}"
-  : "${TPU_VERSION:?is not set; allowed: such as v2-alpha-tpuv5-lite}"
+  : "${TPU_TYPE:?is not set; allowed: a type such as v5litepod-64}"
+  : "${TPU_VERSION:?is not set; allowed: a runtime such as v2-alpha-tpuv5-lite}"
   local spot=()
   if [[ ${TPU_SPOT:-0} == 1 ]]; then spot=(--spot); fi
   run gcloud compute tpus queued-resources create "$name" "${where[@]}" "--node-id=$name" \
@@ -84,7 +84,7 @@ install() {
 
 start() {
   if (($# == 0)); then
-    echo "start: what? allowed: a command of ssl-jax, such as pretrain --config=... --workdir=..." >&2
+    echo "start: no command; allowed: one of ssl-jax, such as pretrain --config=... --workdir=..." >&2
     exit 2
   fi
   local quoted cluster=
@@ -100,7 +100,7 @@ case $command in
   tail) on_workers 0 "tail -n 50 -f $log" ;;
   stop) on_workers all "pkill -TERM -f bin/ssl-jax" ;;
   delete) delete ;;
-  resume) # a preempted slice stays as a name until it is deleted
+  resume) # the name of a preempted slice is taken until it is deleted
     delete || true
     create
     install

@@ -1,10 +1,11 @@
-"""What a run will need of a TPU slice before it is paid for: its real step, compiled by the real TPU compiler.
+"""What a run needs of a TPU slice, before anyone pays for it: its training step, compiled by the real TPU compiler.
 
-Nothing is run. Memory, collectives and bytes are the compiler's; FLOPs are counted in the traced step, since the
-compiler counts the body of a loop once. Seconds are a roofline from published figures of the chips: a prediction, and
-rather a bound than a promise.
+Nothing is run. Memory, collectives and memory traffic are what the compiler reports. FLOPs are counted in the traced
+step, because the compiler counts the body of a loop only once. Times come from a roofline with the published figures
+of each chip: a prediction, and a lower bound rather than a promise.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -19,26 +20,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ssl_jax import parallel, run
+from ssl_jax import hlo, parallel, run
 from ssl_jax.config import Config, Data
-from ssl_jax.data import open_source
+from ssl_jax.data import Source, open_source
 from ssl_jax.errors import UserError, unknown
+from ssl_jax.models import resolve_conv
 from ssl_jax.report.figures import scaling
 from ssl_jax.train.step import Setup, TrainState, in_memory, init_state, make_step, set_up
 
-LOADED = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10)}  # TFDS: images and classes of the training part
-HOP = 1e-6  # seconds from chip to chip; about, as https://jax-ml.github.io/scaling-book/sharding has it
+KNOWN_DATA = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10)}  # TFDS: training images, classes
+HOP_SECONDS = 1e-6  # from one chip to the next, roughly; https://jax-ml.github.io/scaling-book/sharding
 
 
 class Chip(NamedTuple):
-    """Published figures. Source: https://docs.cloud.google.com/tpu/docs, the page of each version."""
+    """Published figures, from the page of each version at https://docs.cloud.google.com/tpu/docs."""
 
-    flops: float  # bfloat16, a second
+    flops: float  # bfloat16, per second
     memory: float  # bytes
-    bandwidth: float  # of its memory, bytes a second
-    network: float  # one way over all its links, bytes a second
+    bandwidth: float  # of its memory, bytes per second
+    network: float  # all its links in one direction, bytes per second
     links: int
-    wraps: int  # a side of the slice that is a multiple of this closes to a ring
+    wraps: int  # a side of a slice that is a multiple of this closes to a ring
     megacore: bool  # its two cores are one device
 
 
@@ -50,9 +52,27 @@ CHIPS = {
 }
 
 
+class Topology(NamedTuple):
+    """A TPU slice, such as "v5e:4x8"."""
+
+    version: str  # of the chip, a key of CHIPS
+    sides: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.version]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.sides)
+
+    def __str__(self) -> str:
+        return f"{self.version}:{'x'.join(map(str, self.sides))}"
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One config on one slice. Bytes, FLOPs and collectives are of one step on one chip."""
+    """One config on one slice. Bytes, FLOPs and collectives are those of one step on one chip."""
 
     topology: str
     chips: int
@@ -62,7 +82,7 @@ class Plan:
     memory: float  # bytes needed
     flops: float = 0.0
     bytes: float = 0.0  # read from and written to the chip's memory
-    collectives: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # kind: number, bytes
+    collectives: dict[str, tuple[int, float]] = dataclasses.field(default_factory=dict)  # kind -> number, bytes
     compute_s: float = 0.0
     memory_s: float = 0.0
     network_s: float = 0.0
@@ -70,16 +90,17 @@ class Plan:
 
     @property
     def version(self) -> str:
-        """Of the chip, a key of CHIPS."""
-        return self.topology.partition(":")[0]
+        """The version of the chip, a key of CHIPS."""
+        return parse_topology(self.topology).version
 
     @property
     def step_s(self) -> float:
-        """Predicted: arithmetic and memory overlap, what goes over the network is waited for."""
+        """Predicted: arithmetic and memory traffic overlap, and the step waits for the network."""
         return max(self.compute_s, self.memory_s) + self.network_s
 
     @property
     def limit(self) -> str:
+        """What takes longest: compute, memory or network."""
         times = {"compute": self.compute_s, "memory": self.memory_s, "network": self.network_s}
         return max(times, key=times.__getitem__)
 
@@ -92,117 +113,146 @@ class Plan:
         return self.steps * self.step_s / 3600
 
 
-@dataclass(frozen=True)
-class Described:
-    """As much of a data set as a step's shapes depend on."""
-
-    examples: int
-    shape: tuple[int, int, int]
-    classes: Sequence[str]
-    labels: Any
-    objects: Any = None
-
-    def __len__(self) -> int:
-        return self.examples
-
-
-def describe(data: Data, images: int, classes: int) -> Any:
-    """The data set of a config, or with `images`, or for a known TFDS name, a description of it."""
-    if not images and data.name == "tfds" and data.path in LOADED:
-        images, classes = LOADED[data.path]
-    if not images:
-        return open_source(data)
-    size = data.size or 224
-    channels = data.channels or 3
-    labels = np.zeros(1, np.int32) if classes else None
-    names = [str(i) for i in range(classes)]
-    return Described(data.limit or images, (size, size, channels), names, labels, np.zeros(1) if data.pairs else None)
-
-
-def slice_of(topology: str) -> tuple[Chip, tuple[int, ...], list[Any]]:
-    """Chip, sides and abstract devices of a slice such as "v5e:4x8"."""
-    name, _, shape = topology.partition(":")
-    if name not in CHIPS:
-        raise unknown("--topology", name, CHIPS)
-    if not re.fullmatch(r"\d+(x\d+)*", shape):
+def parse_topology(topology: str) -> Topology:
+    """Raises UserError unless it reads VERSION:SIDExSIDE with a known version."""
+    version, _, sides = topology.partition(":")
+    if version not in CHIPS:
+        raise unknown("--topology", version, CHIPS)
+    if not re.fullmatch(r"\d+(x\d+)*", sides):
         raise UserError(f"--topology={topology}: allowed: VERSION:SIDExSIDE, such as v5e:4x8 or v4:2x2x4")
-    # Without a TPU in this machine the compiler must not ask the network where one is, nor complain of its absence;
-    # and as nothing runs on one, several processes may plan at once.
-    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    for key, value in (here | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}).items():
-        os.environ.setdefault(key, value)
+    return Topology(version, tuple(map(int, sides.split("x"))))
+
+
+# Read when libtpu is loaded. Without a TPU in this machine the compiler must not ask the network where one is, nor
+# complain that there is none; and as nothing runs on one, several processes may plan at once.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+CACHE_SETTING = "jax_enable_compilation_cache"
+
+
+@contextlib.contextmanager
+def tpu_compiler() -> Iterator[None]:
+    """Sets what the TPU compiler needs while it works on a machine without a TPU, and puts it back afterwards.
+
+    That is LIBTPU_ENVIRONMENT, where the user has not set it, and JAX's compilation cache, which is off meanwhile: a
+    program for a TPU cannot be read back without one, so JAX would try, warn and compile it again.
+    """
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    added = {name: value for name, value in LIBTPU_ENVIRONMENT.items() if name not in os.environ}
+    cached = getattr(jax.config, CACHE_SETTING)
+    os.environ.update(added)
+    jax.config.update(CACHE_SETTING, False)
+    reset_cache()  # JAX looks at the setting only once, when it first compiles
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        jax.config.update(CACHE_SETTING, cached)
+        reset_cache()
+
+
+@tpu_compiler()
+def tpu_devices(topology: Topology) -> list[Any]:
+    """Stand-ins for the devices of a slice, to compile for. Raises UserError if there is no such slice."""
     try:
         from jax.experimental import topologies
 
-        options = {"topology_name": topology, "chip_config_name": "megacore" if CHIPS[name].megacore else "default"}
-        devices = topologies.get_topology_desc(platform="tpu", **options).devices
+        core = "megacore" if topology.chip.megacore else "default"
+        options = {"topology_name": str(topology), "chip_config_name": core}
+        return list(topologies.get_topology_desc(platform="tpu", **options).devices)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         if "libtpu" in reason or "not installed" in reason:
             raise UserError("plan: needs the TPU compiler (libtpu); pip install 'ssl_jax[plan]'") from error
         raise UserError(f"--topology={topology}: {reason}") from error
-    # A program for a TPU cannot be read back without one: JAX would try, warn and compile it again.
-    jax.config.update("jax_enable_compilation_cache", False)
-    return CHIPS[name], tuple(map(int, shape.split("x"))), list(devices)
 
 
-def plan(config: Config, topology: str, source: Any) -> Plan:
-    """Compiles the step of `config` for `topology`. Out of memory is no error: then `fits` is False."""
-    chip, sides, devices = slice_of(topology)
+def open_or_describe(data: Data, images: int = 0, classes: int = 0) -> Source:
+    """The data set of a config, or a Source of its sizes alone: with `images`, or for a TFDS name in KNOWN_DATA."""
+    if not images and data.name == "tfds" and data.path in KNOWN_DATA:
+        images, classes = KNOWN_DATA[data.path]
+    if not images:
+        return open_source(data)
+    images = data.limit or images
+    size, channels = data.size or 224, data.channels or 3
+    return Source(
+        [""] * images,
+        (size, size, channels),
+        _no_image,
+        labels=np.zeros(images, np.int32) if classes else None,
+        classes=[str(i) for i in range(classes)],
+        objects=np.zeros(images, np.int32) if data.pairs else None,
+    )
+
+
+def _no_image(index: int) -> np.ndarray:
+    raise RuntimeError(f"image {index}: only the sizes of this data set are known")
+
+
+@tpu_compiler()
+def estimate(config: Config, topology: str, source: Source) -> Plan:
+    """Compiles the step of `config` for `topology`. Running out of memory is no error: then `fits` is False."""
+    tpu = parse_topology(topology)
+    devices, chip = tpu_devices(tpu), tpu.chip
     train = config.train
     mesh = parallel.mesh_of(devices, train.batch, train.micro_batch, train.shard)
-    # As on a TPU: none of the formulations that are there for CPUs.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv="lax"))
+    conv = resolve_conv(config.model.conv, backend="tpu")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=conv))
     setup = set_up(config, source)
-    args = abstract(setup, config, source, mesh)
-    step = make_step(setup, config, mesh)
+    args = abstract_arguments(setup, config, source, mesh)
     placed = jax.tree.map(lambda x: x.sharding, args[0])
+    step = make_step(setup, config, mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, parallel.replicated(mesh)))
     traced = jitted.trace(*args)
-    about: dict[str, Any] = {
-        "topology": topology,
-        "chips": len(devices),
-        "batch": config.train.batch,
-        "micro_batch": config.train.micro_batch,
-        "steps": setup.steps,
-    }
+    known = Plan(str(tpu), len(devices), train.batch, train.micro_batch, fits=False, memory=0.0, steps=setup.steps)
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = out_of_memory(str(error), sum(map(_bytes_a_chip, jax.tree.leaves(args))))
-        if not used:
+        needed = out_of_memory(str(error), sum(map(_bytes_per_chip, jax.tree.leaves(args))))
+        if not needed:
             raise
-        return Plan(**about, fits=False, memory=used)
+        return dataclasses.replace(known, memory=needed)
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     needed -= memory.alias_size_in_bytes
     if in_memory(config, source):
-        needed += len(source) * math.prod(source.shape)
+        needed += source.nbytes
     flops = count_flops(traced.jaxpr.jaxpr) / len(devices)
-    # A loop's body is counted once by the compiler, in FLOPs as in bytes.
-    loops = max(1.0, flops / cost["flops"])
-    found = list(collectives(compiled.as_text()))
-    kinds = {
-        kind: (sum(n for k, n, _ in found if k == kind), sum(n * b for k, n, b in found if k == kind))
-        for kind in sorted({k for k, *_ in found})
-    }
-    return Plan(
-        **about,
+    # The compiler counts the body of a loop once, in FLOPs and in bytes alike.
+    traffic = cost["bytes accessed"] * max(1.0, flops / cost["flops"])
+    collectives = list(hlo.collectives(hlo.parse(compiled.as_text())))
+    return dataclasses.replace(
+        known,
         fits=needed <= chip.memory,
         memory=needed,
         flops=flops,
-        bytes=cost["bytes accessed"] * loops,
-        collectives=kinds,
+        bytes=traffic,
+        collectives=totals(collectives),
         compute_s=flops / chip.flops,
-        memory_s=cost["bytes accessed"] * loops / chip.bandwidth,
-        network_s=sum(n * seconds_of(kind, size, chip, sides) for kind, n, size in found),
+        memory_s=traffic / chip.bandwidth,
+        network_s=sum(one.runs * collective_seconds(one.kind, one.bytes, tpu) for one in collectives),
     )
 
 
-def out_of_memory(message: str, arguments: float) -> float:
-    """Bytes that a chip would need, from what the TPU compiler says when they are not there; 0: it says anything else.
+def totals(collectives: Sequence[hlo.Collective]) -> dict[str, tuple[int, float]]:
+    """{kind: (how many run, bytes of all of them)}."""
+    added: dict[str, tuple[int, float]] = {}
+    for kind, runs, size in sorted(collectives):
+        number, total = added.get(kind, (0, 0.0))
+        added[kind] = number + runs, total + runs * size
+    return added
 
-    One of its messages counts all that the step uses; another, what it makes on the way alone, without its arguments.
+
+def out_of_memory(message: str, arguments: float) -> float:
+    """Bytes per chip that a step needs, from the TPU compiler's error that there are too few; 0 for any other error.
+
+    One of its messages counts everything the step uses; another one leaves out the step's `arguments`.
     """
     found = re.search(r"RESOURCE_EXHAUSTED.*?(?:Used |(HLO temporaries) \()([\d.]+)([KMGT])", message, re.DOTALL)
     if not found:
@@ -210,41 +260,48 @@ def out_of_memory(message: str, arguments: float) -> float:
     return float(found[2]) * 1024 ** ("KMGT".index(found[3]) + 1) + (arguments if found[1] else 0.0)
 
 
-def _bytes_a_chip(x: jax.ShapeDtypeStruct) -> float:
+def _bytes_per_chip(x: jax.ShapeDtypeStruct) -> float:
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
     return math.prod(shape) * (x.dtype.itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 8)
 
 
-def abstract(setup: Setup, config: Config, source: Any, mesh: Mesh) -> tuple[TrainState, dict]:
-    """(state, batch) of a step: shapes and where they lie, no numbers."""
+def abstract_arguments(
+    setup: Setup, config: Config, source: Source, mesh: Mesh
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """(state, batch) of a step as shapes, types and shardings, without any values."""
+    abstract = jax.ShapeDtypeStruct
     state = jax.eval_shape(lambda: init_state(setup, 0))
-    put = jax.ShapeDtypeStruct
-    state = jax.tree.map(lambda x, at: put(x.shape, x.dtype, sharding=at), state, parallel.state_sharding(mesh, state))
-    batch, at = config.train.batch, parallel.batch_sharding(mesh)
-    inputs = {"image": put((batch, *source.shape), jnp.uint8, sharding=at)}
-    inputs["index"] = put((batch,), jnp.int32, sharding=at)
+    state = jax.tree.map(
+        lambda x, sharding: abstract(x.shape, x.dtype, sharding=sharding), state, parallel.state_sharding(mesh, state)
+    )
+    batch, sharding = config.train.batch, parallel.batch_sharding(mesh)
+    inputs = {"image": abstract((batch, *source.shape), jnp.uint8, sharding=sharding)}
+    inputs["index"] = abstract((batch,), jnp.int32, sharding=sharding)
     if source.labels is not None:
         labels = np.asarray(source.labels)
-        inputs["label"] = put((batch, *labels.shape[1:]), labels.dtype, sharding=at)
+        inputs["label"] = abstract((batch, *labels.shape[1:]), labels.dtype, sharding=sharding)
     if source.objects is not None:
         inputs["pair"] = inputs["image"]
     return state, inputs
 
 
-def largest_micro_batch(config: Config, topology: str, source: Any, needed: float) -> tuple[int, Plan | None]:
-    """The most images at a time that fit, of the divisors of the batch: (0, None) if not even one a chip does."""
-    chip, _, devices = slice_of(topology)
+def largest_micro_batch(config: Config, topology: str, source: Source, needed: float) -> tuple[int, Plan | None]:
+    """The largest micro-batch that fits, with its plan; (0, None) if not even one image per chip fits.
+
+    needed: bytes per chip for the whole batch at once.
+    """
+    tpu = parse_topology(topology)
     batch, group = config.train.batch, config.train.bn_group or 1
-    sizes = [n for n in range(1, batch) if batch % n == 0 and n % len(devices) == 0 and n % group == 0]
+    sizes = [n for n in range(1, batch) if batch % n == 0 and n % tpu.chips == 0 and n % group == 0]
     best: tuple[int, Plan | None] = (0, None)
     low, high = 0, len(sizes)
-    guess = sum(n <= batch * chip.memory / needed for n in sizes)  # memory grows about as the images do
+    guess = sum(n <= batch * tpu.chip.memory / needed for n in sizes)  # memory grows roughly as the images do
     while low < high:
         middle = min(max(guess, low), high - 1)
         train = dataclasses.replace(config.train, micro_batch=sizes[middle])
-        made = plan(dataclasses.replace(config, train=train), topology, source)
-        if made.fits:
-            best, low = (sizes[middle], made), middle + 1
+        plan = estimate(dataclasses.replace(config, train=train), topology, source)
+        if plan.fits:
+            best, low = (sizes[middle], plan), middle + 1
             guess = low
         else:
             high = middle
@@ -253,7 +310,7 @@ def largest_micro_batch(config: Config, topology: str, source: Any, needed: floa
 
 
 def count_flops(jaxpr: Any) -> float:
-    """Of all matrix products and convolutions in a traced program, loops counted as often as they run."""
+    """FLOPs of all matrix products and convolutions in a traced program, with loops counted as often as they run."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -262,10 +319,10 @@ def count_flops(jaxpr: Any) -> float:
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
         elif eqn.primitive.name == "conv_general_dilated":
             kernel, names = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"].rhs_spec
-            each = math.prod(kernel) / kernel[names[0]]  # products in one output
+            products = math.prod(kernel) / kernel[names[0]]  # per output
             # Between the rows and columns of a dilated input lie zeros, which nobody multiplies.
             zeros = math.prod(eqn.params["lhs_dilation"])
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * each / zeros
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * products / zeros
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
@@ -274,139 +331,100 @@ def count_flops(jaxpr: Any) -> float:
     return total
 
 
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-
-
-def collectives(hlo: str) -> Iterator[tuple[str, int, float]]:
-    """(kind, how often in a step, bytes of its result) of every collective in a compiled program's text.
-
-    One that the TPU compiler spreads over several fusions, to hide it behind them, stands in each, with one channel.
-    """
-    lines: dict[str, list[str]] = {}
-    calls: list[tuple[str, str, int]] = []
-    current = ""
-    for line in hlo.splitlines():
-        if opened := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            current = opened[1]
-            lines[current] = []
-            if line.startswith("ENTRY"):
-                calls.append(("", current, 1))
-        elif current:
-            lines[current].append(line)
-            trips = re.search(r"known_trip_count[^\d]*(\d+)", line)
-            times = int(trips[1]) if trips and " while(" in line else 1
-            for name in re.findall(r"(?:body|calls|to_apply|called_computations)=\{?%?([\w.\-]+)", line):
-                calls.append((current, name, times))
-    callers: dict[str, list[tuple[str, int]]] = {}
-    for caller, name, times in calls:
-        callers.setdefault(name, []).append((caller, times))
-    often = {"": 1}
-
-    def runs(name: str) -> int:
-        if name not in often:
-            often[name] = sum(times * runs(caller) for caller, times in callers.get(name, ()))
-        return often[name]
-
-    channels: set[str] = set()
-    for name, inside in lines.items():
-        for line in inside:
-            if made := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
-                channel = re.search(r"channel_id=\d+", line)
-                if channel and channel[0] in channels:
-                    continue
-                channels |= {channel[0]} if channel else set()
-                sizes = [
-                    BYTES.get(kind, 4) * math.prod(int(n) for n in shape.split(",") if n)
-                    for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", made[1])
-                ]
-                # The result of a start is (what goes in, what comes out, ...).
-                size = max(sizes) if made[3] and made[2] != "all-reduce" else sum(sizes)
-                yield made[2], runs(name), float(size)
-
-
-def seconds_of(kind: str, size: float, chip: Chip, sides: tuple[int, ...]) -> float:
-    """Of one collective over a whole slice: what each chip sends over its links, and the way of the first byte."""
-    chips = math.prod(sides)
+def collective_seconds(kind: str, size: float, topology: Topology) -> float:
+    """Time of one collective over a whole slice: what each chip sends over its links, and the way of the first byte."""
+    chip, chips, sides = topology.chip, topology.chips, topology.sides
     if chips == 1:
         return 0.0
     share = (chips - 1) / chips
     sent = {"all-reduce": 2 * size * share, "reduce-scatter": size * (chips - 1), "collective-permute": size}
     used = sum((2 if side % chip.wraps == 0 else 1) for side in sides if side > 1)
     hops = sum(side // 2 if side % chip.wraps == 0 else side - 1 for side in sides) * (2 if kind == "all-reduce" else 1)
-    return sent.get(kind, size * share) / (chip.network * used / chip.links) + hops * HOP
+    return sent.get(kind, size * share) / (chip.network * used / chip.links) + hops * HOP_SECONDS
 
 
-def compare(config: Config, slices: Sequence[str], source: Any) -> list[Plan]:
-    """A plan for each slice, told as it is made; where the batch does not fit, of the largest micro-batch that does."""
-    made = []
-    for topology in slices:
-        one = plan(config, topology, source)
-        if not one.fits:
-            room = CHIPS[one.version].memory
-            print(f"{topology}: needs {one.memory / 2**30:.1f} of {room / 2**30:.1f} GiB a chip: does not fit")
-            micro_batch, smaller = largest_micro_batch(config, topology, source, one.memory)
+def compare(config: Config, topologies: Sequence[str], source: Source) -> list[Plan]:
+    """A plan for each slice, printed as soon as it is known.
+
+    Where the batch does not fit, it is the plan of the largest micro-batch that does.
+    """
+    plans = []
+    for topology in topologies:
+        plan = estimate(config, topology, source)
+        if not plan.fits:
+            memory = CHIPS[plan.version].memory
+            print(
+                f"{topology}: does not fit: needs {plan.memory / 2**30:.1f} GiB per chip "
+                f"and has {memory / 2**30:.1f} GiB"
+            )
+            micro_batch, smaller = largest_micro_batch(config, topology, source, plan.memory)
             if smaller is None:
-                print(f"{topology}: not even an image a chip at a time fits (config.train.micro_batch)")
-                made.append(one)
+                print(f"{topology}: not even one image per chip fits (config.train.micro_batch)")
+                plans.append(plan)
                 continue
             print(f"{topology}: config.train.micro_batch={micro_batch} is the largest that fits")
-            one = smaller
-        print(told(one))
-        made.append(one)
-    return made
+            plan = smaller
+        print(summary(plan))
+        plans.append(plan)
+    return plans
 
 
-def as_row(one: Plan) -> dict[str, Any]:
-    """Of a table; of what does not fit only the memory is known."""
+def table_row(plan: Plan) -> dict[str, Any]:
+    """A row of plan.csv. Of a batch that does not fit only the memory is known; the other cells are empty."""
     known = ("topology", "chips", "batch", "micro_batch", "fits", "memory")
     predicted = ("flops", "bytes", "compute_s", "memory_s", "network_s", "step_s", "limit", "images_per_s", "hours")
-    row = {key: getattr(one, key) for key in known}
-    row |= {key: getattr(one, key) if one.fits else "" for key in predicted}
-    return row | {kind: one.collectives.get(kind, (0, 0.0))[0] for kind in KINDS.split("|")}
+    row = {key: getattr(plan, key) for key in known}
+    row |= {key: getattr(plan, key) if plan.fits else "" for key in predicted}
+    return row | {kind: plan.collectives.get(kind, (0, 0.0))[0] for kind in hlo.COLLECTIVES}
 
 
-def told(one: Plan) -> str:
+def summary(plan: Plan) -> str:
     """A few lines for people."""
-    room = CHIPS[one.version].memory
-    kinds = [f"{number} {kind} ({size / 1e6:.1f} MB)" for kind, (number, size) in one.collectives.items()]
+    memory = CHIPS[plan.version].memory
+    kinds = [f"{number} {kind} ({size / 1e6:.1f} MB)" for kind, (number, size) in plan.collectives.items()]
     return "\n".join(
         [
-            f"{one.topology}: {one.chips} chips, batch {one.batch}, prediction, nothing was run:",
-            f"  memory       {one.memory / 2**30:.2f} of {room / 2**30:.1f} GiB a chip",
-            f"  a step       {one.flops / 1e12:.3f} TFLOP and {one.bytes / 1e9:.2f} GB of memory traffic a chip",
+            f"{plan.topology}: {plan.chips} chips, batch {plan.batch} (a prediction, nothing was run)",
+            f"  memory       {plan.memory / 2**30:.2f} of {memory / 2**30:.1f} GiB per chip",
+            f"  work         {plan.flops / 1e12:.3f} TFLOP and {plan.bytes / 1e9:.2f} GB of memory traffic "
+            f"per step and chip",
             f"  collectives  {', '.join(kinds) or 'none'}",
-            f"  time         arithmetic {1e3 * one.compute_s:.2f} ms, memory {1e3 * one.memory_s:.2f} ms, "
-            f"network {1e3 * one.network_s:.2f} ms: limited by {one.limit}",
-            f"  so           {1e3 * one.step_s:.2f} ms a step at best, {one.images_per_s:,.0f} images/s, "
-            f"{one.hours:.1f} hours for {one.steps:,} steps",
+            f"  time         arithmetic {1e3 * plan.compute_s:.2f} ms, memory {1e3 * plan.memory_s:.2f} ms, "
+            f"network {1e3 * plan.network_s:.2f} ms: limited by {plan.limit}",
+            f"  speed        at best {1e3 * plan.step_s:.2f} ms per step, {plan.images_per_s:,.0f} images/s, "
+            f"{plan.hours:.1f} hours for {plan.steps:,} steps",
         ]
     )
 
 
+def comparison(plans: Sequence[Plan]) -> str:
+    """A line for each plan that fits; efficiency is images/s per chip, relative to the first of them."""
+    plans = [plan for plan in plans if plan.fits]
+    lines = ["slice         chips  GiB per chip  ms per step   images/s  hours  limit    efficiency"]
+    for plan in plans:
+        efficiency = plan.images_per_s / plan.chips / (plans[0].images_per_s / plans[0].chips)
+        lines.append(
+            f"{plan.topology:12} {plan.chips:6} {plan.memory / 2**30:13.2f} {1e3 * plan.step_s:12.2f} "
+            f"{plan.images_per_s:10,.0f} {plan.hours:6.1f}  {plan.limit:8} {efficiency:.0%}"
+        )
+    return "\n".join(lines)
+
+
 def command(config: Config, topology: str, sweep: str, images: int, classes: int, out: str) -> list[Plan]:
     """What `ssl-jax plan` does."""
-    slices = [name for name in f"{topology},{sweep}".split(",") if name]
-    if not slices:
+    topologies = [name for name in f"{topology},{sweep}".split(",") if name]
+    if not topologies:
         raise UserError(
             "--topology: missing; allowed: a TPU slice such as v5e:4x8 (or several: --sweep=v5e:2x4,v5e:4x4)"
         )
-    for name in slices:  # a wrong name is told before anything is compiled
-        slice_of(name)
-    made = compare(config, slices, describe(config.data, images, classes))
-    if len(made) > 1:
-        first = next((one for one in made if one.fits), made[0])
-        print("slice         chips  GiB a chip  ms a step   images/s  hours  limit    per chip, of the first")
-        for one in made:
-            if one.fits:
-                share = one.images_per_s / one.chips / (first.images_per_s / first.chips)
-                print(
-                    f"{one.topology:12} {one.chips:6} {one.memory / 2**30:11.2f} {1e3 * one.step_s:10.2f} "
-                    f"{one.images_per_s:10,.0f} {one.hours:6.1f}  {one.limit:8} {share:.0%}"
-                )
+    for name in topologies:  # every mistake is found before anything is compiled
+        tpu_devices(parse_topology(name))
+    plans = compare(config, topologies, open_or_describe(config.data, images, classes))
+    if len(plans) > 1:
+        print(comparison(plans))
     if out:
-        rows = [as_row(one) for one in made]
+        rows = [table_row(plan) for plan in plans]
         run.write_csv(Path(out) / "plan.csv", list(rows[0]), [list(row.values()) for row in rows])
-        scaling([one for one in made if one.fits], Path(out) / "plan.png")
+        scaling([plan for plan in plans if plan.fits], Path(out) / "plan.png")
         print(f"table and figure: {out}")
-    return made
+    return plans

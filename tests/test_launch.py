@@ -1,12 +1,14 @@
-"""Launch scripts: what they would do, and that they end as they should. SLURM's: docs/scale.md."""
+"""Launch scripts: what they would do, and that they end as they should. Tried under SLURM: benchmarks/scale.md."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-LAUNCH = Path(__file__).resolve().parents[1] / "launch"
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "launch"
 TPU = {"TPU_ZONE": "us-central1-a", "TPU_TYPE": "v5litepod-64", "TPU_VERSION": "v2-alpha-tpuv5-lite"}
 
 
@@ -23,19 +25,48 @@ def test_a_dry_run_prints_every_command_of_a_tpu_slice():
     assert [line[4] for line in lines] == ["delete", "create", "scp", "ssh", "ssh"]
     assert all(line[0] == "gcloud" and "--zone=us-central1-a" in line and "--project=mine" in line for line in lines)
     assert {"--spot", "--accelerator-type=v5litepod-64", "--runtime-version=v2-alpha-tpuv5-lite"} <= set(lines[1])
-    there = lines[-1][-1].removeprefix("--command=")
-    assert "--worker=all" in lines[-1] and there.startswith("nohup venv/bin/ssl-jax pretrain --cluster")
-    assert shlex.split(there)[4:6] == ["--config=imagenet:simclr", "--config.train.duration=10 epochs"]
+    remote = lines[-1][-1].removeprefix("--command=")
+    assert "--worker=all" in lines[-1] and remote.startswith("nohup venv/bin/ssl-jax pretrain --cluster")
+    assert shlex.split(remote)[4:6] == ["--config=imagenet:simclr", "--config.train.duration=10 epochs"]
 
 
-def test_mistakes_in_a_launch_are_told():
+def test_mistakes_are_one_line_or_the_usage():
     assert "TPU_ZONE: is not set" in launch("tpu_pod.sh", "create", TPU_ZONE="").stderr
     assert "TPU_TYPE: is not set" in launch("tpu_pod.sh", "create", **{**TPU, "TPU_TYPE": ""}).stderr
     unknown = launch("tpu_pod.sh", "begin", **TPU)
     assert unknown.returncode == 2 and "begin: unknown; allowed: create, install" in unknown.stderr
     assert launch("tpu_pod.sh", "start", **TPU).returncode == 2
     for script in ("tpu_pod.sh", "multi_gpu.sh", "slurm.sbatch"):
-        assert launch(script).returncode == 2
+        usage = launch(script)
+        text = usage.stdout + usage.stderr
+        assert usage.returncode == 2 and f"launch/{script}" in text
+        assert "SBATCH" not in text and "pipefail" not in text  # the comment at the top and no more
+
+
+def test_the_commands_of_the_page_work(tmp_path):
+    """docs/scale.md: tpu_pod.sh runs dry, the other scripts start a program that notes its arguments."""
+    program = tmp_path / "program"
+    program.write_text(f'#!/bin/sh\nprintf "%s|" "$@" > "{tmp_path}/given"\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    for file in (program, tmp_path / "srun"):
+        file.chmod(0o755)
+    text = (ROOT / "docs" / "scale.md").read_text().replace("\\\n", "")
+    commands = re.findall(
+        r"^.*launch/.*\.(?:sh|sbatch) .*$", "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)), re.M
+    )
+    assert len(commands) == 8
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    for command in commands:
+        script, after = re.fullmatch(r".*launch/(\w+\.\w+) ([^#]*?)(?: *#.*)?", command).groups()
+        args = shlex.split(after)
+        if script == "tpu_pod.sh":
+            done = launch(script, "--dry-run", *args, **TPU)
+            assert done.stdout.count("gcloud compute tpus") >= 1
+        else:
+            done = launch(script, *args, SSL_JAX=str(program), HOSTS="localhost", SLURM_ARRAY_TASK_ID="3", PATH=path)
+            given = (tmp_path / "given").read_text().split("|")[:-1]
+            assert given == [arg.replace("%a", "3") for arg in args] and given[0] in ("pretrain", "study")
+        assert done.returncode == 0, done.stderr
 
 
 def test_hosts_get_numbers_and_the_worst_code_is_returned(tmp_path):
@@ -52,5 +83,4 @@ def test_hosts_get_numbers_and_the_worst_code_is_returned(tmp_path):
     done = launch("multi_gpu.sh", "pretrain", "--config.train.duration=10 epochs", **given)
     assert done.returncode == 75, done.stderr
     for number in "01":
-        told = (tmp_path / number).read_text()
-        assert told == "localhost:9999 2 pretrain|--config.train.duration=10 epochs"
+        assert (tmp_path / number).read_text() == "localhost:9999 2 pretrain|--config.train.duration=10 epochs"

@@ -1,16 +1,22 @@
-"""`ssl-jax plan`: what is counted, against hand counts; the TPU compiler itself where libtpu is installed."""
+"""`ssl-jax plan`: its counts against counts by hand; the TPU compiler itself where libtpu is installed."""
 
 import csv
+import dataclasses
 import importlib.util
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from ssl_jax import cli, parallel, plan
-from ssl_jax.config import Model
+from ssl_jax import cli, plan
+from ssl_jax.config import Model, resolve
+from ssl_jax.errors import UserError
+from ssl_jax.hlo import Collective
 from ssl_jax.models import build_encoder
+from ssl_jax.settings import load_config
 
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
 SMALL = {
@@ -55,47 +61,77 @@ def test_loops_count_as_often_as_they_run():
     assert plan.count_flops(jax.make_jaxpr(chain)(jnp.ones((4, 4))).jaxpr) == 7 * 2 * 4**3
 
 
-def test_collectives_of_a_real_program_with_a_loop():
-    """Four devices: a sum in each of five rounds, and one gather after it."""
-    mesh = parallel.make_mesh(4, 4)
-
-    def step(x):
-        def one(total, _):
-            return total + jnp.sum(x * total), None
-
-        return jax.lax.scan(one, jnp.float32(1), None, length=5)[0] + x
-
-    jitted = jax.jit(step, in_shardings=parallel.batch_sharding(mesh), out_shardings=parallel.replicated(mesh))
-    text = jitted.lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile().as_text()
-    found = sorted(plan.collectives(text))
-    assert found == [("all-gather", 1, 32.0), ("all-reduce", 5, 4.0)]
-
-
-# As the TPU compiler writes a gather that two fusions hide.
-SPREAD = """
-%async_collective_fusion.1 (param_0: f32[16,8], param_1: f32[64,8]) -> f32[64,8] {
-  %all-gather.18 = f32[64,8]{1,0} all-gather(%param_0), channel_id=4, dimensions={0}
-}
-%async_collective_fusion.2 (param_0: f32[16,8], param_1: f32[64,8]) -> f32[64,8] {
-  %all-gather.20 = f32[64,8]{1,0} all-gather(%param_0), channel_id=4, dimensions={0}
-}
-ENTRY %main (x: f32[16,8]) -> f32[64,8] {
-  %fusion.1 = f32[64,8]{1,0} fusion(%x, %buffer), kind=kCustom, calls=%async_collective_fusion.1
-  %fusion.2 = f32[64,8]{1,0} fusion(%x, %fusion.1), kind=kCustom, calls=%async_collective_fusion.2
-  %all-gather.21 = f32[64,8]{1,0} all-gather(%x), channel_id=5, dimensions={0}
-}
-"""
-
-
-def test_a_collective_spread_over_fusions_is_one():
-    assert list(plan.collectives(SPREAD)) == [("all-gather", 1, 2048.0)] * 2
-
-
 def test_seconds_of_an_all_reduce_by_hand():
     """64 chips, 8 x 8, no ring on a v5e: half of its links carry; each chip sends 2 x 63/64 of the bytes."""
-    found = plan.seconds_of("all-reduce", 100e6, plan.CHIPS["v5e"], (8, 8))
-    assert found == pytest.approx(2 * 100e6 * 63 / 64 / 100e9 + 2 * 14e-6)
-    assert plan.seconds_of("all-reduce", 100e6, plan.CHIPS["v5e"], (1, 1)) == 0
+    seconds = plan.collective_seconds("all-reduce", 100e6, plan.parse_topology("v5e:8x8"))
+    assert seconds == pytest.approx(2 * 100e6 * 63 / 64 / 100e9 + 2 * 14e-6)
+    assert plan.collective_seconds("all-reduce", 100e6, plan.parse_topology("v5e:1x1")) == 0
+
+
+def test_collectives_are_added_up_by_kind():
+    many = [Collective("all-reduce", 5, 4.0), Collective("all-gather", 1, 32.0), Collective("all-reduce", 1, 100.0)]
+    assert plan.totals(many) == {"all-gather": (1, 32.0), "all-reduce": (6, 120.0)}
+
+
+def test_a_topology_is_read_without_the_compiler():
+    tpu = plan.parse_topology("v4:2x2x4")
+    assert (tpu.version, tpu.sides, tpu.chips, str(tpu)) == ("v4", (2, 2, 4), 16, "v4:2x2x4")
+    assert tpu.chip is plan.CHIPS["v4"]
+    for name in ("v5e", "v5e:", "v5e:4x", "v5e:4x8x"):
+        with pytest.raises(UserError, match=f"^--topology={name}: allowed: VERSION:SIDExSIDE"):
+            plan.parse_topology(name)
+
+
+def process_settings():
+    return dict(os.environ), jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
+
+
+def test_the_compilers_settings_end_with_it(monkeypatch):
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "set by the user")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    before = process_settings()
+    for fails in (False, True):
+        try:
+            with plan.tpu_compiler(), plan.tpu_compiler():
+                assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+                assert os.environ["TPU_WORKER_HOSTNAMES"] == "set by the user"
+                assert not jax.config.jax_enable_compilation_cache
+                if fails:
+                    raise KeyError
+        except KeyError:
+            assert fails
+        assert process_settings() == before
+
+
+def test_the_compilation_cache_is_used_again_afterwards(tmp_path):
+    """JAX decides once per process whether it uses the cache: that decision must not outlive the TPU compiler."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+    def files_after_compiling(factor):
+        jax.jit(lambda x: x * factor).lower(jnp.ones(3)).compile()
+        return len(list(tmp_path.iterdir()))
+
+    try:
+        with plan.tpu_compiler():
+            assert files_after_compiling(3.25) == 0
+        assert files_after_compiling(4.25) > 0
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before[0])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+        reset_cache()
+
+
+def test_a_data_set_that_is_elsewhere_has_its_sizes():
+    config = resolve(load_config("imagenet:simclr", []))
+    imagenet = plan.open_or_describe(config.data)
+    assert len(imagenet) == 1_281_167 and imagenet.labels.shape == (1_281_167,) and len(imagenet.classes) == 1000
+    assert imagenet.shape == (224, 224, 3) and imagenet.objects is None
+    radiographs = plan.open_or_describe(dataclasses.replace(config.data, size=128, channels=1), images=500)
+    assert len(radiographs) == 500 and radiographs.shape == (128, 128, 1) and radiographs.labels is None
+    with pytest.raises(RuntimeError, match="image 3: only the sizes of this data set are known"):
+        radiographs.load(3)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +144,12 @@ def test_seconds_of_an_all_reduce_by_hand():
 )
 def test_mistakes_are_one_line(flag, message, capsys):
     assert cli.main(["plan", *FLAGS, flag]) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_memory_is_read_from_what_the_compiler_says():
-    """Two messages of libtpu 0.0.42: the whole program, and what it makes on the way without its arguments."""
+    """Two messages of libtpu 0.0.42: one counts the whole program, the other its temporary arrays alone."""
     start = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory "
     whole = start + "in memory space hbm. Used 27.50G of 15.75G hbm. Exceeded hbm capacity by 11.75G."
     assert plan.out_of_memory(whole, 2**30) == 27.5 * 2**30
@@ -132,9 +168,12 @@ def test_without_the_compiler_one_line_says_how_to_get_it(capsys, monkeypatch):
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="the TPU compiler (libtpu, extra `plan`) is not installed")
 def test_a_small_sweep(tmp_path, capsys):
+    before = process_settings()
     assert cli.main(["plan", *FLAGS, "--sweep=v5e:2x2,v5e:2x4", f"--out={tmp_path}"]) == 0
-    told = capsys.readouterr().out
-    assert told.count("prediction, nothing was run") == 2 and "limited by" in told
+    assert process_settings() == before
+    printed = capsys.readouterr().out
+    assert printed.count("prediction, nothing was run") == 2 and "limited by" in printed
+    assert printed.splitlines()[-2].startswith("v5e:2x4 ")
     rows = list(csv.DictReader((tmp_path / "plan.csv").open()))
     assert [row["chips"] for row in rows] == ["4", "8"]
     assert np.isclose(float(rows[0]["flops"]), 2 * float(rows[1]["flops"]))

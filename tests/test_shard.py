@@ -4,9 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from ssl_jax import checkpoint, parallel, train
+from ssl_jax import checkpoint, hlo, parallel, train
 from ssl_jax.errors import UserError
-from ssl_jax.plan import collectives
 from ssl_jax.testing.tiny import Images, set_up, tiny_config
 
 
@@ -65,8 +64,8 @@ def compiled(name, devices=4, **changes):
 def travelling(name, **changes):
     """{kind: [bytes]} of the collectives in a step on 4 devices."""
     kinds = {}
-    for kind, often, size in collectives(compiled(name, **changes).as_text()):
-        kinds.setdefault(kind, []).extend([size] * often)
+    for kind, runs, size in hlo.collectives(hlo.parse(compiled(name, **changes).as_text())):
+        kinds.setdefault(kind, []).extend([size] * runs)
     return kinds
 
 

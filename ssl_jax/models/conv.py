@@ -21,15 +21,20 @@ CHUNK_BYTES = 3_000_000
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def resolve_conv(how: str = "auto", in_loop: bool = False) -> str:
-    """The formulation that `config.model.conv` means on this machine: "native" or "patches".
+def resolve_conv(how: str = "auto", in_loop: bool = False, backend: str | None = None) -> str:
+    """The formulation that `config.model.conv` means, as `conv` takes it; a resolved one is returned as it is.
 
-    It changes the last bits of a result, so a run records it. in_loop: what is native is "looped" on a CPU.
+    It changes the last bits of a result, so a run records it.
+
+    in_loop: the program runs it inside a loop; on a CPU "native" is then "looped".
+    backend: the platform the program is compiled for, such as "tpu"; None for this machine's.
     """
-    if how in ("lax", "looped"):  # lax: for a program that is compiled for another machine
+    if how in ("lax", "looped"):
         return how
     if how not in ("auto", "native", "patches"):
         raise unknown("config.model.conv", how, ("auto", "native", "patches"))
+    if backend not in (None, "cpu"):
+        return "lax"
     if jax.default_backend() != "cpu":
         return "native"
     if how == "auto":
@@ -47,8 +52,11 @@ def _native_is_fast() -> bool:
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how: str = "native") -> jax.Array:
     """Convolution of x [B, H, W, C] with kernel [k, k, C, D] -> [B, H', W', D], padded by `padding` on all sides.
 
-    how: what `resolve_conv` returned. On a CPU, "native" and "looped" still mean patches for the shapes that are slow
-    natively; "lax" never does: a program for another machine is compiled there. All ways agree but for rounding.
+    how: what `resolve_conv` returned. They agree up to rounding.
+      "native"   XLA's convolution, but on a CPU patches for the shapes that XLA is slow at
+      "looped"   the same, with gradients that are fast inside a loop on a CPU
+      "patches"  on a CPU patches for every shape
+      "lax"      XLA's convolution for every shape, also when a CPU traces the program for another platform
     """
     k = kernel.shape[0]
     height, width = (_out(n, k, stride, padding) for n in x.shape[1:3])
