@@ -1,7 +1,7 @@
 """Checkpoints: Orbax writes them beside the training, and a fingerprint of every array shows whether one is damaged.
 
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so a killed save leaves the earlier
-ones whole. It does not notice bytes that changed inside an array file. The fingerprints in the checkpoint's metadata do.
+ones whole. It does not notice bytes that changed inside an array file; the fingerprints in the metadata do.
 """
 
 import errno
@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_jax import parallel
 from ssl_jax.errors import UserError
@@ -27,7 +27,7 @@ TEMPORARY, REMOVED = ".orbax-checkpoint-tmp", ".removed"  # in the names of what
 
 
 def orbax() -> Any:
-    """Orbax's V1 API, imported on first use. It is to move out of `experimental`; this name is good before and after."""
+    """Orbax's V1 API, imported on first use. It is to leave `experimental`; this name is good before and after."""
     from orbax.checkpoint import v1
 
     logging.getLogger("absl").addFilter(_is_news)
@@ -42,8 +42,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 class Checkpoints:
     """The checkpoints of one run: folder/<step>, of which the newest `keep` stay.
 
-    All processes of a job make the same calls at the same steps. A save that failed in the background is reported by the
-    next `save` or `wait`; leaving the `with` block waits as well. `warn` gets what is worth a line but stops nothing.
+    All processes of a job make the same calls at the same steps. A save that failed in the background is reported by
+    the next `save` or `wait`; leaving the `with` block waits as well. `warn` gets one-line warnings.
     """
 
     def __init__(self, folder: Path, keep: int, warn: Callable[[str], None]):
@@ -113,7 +113,9 @@ class Checkpoints:
             problem = problem or "another process cannot read it"
             self.warn(f"{path}: damaged checkpoint ({problem}); trying the one before it")
         if found:
-            raise UserError(f"{self.folder}: all {len(found)} checkpoints are damaged; remove the folder to start again")
+            raise UserError(
+                f"{self.folder}: all {len(found)} checkpoints are damaged; remove the folder to start again"
+            )
         return None
 
     def _path(self, step: int) -> Path:
@@ -250,7 +252,7 @@ def fingerprints(tree: Any) -> dict[str, str]:
 def _result(x: Any) -> NamedSharding | None:
     """Where the sums of x go: to all devices that hold a part of it."""
     at = getattr(x, "sharding", None)
-    return parallel.replicated(at.mesh) if isinstance(at, NamedSharding) else None
+    return NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else None
 
 
 @functools.cache
