@@ -1,4 +1,8 @@
 import json
+import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_jax import checkpoint
+from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.errors import UserError
+from ssl_jax.parallel import make_mesh, replicated
 
 
 def state(value=1.0, width=300):
@@ -98,8 +105,6 @@ print("RESTORED", bool((restored["w"] == noise).all()), checkpoint.steps(folder)
 
 
 def test_restores_onto_another_number_of_devices(tmp_path):
-    from ssl_jax.parallel import make_mesh, replicated
-
     four = jax.device_put(state(7), replicated(make_mesh(4, 4)))
     checkpoint.save(tmp_path, 7, four, keep=1)
     one = checkpoint.restore_latest(tmp_path, state(0), pytest.fail)
@@ -111,3 +116,269 @@ def test_a_state_of_another_structure_is_not_called_damaged(tmp_path):
     checkpoint.save(tmp_path, 1, ({"a": jnp.ones(3)}, ()), keep=1)
     with pytest.raises(UserError, match="another version of ssl_jax"):
         checkpoint.restore_latest(tmp_path, ({"a": jnp.ones(3)}, (), ()), pytest.fail)
+
+
+def test_a_state_of_an_older_format_is_not_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    checkpoint.save(tmp_path, 1, state(), keep=1)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="another version of ssl_jax"):
+        checkpoint.restore_latest(tmp_path, state(), pytest.fail)
+
+
+def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path):
+    """The buffers of the saved state are donated to the next steps while it is being written."""
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    current = {"w": jnp.zeros(3_000_000), "n": jnp.zeros(5)}
+    with Checkpoints(tmp_path, 3, pytest.fail) as checkpoints:
+        for number in range(1, 13):
+            current = step(current)
+            if number % 4 == 0:
+                checkpoints.save(number, current)
+    for number in (12, 8, 4):
+        assert checkpoint.steps(tmp_path)[-1] == number
+        restored = checkpoint.restore_latest(tmp_path, {"w": jnp.zeros(3_000_000), "n": jnp.zeros(5)}, pytest.fail)
+        assert np.all(np.asarray(restored["w"]) == number) and np.all(np.asarray(restored["n"]) == number)
+        (tmp_path / f"{number:09d}").rename(tmp_path / f"away-{number}")
+
+
+def test_nothing_older_goes_before_the_newer_one_is_complete(tmp_path):
+    big = {"w": jnp.asarray(np.random.default_rng(0).random(4_000_000, np.float32))}
+    checkpoints = Checkpoints(tmp_path, 1, pytest.fail)
+    for step in (1, 2):
+        checkpoints.save(step, big)
+        if step == 2:
+            assert 1 in checkpoints.steps()
+        checkpoints.wait()
+        assert checkpoints.steps() == [step]
+    assert [p.name for p in tmp_path.iterdir()] == ["000000002"]
+    checkpoints.wait()  # nothing to wait for
+
+
+def test_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
+    script = f"""
+from pathlib import Path
+import jax.numpy as jnp, numpy as np
+from ssl_jax.checkpoint import Checkpoints
+checkpoints = Checkpoints(Path({str(tmp_path)!r}), 2, print)
+state = {{"w": jnp.asarray(np.random.default_rng(0).random(16_000_000, np.float32))}}
+checkpoints.save(1, {{"w": state["w"][:1000]}})
+checkpoints.wait()
+checkpoints.save(2, state)
+while not list(Path({str(tmp_path)!r}).glob("*2*/**/d/*")):
+    pass
+print("WRITING", flush=True)
+checkpoints.wait()
+print("DONE", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "WRITING\n"
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL and process.stdout.read() == ""
+    assert checkpoint.steps(tmp_path) == [1]
+    assert any(p.name.startswith("000000002.") for p in tmp_path.iterdir())
+    restored = checkpoint.restore_latest(tmp_path, {"w": jnp.zeros(1000)}, pytest.fail)
+    assert np.array_equal(restored["w"], np.random.default_rng(0).random(1000, np.float32))
+    checkpoint.save(tmp_path, 2, restored, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000001", "000000002"]  # what was left is gone
+
+
+BACKGROUND = """
+import resource, signal, sys
+from pathlib import Path
+import jax
+from ssl_jax import checkpoint
+from ssl_jax.errors import UserError
+folder, limit = Path(sys.argv[1]), sys.argv[2] == "limit"
+noise = jax.random.normal(jax.random.key(0), (300_000,))
+checkpoints = checkpoint.Checkpoints(folder, 2, lambda line: print("WARNED", line))
+checkpoints.save(1, {"w": noise})
+checkpoints.wait()
+check, other = checkpoint._check_room, folder.parent / "other"
+def check_then_fill(*args):
+    "Another program takes the space right after it was found free."
+    check(*args)
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    else:
+        other.write_bytes(bytes(1_200_000))
+checkpoint._check_room = check_then_fill
+checkpoints.save(2, {"w": noise + 1})
+print("GOES ON")
+try:
+    checkpoints.save(3, {"w": noise + 2})
+except UserError as error:
+    print("TOLD", error)
+checkpoint._check_room = lambda *args: None
+try:
+    with checkpoints:
+        checkpoints.save(4, {"w": noise + 3})
+        raise KeyError("first")
+except KeyError:
+    print("FIRST")
+restored = checkpoints.restore_latest({"w": noise})
+print("RESTORED", bool((restored["w"] == noise).all()), sorted(p.name for p in folder.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("full", ["limit", "disk"])
+def test_a_write_that_fails_in_the_background_is_one_line(tmp_path, full):
+    if full == "disk":
+        mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+        if subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("needs the right to mount a file system of 3 MB")
+    try:
+        command = [sys.executable, "-c", BACKGROUND, str(tmp_path / "checkpoints"), full]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finally:
+        if full == "disk":
+            subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    goes_on, told, warned, first, restored = done.stdout.splitlines()
+    assert goes_on == "GOES ON" and first == "FIRST"
+    for line, step in ((told, 2), (warned, 4)):
+        assert f"00000000{step}: checkpoint not written (" in line and "earlier checkpoints stay" in line
+    assert told.startswith("TOLD") and warned.startswith("WARNED")
+    assert restored == "RESTORED True ['000000001']"
+
+
+JOB = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from ssl_jax import checkpoint, parallel
+parallel.join_processes()
+folder, saves = Path(sys.argv[1]), sys.argv[2] == "save"
+mesh = parallel.make_mesh(0, 4, shard=len(jax.devices()))
+def init():
+    w = jax.random.normal(jax.random.key(0), (500, 1024))
+    return {"w": w, "m": jnp.zeros((1024, 300), jnp.bfloat16), "step": jnp.int32(0)}
+placed = parallel.state_sharding(mesh, jax.eval_shape(init))
+state = jax.jit(init, out_shardings=placed)()
+def update(s):  # exact in any order, so that it is the same on any number of devices
+    return {"w": s["w"] * 2, "m": s["m"] + s["step"], "step": s["step"] + 1 + 0 * (s["w"] != 0).sum()}
+step = jax.jit(update, donate_argnums=0, out_shardings=placed)
+with checkpoint.Checkpoints(folder, 2, print) as checkpoints:
+    for number in range(1, 13):
+        state = step(state)
+        if saves and number % 4 == 0:
+            checkpoints.save(number, state)
+like = jax.jit(init, out_shardings=placed)()
+restored = checkpoint.restore_latest(folder, like, print)
+assert restored["w"].sharding == like["w"].sharding and len(restored["w"].addressable_shards[0].data) <= 500
+print("SUMS", checkpoint.fingerprints(restored) == checkpoint.fingerprints(state), checkpoint.fingerprints(restored))
+"""
+
+
+def run_job(folder, count, devices, what):
+    """What `count` processes with so many devices each print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for number in range(count):
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        env = {**os.environ, "XLA_FLAGS": flags}
+        if count > 1:
+            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+            env["JAX_PROCESS_ID"] = str(number)
+        command = [sys.executable, "-c", JOB, str(folder), what]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
+    told = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, told
+    return [line for text in told for line in text.splitlines() if line.startswith("SUMS")]
+
+
+def test_two_processes_save_a_split_state_while_they_train(tmp_path):
+    lines = run_job(tmp_path, 2, 2, "save")
+    assert checkpoint.steps(tmp_path) == [8, 12]
+    lines += run_job(tmp_path, 1, 1, "restore")
+    assert len(lines) == 3 and len(set(lines)) == 1 and lines[0].startswith("SUMS True"), lines
+
+
+def test_every_kind_of_array_comes_back(tmp_path):
+    bits = {dtype: jnp.asarray(noise(jnp.dtype(dtype), (3, 5))) for dtype in DTYPES if not dtype.endswith("64")}
+    whole = {**bits, "key": jax.random.split(jax.random.key(1), 2), "scalar": jnp.float32(np.nan)}
+    checkpoint.save(tmp_path, 1, whole, keep=1)
+    restored = checkpoint.restore_latest(tmp_path, jax.tree.map(jnp.zeros_like, whole), pytest.fail)
+    assert checkpoint.fingerprints(restored) == {f"[{name!r}]": reference(x) for name, x in whole.items()}
+
+
+# The fingerprint, once more in NumPy.
+
+
+def reference(x):
+    x = np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    raw = np.frombuffer(x.tobytes(), np.dtype(f"<u{min(x.dtype.itemsize, 4)}")).astype(np.uint64)
+    index, result = np.arange(raw.size, dtype=np.uint64), ""
+    for constant in (2654435761, 2246822519, 3266489917, 668265263):
+        h = (raw + index * constant) % 2**32
+        h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
+        h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+        result += f"{int((h ^ (h >> 16)).sum()) % 2**32:08x}"
+    return result
+
+
+def noise(dtype, shape, seed=0):
+    bits = np.random.default_rng(seed).integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8)
+    return (bits[..., 0] > 127) if dtype == "bool" else bits.view(dtype)[..., 0]
+
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int8", "uint8", "uint16", "int64", "bool")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fingerprint_follows_its_formula(dtype):
+    dtype = jnp.dtype(dtype).name
+    with jax.enable_x64(dtype.endswith("64")):
+        for shape in ((), (1,), (7,), (3, 5), (2, 3, 4, 5), (0,), (4, 0)):
+            x = jnp.asarray(noise(jnp.dtype(dtype), shape))
+            assert x.dtype == dtype
+            assert checkpoint.fingerprints(x) == {"": reference(x)}, shape
+
+
+def test_fingerprint_of_keys():
+    keys = jax.random.split(jax.random.key(0), 3)
+    assert checkpoint.fingerprints({"k": keys}) == {"['k']": reference(keys)}
+
+
+def test_fingerprint_is_the_same_however_the_array_lies():
+    x = noise(np.dtype("float32"), (8, 12, 4))
+    mesh = make_mesh(4, 4, shard=2)
+    specs = [
+        PartitionSpec(),
+        PartitionSpec(("data", "shard")),
+        PartitionSpec(None, "shard"),
+        PartitionSpec("data", None, "shard"),
+    ]
+    for at in [NamedSharding(mesh, spec) for spec in specs] + [replicated(make_mesh(2, 4))]:
+        placed = jax.device_put(x, at)
+        assert checkpoint.fingerprints(placed) == {"": reference(x)}, at
+        program = checkpoint._summed(checkpoint._result(placed)).lower(placed).compile().as_text()
+        gathered = re.findall(r"= \(?\w+\[([\d,]*)\]\S* all-gather", program)
+        assert all(np.prod([int(n) for n in shape.split(",") if n], dtype=int) <= 16 for shape in gathered), program
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_one_changed_bit_always_changes_the_fingerprint(dtype):
+    generator = np.random.default_rng(1)
+    x = noise(jnp.dtype(dtype), (31, 17))
+    sound = checkpoint.fingerprints(jnp.asarray(x))
+    for _ in range(200):
+        raw = bytearray(x.tobytes())
+        raw[generator.integers(len(raw))] ^= 1 << generator.integers(8)
+        changed = np.frombuffer(raw, x.dtype).reshape(x.shape)
+        assert checkpoint.fingerprints(jnp.asarray(changed)) != sound
+
+
+def test_fingerprint_sees_order_and_pairs_of_sign_bits():
+    """What a plain sum, or a sum of multiples, would miss."""
+    x = noise(np.dtype("uint32"), (64,))
+    sound = checkpoint.fingerprints(jnp.asarray(x))
+    for a in range(0, 62, 2):
+        swapped, signs = x.copy(), x.copy()
+        swapped[[a, a + 1]] = x[[a + 1, a]]
+        signs[[a, a + 1]] ^= np.uint32(1 << 31)
+        for other in (swapped, signs, np.roll(x, a + 1)):
+            assert checkpoint.fingerprints(jnp.asarray(other)) != sound

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ssl_jax import parallel, run, train
-from ssl_jax.checkpoint import steps
+from ssl_jax.checkpoint import read_metadata, steps
 from ssl_jax.errors import UserError
 from ssl_jax.report import html
 from ssl_jax.testing.tiny import Images, tiny_config, tiny_encoder
@@ -60,11 +60,9 @@ def wait_for(process, workdir, count, what="metrics"):
 
 
 def final_arrays(workdir):
-    """Digests of every array of the newest checkpoint, and every array itself."""
-    import orbax.checkpoint.experimental.v1 as ocp
-
+    """Shape and fingerprint of every array of the newest checkpoint."""
     path = Path(workdir).absolute() / "checkpoints" / f"{steps(Path(workdir) / 'checkpoints')[-1]:09d}"
-    return ocp.metadata(path).custom_metadata["arrays"]
+    return read_metadata(path)["arrays"]
 
 
 @pytest.fixture(scope="module")
