@@ -193,6 +193,7 @@ class Config:
     finetune: Finetune
     study: Study
     on_collapse: str = "warn"  # warn or stop, when embeddings have collapsed
+    log: str = ""  # trackers, comma separated
 
 
 SECTIONS: dict[str, type] = {

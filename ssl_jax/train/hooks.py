@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ssl_jax import checkpoint, parallel, run
+from ssl_jax import parallel
+from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.collapse import rank_me
-from ssl_jax.config import Config, to_steps
+from ssl_jax.config import Config, to_json, to_steps
 from ssl_jax.data import Source
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.knn import knn_predict
@@ -27,6 +28,7 @@ from ssl_jax.evaluate.multilabel import rank
 from ssl_jax.evaluate.subsets import labelled
 from ssl_jax.progress import Progress
 from ssl_jax.train.step import Setup, TrainState, encoder_of
+from ssl_jax.train.writers import open_writers
 
 REQUEUE = 75  # exit code after SIGTERM or SIGINT: "try again later" (EX_TEMPFAIL), for schedulers
 COLLAPSE_PATIENCE = 50  # steps in a row that must show a collapse before a warning: untrained networks look alike, too
@@ -111,8 +113,8 @@ class Stop(Hook):
 class Finite(Hook):
     """Ends the run at a loss that is not finite, or with skip_nonfinite after too many skipped steps in a row."""
 
-    def __init__(self, training: Training, checkpoints: "Checkpoint"):
-        self.training, self.checkpoints, self.skipped_in_a_row = training, checkpoints, 0
+    def __init__(self, training: Training, checkpoint: "Checkpoint"):
+        self.training, self.checkpoint, self.skipped_in_a_row = training, checkpoint, 0
 
     def on_metrics(self, step, values):
         skipped = bool(values.pop("skipped", 0))
@@ -126,15 +128,15 @@ class Finite(Hook):
             raise UserError(
                 f"step {step}: loss is {values['loss']}, lr {values['lr']:.3g}; likely cause: {likely} "
                 f"(config.optim.lr={lr}; config.optim.clip_norm and skip_nonfinite may help); "
-                f"{self.checkpoints.newest()}"
+                f"{self.checkpoint.newest()}"
             )
 
 
 class Collapse(Hook):
     """Warns once, or ends the run, when embeddings have looked collapsed for COLLAPSE_PATIENCE steps in a row."""
 
-    def __init__(self, training: Training, checkpoints: "Checkpoint"):
-        self.training, self.checkpoints = training, checkpoints
+    def __init__(self, training: Training, checkpoint: "Checkpoint"):
+        self.training, self.checkpoint = training, checkpoint
         self.in_a_row, self.warned = 0, False
 
     def on_metrics(self, step, values):
@@ -152,27 +154,33 @@ class Collapse(Hook):
         self.warned = True
         if self.training.config.on_collapse == "stop":
             raise UserError(
-                f"step {step}: collapsed: {sign}; stopped by config.on_collapse=stop; {self.checkpoints.newest()}"
+                f"step {step}: collapsed: {sign}; stopped by config.on_collapse=stop; {self.checkpoint.newest()}"
             )
         self.training.say(f"warning: step {step}: collapsed: {sign}")
 
 
 class Log(Hook):
-    """metrics.jsonl, timing.jsonl and the progress line."""
+    """metrics.jsonl, timing.jsonl, the trackers of config.log, and the progress line."""
 
     def __init__(self, training: Training):
         self.training, config = training, training.config
         self.log_every = max(1, training.steps(config.train.log_every))
         self.total, start = training.setup.steps, training.start
-        self.metrics = run.Lines(training.out / "metrics.jsonl", start)
-        self.timing = run.Lines(training.out / "timing.jsonl", start)
         title = f"{config.method_name} {config.model.name}" + (f" (from step {start})" if start else "")
-        quiet = not parallel.is_main_process()
-        self.progress = Progress(self.total, start, title, note="compiling", quiet=quiet).__enter__()
+        main = parallel.is_main_process()
+        self.progress = Progress(self.total, start, title, note="compiling", quiet=not main)
         training.say = self.progress.say
+        trackers = config.log if main else ""
+        self.writers = open_writers(trackers, training.out, to_json(config), start, training.say)
+        self.progress.__enter__()
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self.metrics.append({"step": step, **values})
+    def write(self, step: int, values: Mapping[str, Any], group: str = "metrics") -> None:
+        for writer in self.writers:
+            writer.scalars(step, values, group)
+
+    def picture(self, step: int, path: Path) -> None:
+        for writer in self.writers:
+            writer.image(step, path.stem, path)
 
     def on_metrics(self, step, values):
         training, clock, batch = self.training, self.training.clock, self.training.config.train.batch
@@ -180,19 +188,20 @@ class Log(Hook):
             clock.restart(step)
         if step % self.log_every and step != self.total:
             return
-        shown = {k: v if isinstance(v, str) or np.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
-        self.write(step, {"epoch": round(step * batch / len(training.source), 4), **shown})
-        note: dict[str, Any] = {k: shown[k] for k in ("loss", "probe_accuracy", "probe_loss") if k in shown}
+        self.write(step, {"epoch": round(step * batch / len(training.source), 4), **values})
+        note: dict[str, Any] = {k: values[k] for k in ("loss", "probe_accuracy", "probe_loss") if k in values}
         note |= {"images": "-", "waiting": "-"}
         if step > clock.since:
             speed = clock.speed(step, batch)
-            self.timing.append({"step": step, **{k: round(v, 4) for k, v in speed.items()}})
+            self.write(step, {k: round(v, 4) for k, v in speed.items()}, "timing")
             note |= {"images": f"{speed['images_per_s']:.0f}/s", "waiting": f"{speed['waiting']:.0%}"}
         self.progress.update(step, note)
         clock.restart(step)
 
     def close(self):
         self.progress.__exit__()
+        for writer in self.writers:
+            writer.close()
 
 
 class Evaluate(Hook):
@@ -240,20 +249,21 @@ class Evaluate(Hook):
 
 
 class Checkpoint(Hook):
-    """Saves the whole state, from which the run can be continued to the last bit."""
+    """Saves the whole state, from which the run can be continued to the last bit; the files are written meanwhile."""
 
     at_stop = True
 
-    def __init__(self, training: Training):
-        self.training, self.folder, self.saved = training, training.workdir / "checkpoints", training.start
+    def __init__(self, training: Training, checkpoints: Checkpoints):
+        self.checkpoints, self.saved = checkpoints, training.start
         self.every = max(1, training.steps(training.config.train.save_every))
 
     def on_state(self, step, state):
-        checkpoint.save(self.folder, step, state, self.training.config.train.keep)
+        self.checkpoints.save(step, state)
         self.saved = step
 
     def newest(self) -> str:
-        return f"last checkpoint: step {self.saved} in {self.folder}" if self.saved else "no checkpoint yet"
+        folder = self.checkpoints.folder
+        return f"last checkpoint: step {self.saved} in {folder}" if self.saved else "no checkpoint yet"
 
 
 class Profile(Hook):
@@ -278,19 +288,20 @@ class Profile(Hook):
         self.last = -1
 
 
-def make_hooks(training: Training) -> Iterator[Hook]:
+def make_hooks(training: Training, checkpoints: Checkpoints) -> Iterator[Hook]:
     """All hooks of a run, in the order in which they are called."""
     yield Stop()
-    log, checkpoints = Log(training), Checkpoint(training)
-    yield Finite(training, checkpoints)
-    yield Collapse(training, checkpoints)
+    log, checkpoint = Log(training), Checkpoint(training, checkpoints)
+    yield Finite(training, checkpoint)
+    yield Collapse(training, checkpoint)
     yield log
+    write_views(training, log)
     yield Profile(training)
     yield Evaluate(training, log)
-    yield checkpoints
+    yield checkpoint
 
 
-def write_views(training: Training) -> None:
+def write_views(training: Training, log: Log) -> None:
     """views.png: what the transforms do to six images."""
     from ssl_jax.report.sheet import view_sheet
 
@@ -298,3 +309,4 @@ def write_views(training: Training) -> None:
     if not path.exists():
         chosen = np.random.default_rng(training.config.train.seed).permutation(len(training.source))[:6]
         view_sheet(np.stack([training.source.load(int(i)) for i in chosen]), training.setup.views, path)
+        log.picture(training.start, path)

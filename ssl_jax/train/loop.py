@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 
-from ssl_jax import checkpoint, parallel, run
+from ssl_jax import parallel, run
+from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config, to_steps
 from ssl_jax.data import Source, open_source
 from ssl_jax.encoder import Encoder, export, load_encoder
 from ssl_jax.models import resolve_conv
 from ssl_jax.network import Network
-from ssl_jax.train.hooks import REQUEUE, Stop, Training, make_hooks, write_views
+from ssl_jax.train.hooks import REQUEUE, Stop, Training, make_hooks
 from ssl_jax.train.step import TrainState, batches, compile_step, encoder_of, init_state, set_up
 
 AHEAD = 2  # steps handed to the devices before the metrics of an earlier one are read: so they never wait for the host
@@ -57,24 +58,24 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
         mesh = parallel.make_mesh(sizes.devices, sizes.batch, sizes.micro_batch, sizes.shard)
         state = init_state(setup, config.train.seed, mesh)
         warn = functools.partial(print, flush=True) if main else lambda _: None
-        restored = checkpoint.restore_latest(workdir / "checkpoints", state, warn)
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.train.keep, warn))
+        restored = checkpoints.restore_latest(state)
         state = state if restored is None else restored
         training = Training(config, setup, source, mesh, workdir, out, int(state.step))
         if training.start < total:
-            state = train(training, state)
+            state = train(training, state, checkpoints)
         trained = encoder_of(setup, config, state)
         export(out / "encoder", trained)
         return trained
 
 
-def train(training: Training, state: TrainState) -> TrainState:
+def train(training: Training, state: TrainState, checkpoints: Checkpoints) -> TrainState:
     """Runs the steps that are left. SystemExit(75) after a stop signal, after the same step in every process."""
     config, mesh, total, clock = training.config, training.mesh, training.setup.steps, training.clock
     step_fn = compile_step(training.setup, config, mesh, state)
     feed = batches(config, training.source, mesh, training.start, total)
-    write_views(training)
     with contextlib.ExitStack() as stack:
-        hooks = [stack.enter_context(contextlib.closing(hook)) for hook in make_hooks(training)]
+        hooks = [stack.enter_context(contextlib.closing(hook)) for hook in make_hooks(training, checkpoints)]
         stop = next(hook for hook in hooks if isinstance(hook, Stop))
         pending: deque[tuple[int, dict[str, Any]]] = deque()  # steps whose metrics are still on the devices
         for step in range(training.start + 1, total + 1):
@@ -98,6 +99,7 @@ def train(training: Training, state: TrainState) -> TrainState:
                     hook.on_state(step, state)
             if stop.requested:
                 break
+    checkpoints.wait()
     if step < total:
         name = signal.Signals(stop.requested).name
         training.say(f"{name}: saved step {step} in {training.workdir}; the same command continues it")
