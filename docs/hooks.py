@@ -70,5 +70,5 @@ def on_post_page(output, page, config):
     """Only pages with a diagram or a formula load Mermaid or KaTeX."""
     for name, sign in (("mermaid", 'class="mermaid"'), ("katex", 'class="arithmatex"')):
         if sign not in output:
-            output = re.sub(rf'<(script|link)\b[^>]*vendor/{name}/[^>]*>(</script>)?\n?', "", output)
+            output = re.sub(rf"<(script|link)\b[^>]*vendor/{name}/[^>]*>(</script>)?\n?", "", output)
     return output
