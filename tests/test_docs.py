@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     page for glob in ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "benchmarks/*.md") for page in ROOT.glob(glob)
 )
-GENERATED = {"configuration.md"}  # its tables come from the sources of the options
+GENERATED = {"docs/configuration.md", "benchmarks/scale.md"}  # their tables are written by scripts
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -41,7 +41,7 @@ def test_relative_links_resolve(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_no_line_is_wider_than_120_characters(page):
     lines = enumerate(page.read_text().splitlines(), 1)
-    generated = page.name in GENERATED
+    generated = page.relative_to(ROOT).as_posix() in GENERATED
     wide = [number for number, line in lines if len(line) > 120 and not (generated and line.startswith("|"))]
     assert not wide, f"lines {wide}"
 
