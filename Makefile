@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check lint bench-gpu clean
+.PHONY: demo test test-slow check lint docs bench-gpu clean
 
 demo: $(VENV)/installed  ## pretrain on Fashion-MNIST without labels, then compare few-label accuracy with training from scratch
 	@BIN=$(BIN) scripts/find_fashion_mnist.sh
@@ -23,6 +23,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch scripts/*.sh .ci/run
 
+docs: $(VENV)/installed-docs  ## the documentation site, in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench-gpu: $(VENV)/installed  ## images/s and memory of training steps on a GPU; PyTorch's beside them if it is installed
 	$(BIN)/python benchmarks/gpu.py
 
@@ -38,4 +41,4 @@ $(VENV)/installed-%: $(VENV)/bin/python setup.py pyproject.toml
 	@touch $(VENV)/installed $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site docs/vendor *.egg-info

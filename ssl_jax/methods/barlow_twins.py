@@ -1,6 +1,13 @@
-"""Barlow Twins: the cross-correlation between the projections of two views becomes the identity.
+r"""Barlow Twins: the cross-correlation between the projections of two views becomes the identity.
 
-Source: https://arxiv.org/abs/2103.03230; facebookresearch/barlowtwins, main.py. Cost grows with the square of `out`.
+Each dimension agrees between the views, and no two dimensions say the same. There is no momentum and no predictor. Wide
+projections help; the cost grows with the square of `out`.
+
+$$\sum_i (1-C_{ii})^2 + \lambda\sum_{i\ne j} C_{ij}^2$$
+
+Source: https://arxiv.org/abs/2103.03230; facebookresearch/barlowtwins, main.py.
+
+Family: without negatives.
 """
 
 from dataclasses import dataclass

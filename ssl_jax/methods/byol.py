@@ -1,6 +1,13 @@
-"""BYOL: an online network predicts the target network's projection of the other view; no negatives.
+r"""BYOL: an online network predicts the target network's projection of the other view; no negatives.
+
+The target is a moving average of the online network. Works well with small batches and with weak colour transforms.
+Without the predictor it collapses.
+
+$$2 - 2\, n(q(z_1))\cdot \mathrm{sg}\,n(z'_2)$$
 
 Source: https://arxiv.org/abs/2006.07733; google-deepmind/deepmind-research, byol.
+
+Family: without negatives.
 """
 
 from dataclasses import dataclass

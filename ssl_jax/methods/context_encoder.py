@@ -1,7 +1,11 @@
 """Context encoder: the pixels of a blanked quarter are predicted from what is around it.
 
-Source: https://arxiv.org/abs/1604.07379; pathak22/context-encoder. Without the adversarial loss, as its authors' model
-for features; without overlap. The decoder reads the embedding, as the official one reads a vector.
+Without the adversarial loss, as in its authors' model for features, and without overlap. The decoder reads the
+embedding, as the official one reads a vector.
+
+Source: https://arxiv.org/abs/1604.07379; pathak22/context-encoder.
+
+Family: pretext tasks.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,15 @@
-"""DINO: a student matches the centred and sharpened outputs of its own moving average; for ViTs and ResNets.
+r"""DINO: a student matches the centred and sharpened outputs of its own moving average; for ViTs and ResNets.
 
-Source: https://arxiv.org/abs/2104.14294; facebookresearch/dino, main_dino.py. With two views of 224 px (crop_scale 0.4
-to 1) and config.augment.local_views=8 of 96 px in the paper; without local views, crop_scale 0.14 to 1. A ResNet
-wants SGD and a weight decay of 1e-4 throughout (README). The teacher is what is exported.
+Centring prevents one output for all images, sharpening prevents uniform outputs. Best with a ViT and local views; its
+attention finds objects. In the paper: two views of 224 px (crop_scale 0.4 to 1) and config.augment.local_views=8 of 96
+px; without local views, crop_scale 0.14 to 1. A ResNet wants SGD and a weight decay of 1e-4 throughout (its README).
+The teacher is what is exported.
+
+$$-\sum_k \mathrm{softmax}((t-c)/T_t)_k \log \mathrm{softmax}(s/T_s)_k$$
+
+Source: https://arxiv.org/abs/2104.14294; facebookresearch/dino, main_dino.py.
+
+Family: clustering and distillation.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,15 @@
-"""Instance discrimination: each image is a class of its own; a memory bank keeps one embedding of every image.
+r"""Instance discrimination: each image is a class of its own; a memory bank keeps one embedding of every image.
+
+A view has to find its own row of the bank among all others (`softmax`) or a few thousand of them (`nce`). Cheap to
+compute, with one view per step. The bank takes `out` numbers for each image of the data set, and its rows are an epoch
+old, which makes training slow. In the first epoch an image meets a random row: the loss falls only after it.
+
+$$P(i\mid v)=\frac{e^{v\cdot b_i/T}}{Z}$$
 
 Source: https://arxiv.org/abs/1805.01978; zhirongw/lemniscate.pytorch, which like this leaves out the paper's proximal
-term. The bank takes `out` numbers for each image of the data set, on every device. In the first epoch an image meets a
-random row: the loss falls only after it.
+term.
+
+Family: contrastive.
 """
 
 from dataclasses import dataclass

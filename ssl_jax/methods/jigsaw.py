@@ -1,8 +1,11 @@
 """Jigsaw puzzles: in which of many known orders are the nine tiles of an image?
 
-Source: https://arxiv.org/abs/1603.09246; MehdiNoroozi/JigsawPuzzleSolver; recipe: facebookresearch/vissl. What would
-give the answer away is taken from the tiles: common borders by gaps, brightness and contrast by normalising each on
-its own, the lens' shift of colours by shifting the channels.
+The tiles must not give the answer away: gaps remove their common borders, normalising each tile on its own removes
+brightness and contrast, and shifting the channels hides the lens' shift of colours.
+
+Source: https://arxiv.org/abs/1603.09246; MehdiNoroozi/JigsawPuzzleSolver; recipe: facebookresearch/vissl.
+
+Family: pretext tasks.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,16 @@
-"""LooC: one space in which all views of an image are the same, and for each chosen factor one that feels this factor.
+r"""LooC: one space in which all views of an image are the same, and for each chosen factor one that feels this factor.
+
+MoCo with a head and a queue for every space. One space ignores all transforms. Each further space stays sensitive to
+one factor (colour, rotation, ...): there the query finds the key that shares the factor with it, and the other keys of
+the same image are negatives. The encoder below the heads serves all spaces. Made for images whose colour or direction
+matters. The transforms must draw every factor (config.augment), or none can be felt.
+
+$$\sum_i -\log\frac{e^{q^i k^i_i/T}}{e^{q^i k^i_i/T}+\sum_{j\ne i}e^{q^i k^i_j/T}+\sum_{\mathrm{queue}_i} e^{q^i k/T}}$$
 
 Source: https://arxiv.org/abs/2008.05659; ServiceNow/seasonal-contrast, models/moco2_module.py, which adds the losses of
-the spaces where we take their mean. MoCo with a head and a queue for every space. In the space of a factor the query
-finds the key that shares the factor with it; keys of the same image that do not are negatives. The transforms must draw
-every factor (config.augment), or none can be felt.
+the spaces where we take their mean.
+
+Family: contrastive.
 """
 
 from dataclasses import dataclass

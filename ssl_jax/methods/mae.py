@@ -1,6 +1,12 @@
-"""MAE: a ViT sees a quarter of the patches, a small decoder predicts the pixels of the others.
+r"""MAE: a ViT sees a quarter of the patches, a small decoder predicts the pixels of the others.
 
-Source: https://arxiv.org/abs/2111.06377; facebookresearch/mae. Needs a ViT. Wants long training.
+A step costs a fraction of one over all patches. Needs a ViT and long training; weak without fine-tuning.
+
+$$\text{mean over hidden patches of } (\hat x - n(x))^2$$
+
+Source: https://arxiv.org/abs/2111.06377; facebookresearch/mae.
+
+Family: pretext tasks.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,15 @@
-"""MoCo v1 and v2: a query finds its key among a queue of keys from a slowly moving encoder; any batch size.
+r"""MoCo v1 and v2: a query finds its key among a queue of keys from a slowly moving encoder; any batch size.
 
-Source: https://arxiv.org/abs/1911.05722 (v1), https://arxiv.org/abs/2003.04297 (v2); facebookresearch/moco. The default
-is v2; v1 is `head="linear"`, `temperature=0.07` and its weaker views.
+The queue holds the keys of earlier batches, so the number of negatives does not depend on the batch: a method for small
+devices. The batch is cut into groups with BatchNorm statistics of their own, and keys are shuffled between the groups.
+Otherwise query and key could recognise each other by their statistics. The default is v2; v1 is `head="linear"`,
+`temperature=0.07` and its weaker views.
+
+$$-\log \frac{e^{q k_+/T}}{e^{q k_+/T}+\sum_{k\in \mathrm{queue}} e^{q k/T}}$$
+
+Source: https://arxiv.org/abs/1911.05722 (v1), https://arxiv.org/abs/2003.04297 (v2); facebookresearch/moco.
+
+Family: contrastive.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,14 @@
-"""MoCo v3: a predicted query finds the momentum encoder's key of the other view among the keys of the batch.
+r"""MoCo v3: a predicted query finds the momentum encoder's key of the other view among the keys of the batch.
 
-Source: https://arxiv.org/abs/2104.02057; facebookresearch/moco-v3, moco/builder.py. Wants large batches; no queue.
+There is no queue: the keys come from the same batch, which should be large. A predictor sits on the queries, and the
+loss runs in both directions. A good choice for ViTs; the official recipe freezes their patch projection at its random
+initial values.
+
+$$2T\left(\mathrm{CE}(q_1 k_2^\top/T) + \mathrm{CE}(q_2 k_1^\top/T)\right)$$
+
+Source: https://arxiv.org/abs/2104.02057; facebookresearch/moco-v3, moco/builder.py.
+
+Family: contrastive.
 """
 
 from dataclasses import dataclass

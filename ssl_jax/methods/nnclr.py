@@ -1,7 +1,14 @@
-"""NNCLR: the nearest neighbour of one view among earlier images is the positive of the other view's prediction.
+r"""NNCLR: the nearest neighbour of one view among earlier images is the positive of the other view's prediction.
+
+Positives vary more than transforms alone can make them vary, which helps where the transforms are weak. Early in a run
+the neighbours are random. Negatives are the other predictions of the batch.
+
+$$-\log \frac{e^{\mathrm{NN}(z_i)\cdot p_i/T}}{\sum_k e^{\mathrm{NN}(z_i)\cdot p_k/T}}$$
 
 Source: https://arxiv.org/abs/2104.14548, without official code; vturrisi/solo-learn, solo/methods/nnclr.py: no target
-network, one view of each image enters the queue. Negatives are the other predictions of the batch.
+network, one view of each image enters the queue.
+
+Family: contrastive.
 """
 
 from dataclasses import dataclass

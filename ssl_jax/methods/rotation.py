@@ -1,6 +1,11 @@
 """Rotation prediction: by which of four quarter turns has an image been turned?
 
+The turns are exact, so that no interpolated border gives the answer away. Useless for images that have no upright
+position.
+
 Source: RotNet, https://arxiv.org/abs/1803.07728; gidariss/FeatureLearningRotNet.
+
+Family: pretext tasks.
 """
 
 from dataclasses import dataclass

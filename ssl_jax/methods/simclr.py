@@ -1,6 +1,13 @@
-"""SimCLR: two views of an image find each other among all other views of the batch.
+r"""SimCLR: two views of an image find each other among all other views of the batch.
 
-Source: https://arxiv.org/abs/2002.05709; google-research/simclr. Wants large batches.
+Simple and hard to break. It wants large batches, because the 2B - 2 other views of the batch are the negatives.
+BatchNorm runs over the whole batch on all devices: per device, its statistics would give positives away.
+
+$$-\log \frac{e^{z_i z_j/T}}{\sum_{k\ne i} e^{z_i z_k/T}}$$
+
+Source: https://arxiv.org/abs/2002.05709; google-research/simclr.
+
+Family: contrastive.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,12 @@
-"""SimMIM: most patches are replaced by one token, and a linear layer predicts their pixels.
+r"""SimMIM: most patches are replaced by one token, and a linear layer predicts their pixels.
 
-Source: https://arxiv.org/abs/2111.09886; microsoft/SimMIM. Needs a ViT. Wants long training.
+Simpler than MAE, but each step is slower. Needs a ViT and long training.
+
+$$\text{mean over hidden patches of } |\hat x - x|$$
+
+Source: https://arxiv.org/abs/2111.09886; microsoft/SimMIM.
+
+Family: pretext tasks.
 """
 
 import math

@@ -1,6 +1,13 @@
-"""SimSiam: two views through one network, one predicts the other behind a stop-gradient; no negatives, no target.
+r"""SimSiam: two views through one network, one predicts the other behind a stop-gradient; no negatives, no target.
+
+BYOL without the moving average: the stop-gradient alone prevents the collapse. The lightest of its family, but
+sensitive to learning rate and weight decay. The predictor's learning rate does not decay.
+
+$$-\tfrac12\left(\cos(p_1,\mathrm{sg}\,z_2)+\cos(p_2,\mathrm{sg}\,z_1)\right)$$
 
 Source: https://arxiv.org/abs/2011.10566; facebookresearch/simsiam.
+
+Family: without negatives.
 """
 
 from dataclasses import dataclass

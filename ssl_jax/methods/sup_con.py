@@ -1,6 +1,13 @@
-"""Supervised contrastive: every view of an image finds all views of its class among the batch.
+r"""Supervised contrastive: every view of an image finds all views of its class among the batch.
 
-Source: https://arxiv.org/abs/2004.11362; HobbitLong/SupContrast. An image without a label (-1) has only its other view.
+SimCLR in which all views of a class are positives. Often better than cross-entropy where classes have many images; each
+class should have several in a batch. An image without a label (-1) has only its other view as a positive.
+
+$$-\frac{1}{|P(i)|}\sum_{p\in P(i)} \log \frac{e^{z_i z_p/T}}{\sum_{a\ne i} e^{z_i z_a/T}}$$
+
+Source: https://arxiv.org/abs/2004.11362; HobbitLong/SupContrast.
+
+Family: with labels.
 """
 
 from dataclasses import dataclass

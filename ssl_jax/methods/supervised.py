@@ -1,7 +1,14 @@
-"""Supervised baseline: cross-entropy with labels.
+r"""Supervised baseline: cross-entropy with labels.
 
-Source: the usual recipe of https://arxiv.org/abs/1512.03385. Labels that are not known do not count. Multi-label data
-get a binary cross-entropy for each class, and "accuracy" is the share of known labels on whose side the logit lies.
+The baseline that every other method is measured against. Use it when labels are plentiful. Labels that are not known do
+not count. Multi-label data get a binary cross-entropy for each class; "accuracy" is then the share of known labels on
+whose side the logit lies.
+
+$$-\log \mathrm{softmax}(W f(x))_y$$
+
+Source: the usual recipe of https://arxiv.org/abs/1512.03385.
+
+Family: with labels.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,14 @@
-"""SwAV: each view predicts the cluster of another view of the image; clusters are balanced over the batch.
+r"""SwAV: each view predicts the cluster of another view of the image; clusters are balanced over the batch.
 
-Source: https://arxiv.org/abs/2006.09882; facebookresearch/swav. With two views of 224 px (crop_scale 0.14 to 1) and
-config.augment.local_views=6 of 96 px (local.crop_scale 0.05 to 0.14) in the paper.
+Sinkhorn's iteration spreads the batch evenly over the prototypes, so that not all images end in one. Local views make
+it strong at little cost. In the paper: two views of 224 px (crop_scale 0.14 to 1) and config.augment.local_views=6 of
+96 px (local.crop_scale 0.05 to 0.14).
+
+$$-\sum_k Q(z_1)_k \log \mathrm{softmax}(z_2 C/T)_k$$
+
+Source: https://arxiv.org/abs/2006.09882; facebookresearch/swav.
+
+Family: clustering and distillation.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,12 @@
-"""TiCo: a view meets the target's projection of the other, away from where projections have been lately.
+r"""TiCo: a view meets the target's projection of the other, away from where projections have been lately.
+
+The directions in which projections pointed lately are kept as their covariance: D x D numbers in place of a queue.
+
+$$1 - z_1 z'_2 + \rho\, z_1^\top M z_1$$
 
 Source: https://arxiv.org/abs/2206.10698; lightly, loss/tico_loss.py and its ImageNet benchmark.
+
+Family: without negatives.
 """
 
 from dataclasses import dataclass

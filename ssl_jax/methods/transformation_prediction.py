@@ -1,7 +1,11 @@
 """Transformation prediction: how far was an image turned, sheared, zoomed, moved, bent and recoloured?
 
+A regression of the drawn parameters from both views. It keeps what contrastive methods ignore. The first view is to
+stay as it is, except for a flip: the second one's parameters are predicted, not the difference.
+
 Source: AET, https://arxiv.org/abs/1901.04596; maple-research-lab/AET, cifar (affine and projective). Colours are ours.
-The first view is to stay as it is, but for a flip: the second one's parameters are predicted, not the difference.
+
+Family: pretext tasks.
 """
 
 from dataclasses import dataclass

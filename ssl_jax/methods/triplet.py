@@ -1,9 +1,17 @@
-"""Triplet: a view lies nearer to views of its image, or of its class, than to others, by a margin.
+r"""Triplet: a view lies nearer to views of its image, or of its class, than to others, by a margin.
 
-Source: FaceNet, https://arxiv.org/abs/1503.03832. Self-supervised by default: the positive is the second view, the
-negative another image of the batch. With `mining` labels decide: all views of a class in the batch are pairs, and
-images without a label (-1) do not count. Each class should have several images in a batch: the metric "anchors" counts
-the images that find both another one of their class and one of another class.
+Self-supervised by default: the positive is the second view, the negative another image of the batch. With `mining` set
+to `all`, `hard` or `semi_hard`, labels decide: all views of a class in the batch are pairs, and images without a label
+(-1) do not count. Each class should then have several images in a batch; the metric "anchors" counts the images that
+find both another image of their class and one of another class. One negative at a time makes it weaker than its
+successors; it is kept as the reference of the chest X-ray study. Without normalisation, hard mining can shrink all
+distances to 0: the loss then stays at the margin.
+
+$$\max(0,\ \|a-p\| - \|a-n\| + m)$$
+
+Source: FaceNet, https://arxiv.org/abs/1503.03832.
+
+Family: with labels.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,13 @@
-"""VICReg: views agree, every dimension keeps its variance, and no two dimensions say the same.
+r"""VICReg: views agree, every dimension keeps its variance, and no two dimensions say the same.
+
+Its three terms are named for what they do: variance (no dimension dies), invariance (views agree), covariance (no two
+dimensions repeat each other). The two branches need not share anything. Without the variance term it collapses.
+
+$$25\,\mathrm{MSE}(z_1,z_2)+25\sum_z \overline{\max(0,1-\sigma_d)}+\sum_z \tfrac1D\sum_{i\ne j}\mathrm{Cov}_{ij}^2$$
 
 Source: https://arxiv.org/abs/2105.04906; facebookresearch/vicreg, main_vicreg.py.
+
+Family: without negatives.
 """
 
 from dataclasses import dataclass

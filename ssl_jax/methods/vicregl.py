@@ -1,8 +1,14 @@
-"""VICRegL: VICReg on whole views and on places of their feature maps, which match in the image or in feature space.
+r"""VICRegL: VICReg on whole views and on places of their feature maps, which match in the image or in feature space.
 
-Source: https://arxiv.org/abs/2210.01571; facebookresearch/VICRegL. Two views of 224 px for a ResNet; the paper's
-multi-crop has crop_scale 0.4 to 1 and config.augment.local_views=6 of 96 px (local.crop_scale 0.08 to 0.4). Positions
-follow crop and flip, not rotation or other warps.
+For segmentation, detection and small findings. Places are matched where they show the same spot of the image, and where
+they look most alike. Positions follow crop and flip, not rotation or other warps. Two views of 224 px for a ResNet; the
+paper's multi-crop has crop_scale 0.4 to 1 and config.augment.local_views=6 of 96 px (local.crop_scale 0.08 to 0.4).
+
+$$\alpha\,\mathrm{VICReg}(\mathrm{whole}) + (1-\alpha)\,\mathrm{VICReg}(\mathrm{matched\ places})$$
+
+Source: https://arxiv.org/abs/2210.01571; facebookresearch/VICRegL.
+
+Family: without negatives.
 """
 
 from dataclasses import dataclass
