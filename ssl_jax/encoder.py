@@ -76,7 +76,7 @@ def export(folder: Path, encoder: Encoder) -> None:
     write_json(folder / "encoder.json", encoder.about)
 
 
-def describe(config: Config, size: int, channels: int, step: int) -> dict[str, Any]:
+def encoder_metadata(config: Config, size: int, channels: int, step: int) -> dict[str, Any]:
     """The `about` of an encoder that a run of `config` trained."""
     return _about(config.model, size, channels, method=config.method_name, step=step, seed=config.train.seed)
 

@@ -21,16 +21,15 @@ import numpy as np
 import optax
 
 from ssl_jax import checkpoint, parallel, run
-from ssl_jax.augment import make_views
-from ssl_jax.augment import resolve as resolve_views
+from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.collapse import embedding_std, rank_me
 from ssl_jax.config import Config, View, method_module, to_steps
 from ssl_jax.data import Partners, open_source, order, stream
-from ssl_jax.encoder import Encoder, build, describe, export, load_encoder, started_from
+from ssl_jax.data.labelled import labelled_indices
+from ssl_jax.encoder import Encoder, build, encoder_metadata, export, load_encoder, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.knn import knn_predict
-from ssl_jax.evaluate.multilabel import rank
-from ssl_jax.evaluate.subsets import labelled
+from ssl_jax.evaluate.multilabel import mean_auc
 from ssl_jax.gradient import make_gradient
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Method, RunInfo
@@ -429,13 +428,13 @@ class _Loop:
         params, stats = self.setup.method.encoder(state.params, target_of(state.opt_state), state.extra)
         params, stats = parallel.to_local((params, stats))
         size, channels = min(self.setup.shape[:2]), self.setup.shape[2]
-        about = describe(self.config, size, channels, step)
+        about = encoder_metadata(self.config, size, channels, step)
         return Encoder(self.setup.encoder, params, stats, size, channels, about)
 
     def _evaluation(self) -> Callable[[], dict[str, float]]:
         """RankMe of some training images, and with labels a kNN vote: others of them vote, these are classified."""
         settings, labels = self.config.eval, self.source.labels
-        known = np.arange(len(self.source)) if labels is None else labelled(labels)
+        known = np.arange(len(self.source)) if labels is None else labelled_indices(labels)
         chosen = np.random.default_rng(self.config.train.seed).permutation(known)
         chosen = chosen[: settings.knn_bank + settings.knn_queries]
         queries = min(settings.knn_queries, len(chosen) // 2)
@@ -459,8 +458,8 @@ class _Loop:
                     k=min(settings.knn_k, len(chosen) - queries),
                     temperature=settings.knn_temperature,
                 )
-                if truth.ndim == 2:  # by the mean AUC over classes, which is all of `rank` that there is of votes
-                    auc = rank(np.asarray(scores), truth[:queries])[0]
+                if truth.ndim == 2:
+                    auc = mean_auc(np.asarray(scores), truth[:queries])
                     found |= {"knn_auc": round(auc, 4)} if auc else {}  # 0: no class of which there are both labels
                 else:
                     found["knn_accuracy"] = float((np.asarray(scores).argmax(axis=1) == truth[:queries]).mean())

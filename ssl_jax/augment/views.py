@@ -38,7 +38,7 @@ GEOMETRY = ("angle", "shear", "zoom", "corners", "shift", "top", "left", "height
 LOCAL = {"crop_scale": (0.05, 0.4)}  # DINO, arXiv 2104.14294, section 3.2; the size is 96 / 224 of the others'
 
 
-def resolve(augment: Augment, count: int, size: int, local: bool = False) -> tuple[View, ...]:
+def resolve_views(augment: Augment, count: int, size: int, local: bool = False) -> tuple[View, ...]:
     """The `count` views of a config, each with its size in px filled in (`size` where the config has none).
 
     Views after the second are like the first. local: the method takes smaller views too, and the config's follow.

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ssl_jax.evaluate import multilabel
+from ssl_jax.evaluate.scores import selection_score
 from ssl_jax.evaluate.subsets import holdout
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of scikit-learn: the inverse of the L2 penalty
@@ -56,27 +56,10 @@ def linear_probe(
         tried = []
         for strength in sorted(grid):
             weights, bias = _fit(features[fit], labels[fit], classes, strength, class_weights)
-            tried.append((*rank(features[held] @ weights + bias, labels[held]), -strength))
+            tried.append((*selection_score(features[held] @ weights + bias, labels[held]), -strength))
         top = max(tried)  # of equals the strongest penalty
         chosen, best = -top[2], top[0]
     return Probe(*_fit(features, labels, classes, chosen, class_weights), chosen, best)
-
-
-def rank(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """(accuracy, minus the cross-entropy) of logits [N, K]: by what a hyper-parameter is chosen; the larger wins.
-
-    On a handful of held-out images many candidates hit equally often; the cross-entropy then decides. For labels [N, K]
-    the mean AUC takes the place of the accuracy.
-    """
-    if np.ndim(labels) == 2:
-        return multilabel.rank(scores, labels)
-    scores = np.asarray(scores, np.float64)
-    if not np.isfinite(scores).all():
-        return -1.0, -np.inf
-    shifted = scores - scores.max(axis=1, keepdims=True)
-    log_odds = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    hits = (scores.argmax(axis=1) == labels).mean()
-    return float(hits), float(log_odds[np.arange(len(labels)), labels].mean())
 
 
 def _at_most(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

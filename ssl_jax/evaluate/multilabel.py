@@ -47,19 +47,18 @@ def metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> d
     }
 
 
-def rank(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """(mean AUC, minus the binary cross-entropy) of logits [N, K]: by what a hyper-parameter is chosen; larger wins.
-
-    The AUC is 0 where no class has both labels; the cross-entropy then decides.
-    """
-    scores, known = np.asarray(scores, np.float64), ~np.isnan(labels)
-    if not np.isfinite(scores).all():
-        return -1.0, -np.inf
+def mean_auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Mean ROC AUC over the classes that have both positives and negatives; 0 if none has."""
     aucs = class_aucs(scores, labels)
     aucs = aucs[~np.isnan(aucs)]
-    odds, y = scores[known], labels[known]
-    log_loss = np.logaddexp(0, odds) - y * odds
-    return float(np.mean(aucs)) if len(aucs) else 0.0, -float(log_loss.mean()) if len(y) else 0.0
+    return float(aucs.mean()) if len(aucs) else 0.0
+
+
+def log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean log-likelihood of the known labels [N, K]; 0 if none is known."""
+    known = ~np.isnan(labels)
+    z, y = logits[known], labels[known]
+    return -float((np.logaddexp(0, z) - y * z).mean()) if len(y) else 0.0
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:

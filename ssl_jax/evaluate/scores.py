@@ -62,6 +62,23 @@ def _probabilities(scores: np.ndarray) -> np.ndarray:
     return odds / odds.sum(axis=1, keepdims=True)
 
 
+def selection_score(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """(accuracy, mean log-likelihood) of logits [N, K]: hyper-parameters with the largest pair are chosen.
+
+    On a handful of held-out images many candidates have the same accuracy; the likelihood then decides. For labels
+    [N, K] the mean AUC takes the place of the accuracy. Scores that are not finite get (-1, -inf).
+    """
+    scores, labels = np.asarray(scores, np.float64), np.asarray(labels)
+    if not np.isfinite(scores).all():
+        return -1.0, -np.inf
+    if labels.ndim == 2:
+        return multilabel.mean_auc(scores, labels), multilabel.log_likelihood(scores, labels)
+    shifted = scores - scores.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    accuracy = (scores.argmax(axis=1) == labels).mean()
+    return float(accuracy), float(log_probabilities[np.arange(len(labels)), labels].mean())
+
+
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """(mean, half width of its 95 % interval) by Student's t; the half width of a single value is nan.
 

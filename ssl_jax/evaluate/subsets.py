@@ -8,13 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ssl_jax.data.labelled import labelled_indices
 from ssl_jax.errors import UserError
-
-
-def labelled(labels: np.ndarray) -> np.ndarray:
-    """Indices of the images with a known label; of several, with at least one."""
-    labels = np.asarray(labels)
-    return np.flatnonzero(labels >= 0 if labels.ndim == 1 else ~np.isnan(labels).all(axis=1))
 
 
 def without_positive(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
@@ -69,7 +64,7 @@ def holdout(
 def _stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     """All labelled indices in an order of which every beginning is stratified."""
     rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(labelled(labels))
+    shuffled = rng.permutation(labelled_indices(labels))
     if not len(shuffled):
         return shuffled
     by_class = np.argsort(labels[shuffled], kind="stable")
@@ -92,7 +87,7 @@ def _single(labels: np.ndarray, groups: np.ndarray | None) -> bool:
 def _shuffled(labels: np.ndarray, seed: int, groups: np.ndarray | None) -> tuple[np.ndarray, ...]:
     """(indices [M], positive [M, K], group [M]) of the labelled images: groups, numbered from 0, in random order, the
     images of each in random order."""
-    rng, known = np.random.default_rng(seed), labelled(labels)
+    rng, known = np.random.default_rng(seed), labelled_indices(labels)
     given = known if groups is None else np.asarray(groups)[known]
     number = np.unique(given, return_inverse=True)[1].reshape(-1)
     group = rng.permutation(number.max(initial=-1) + 1)[number]

@@ -54,7 +54,7 @@ class MLP(nn.Module):
         return x
 
 
-class Classifier(nn.Module):
+class LinearHead(nn.Module):
     size: int
     bias: bool
     zero: bool
@@ -87,4 +87,4 @@ def mlp(
 
 def linear(size: int, bias: bool = True, zero: bool = False) -> Network:
     """One linear layer to `size` outputs; zero: it starts at 0 (a classifier), else uniform in +-1 / sqrt(inputs)."""
-    return network(Classifier(size, bias, zero))
+    return network(LinearHead(size, bias, zero))
