@@ -16,9 +16,12 @@ ALLOWED = "images [labels], train_images [train_labels, val_..., test_...] or x_
 
 
 def read(data: Data) -> Source:
-    """data.path: keys images and labels (or x and y), or for each part train_images and train_labels, as MedMNIST has
-    them, or x_train and y_train, as Keras has them. Images are uint8 [N,H,W] or [N,H,W,C], labels integers [N] or
-    [N,1], -1 for one that is not known; [N,L] with L > 1, several an image: 0 or 1, -1 for not known."""
+    """The arrays in the file data.path.
+
+    Keys are images and labels (or x and y), or for each part train_images and train_labels, as in MedMNIST, or x_train
+    and y_train, as in Keras. Images are uint8 [N,H,W] or [N,H,W,C]. Labels are integers [N] or [N,1], -1 where unknown,
+    or [N,L] with L > 1, several per image: 0 or 1, -1 where unknown.
+    """
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: a .npz file of images")
     where = f"config.data.path={data.path!r}"
@@ -43,11 +46,11 @@ def read(data: Data) -> Source:
         if numbers is not None and len(numbers) != len(array):
             raise UserError(f"{where}: {len(numbers)} {label} for {len(array)} {name}; allowed: one each")
     if objects is not None and objects.shape != (sum(map(len, images)),):
-        raise UserError(f"config.data.pairs={data.pairs!r}: shape {objects.shape}; allowed: one for each image")
+        raise UserError(f"config.data.pairs={data.pairs!r}: shape {objects.shape}; allowed: one number per image")
     known = [numbers for numbers in labels if numbers is not None]
     if len({numbers.shape[1:] for numbers in known}) > 1:
         shapes = ", ".join(str(list(numbers.shape)) for numbers in known)
-        raise UserError(f"{where}: labels are {shapes}; allowed: as many an image in each part")
+        raise UserError(f"{where}: labels are {shapes}; allowed: the same number of labels per image in every part")
     joined = np.concatenate(known) if len(known) == len(labels) else None
     classes = [] if joined is None else _classes(joined)
     return from_array(np.concatenate(images), joined, classes, data, where, objects)
@@ -58,7 +61,7 @@ def _classes(labels: np.ndarray) -> list[str]:
 
 
 def _keys(found: list[str], where: str) -> dict[str, tuple[str, str | None]]:
-    """The names of images and labels of each part."""
+    """The keys of images and labels of each part."""
 
     def pair(images: str, labels: str) -> tuple[str, str | None]:
         return images, labels if labels in found else None
@@ -80,16 +83,16 @@ def _objects(file: Any, key: str) -> np.ndarray | None:
 
 
 def _labels(labels: np.ndarray, where: str) -> np.ndarray:
-    """int64 [N], or of several an image float32 [N,L] with NaN where not known."""
+    """One label per image as int64 [N]; several as float32 [N,L], NaN where unknown."""
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     several = labels.ndim == 2
     if labels.ndim not in (1, 2) or labels.dtype.kind not in "iub":
         raise UserError(f"{where}: {labels.dtype} {list(labels.shape)}; allowed: integers [N], [N,1] or [N,L]")
     labels = labels.astype(np.int64)
-    strange = np.flatnonzero((labels < -1) | (several & (labels > 1)))
-    if len(strange):
-        allowed = "0, 1 or -1 (not known)" if several else "-1 (not known) or more"
+    invalid = np.flatnonzero((labels < -1) | (several & (labels > 1)))
+    if len(invalid):
+        allowed = "0, 1 or -1 (unknown)" if several else "-1 (unknown) or more"
         raise UserError(
-            f"{where}: {labels.flat[strange[0]]} for image {strange[0] // labels[0].size}; allowed: {allowed}"
+            f"{where}: {labels.flat[invalid[0]]} for image {invalid[0] // labels[0].size}; allowed: {allowed}"
         )
     return np.where(labels < 0, np.nan, labels).astype(np.float32) if several else labels
