@@ -1,4 +1,4 @@
-"""Tables with several labels an image, groups and parts; CheXpert's own layout; MedMNIST's arrays."""
+"""Tables with several labels per image, groups and parts; CheXpert's own layout; MedMNIST's arrays."""
 
 import csv
 import dataclasses

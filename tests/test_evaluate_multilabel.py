@@ -1,4 +1,4 @@
-"""Several labels an image: metrics, subsets by patient, probe and kNN, each against an independent computation."""
+"""Several labels per image: metrics, subsets by patient, probe and kNN, each against an independent computation."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The study of data with several labels an image: draws by patient, AUC by class, intervals over test patients."""
+"""The study of data with several labels per image: draws by patient, AUC by class, intervals over test patients."""
 
 import csv
 import functools

@@ -20,7 +20,7 @@ def read(data: Data) -> Source:
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: a folder of images")
     if data.pairs not in ("", "folder"):
-        raise UserError(f"config.data.pairs={data.pairs!r}: allowed for a folder: folder (each holds one object)")
+        raise UserError(f"config.data.pairs={data.pairs!r}: allowed for a folder: folder (one object per folder)")
     root = Path(data.path).expanduser()
     if not root.is_dir():
         raise UserError(f"config.data.path={data.path!r}: {'not a folder' if root.exists() else 'no such folder'}")

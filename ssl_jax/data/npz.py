@@ -28,21 +28,21 @@ def read(data: Data) -> Source:
     try:
         with np.load(Path(data.path).expanduser(), allow_pickle=False) as file:
             keys = _keys(file.files, where)
-            chosen = pick_parts(keys, data.split, where)
-            images = [file[image] for image, _ in chosen]
-            labels = [_labels(file[label], f"{where}: {label}") if label else None for _, label in chosen]
+            selected = pick_parts(keys, data.split, where)
+            images = [file[image] for image, _ in selected]
+            labels = [_labels(file[label], f"{where}: {label}") if label else None for _, label in selected]
             objects = _objects(file, data.pairs)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npz file of plain arrays"
         raise UserError(f"{where}: {reason}") from error
-    for (name, label), array, numbers in zip(chosen, images, labels, strict=True):
+    for (name, label), array, numbers in zip(selected, images, labels, strict=True):
         kind = f"{where}: {name} is {array.dtype} {list(array.shape)}"
         if array.dtype != np.uint8 or array.ndim not in (3, 4):
             raise UserError(f"{kind}; allowed: uint8 [N,H,W] or [N,H,W,C]")
         if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] > 4:
             raise UserError(f"{kind}, channels first; allowed: [N,H,W,C]")
         if array.shape[1:] != images[0].shape[1:]:
-            raise UserError(f"{kind}; allowed: {list(images[0].shape[1:])} as in {chosen[0][0]}")
+            raise UserError(f"{kind}; allowed: {list(images[0].shape[1:])} as in {selected[0][0]}")
         if numbers is not None and len(numbers) != len(array):
             raise UserError(f"{where}: {len(numbers)} {label} for {len(array)} {name}; allowed: one each")
     if objects is not None and objects.shape != (sum(map(len, images)),):
@@ -60,20 +60,20 @@ def _classes(labels: np.ndarray) -> list[str]:
     return [str(i) for i in range(labels.shape[1] if labels.ndim == 2 else 1 + int(labels.max(initial=-1)))]
 
 
-def _keys(found: list[str], where: str) -> dict[str, tuple[str, str | None]]:
+def _keys(names: list[str], where: str) -> dict[str, tuple[str, str | None]]:
     """The keys of images and labels of each part."""
 
     def pair(images: str, labels: str) -> tuple[str, str | None]:
-        return images, labels if labels in found else None
+        return images, labels if labels in names else None
 
     for images, labels in (("images", "labels"), ("x", "y")):
-        if images in found:
+        if images in names:
             return {"train": pair(images, labels)}
     for images, labels in (("{}_images", "{}_labels"), ("x_{}", "y_{}")):
-        parts = {p: pair(images.format(p), labels.format(p)) for p in PARTS if images.format(p) in found}
+        parts = {p: pair(images.format(p), labels.format(p)) for p in PARTS if images.format(p) in names}
         if parts:
             return parts
-    raise UserError(f"{where}: keys are {', '.join(sorted(found)) or 'none'}; allowed: {ALLOWED}")
+    raise UserError(f"{where}: keys are {', '.join(sorted(names)) or 'none'}; allowed: {ALLOWED}")
 
 
 def _objects(file: Any, key: str) -> np.ndarray | None:

@@ -102,13 +102,13 @@ def _shuffled(labels: np.ndarray, seed: int, groups: np.ndarray | None) -> tuple
 def _group_order(labels: np.ndarray, seed: int, groups: np.ndarray | None) -> np.ndarray:
     """All labelled indices: one positive image of each class, the rest of those groups, then the other groups."""
     index, positive, group = _shuffled(labels, seed, groups)
-    leads: list[int] = []
+    first: list[int] = []
     for c in np.argsort(positive.sum(axis=0), kind="stable"):
-        if positive[:, c].any() and not positive[leads, c].any():
-            leads.append(int(positive[:, c].argmax()))
-    place = np.where(np.isin(group, group[leads]), 1, 2)
-    place[leads] = 0
-    return np.concatenate([index[leads], *(index[place == part] for part in (1, 2))])
+        if positive[:, c].any() and not positive[first, c].any():
+            first.append(int(positive[:, c].argmax()))
+    tier = np.where(np.isin(group, group[first]), 1, 2)
+    tier[first] = 0
+    return np.concatenate([index[first], index[tier == 1], index[tier == 2]])
 
 
 def _group_holdout(
