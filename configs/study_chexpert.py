@@ -10,7 +10,8 @@ flip and random perspective, 250 to 10,000 labels, ten repeats, about 300 hand-l
 10 AUC points above training from scratch at 250 labels and 6 at 10,000, triplet less, rare findings most.
 CheXpert itself has not been run with this file: its numbers are those of the study or of the sources named. Phantoms
 were (20,180 images, ten draws, one GPU): at 250 labels triplet +1.9 +- 1.3 points of macro AUC over training from
-scratch, MoCo +1.3 +- 1.1, with a crop to half the area +3.2 +- 1.3; at 10,000 +0.8, +1.0 and +1.4 (docs/study.md).
+scratch, MoCo +1.3 +- 1.1, with a crop to half the area +3.2 +- 1.3; at 10,000 +0.8, +1.0 and +1.4. See
+benchmarks/study.md.
 """
 
 from ssl_jax.config import default

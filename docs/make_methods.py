@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from ssl_jax.augment import make_views
-from ssl_jax.augment import resolve as resolve_views
+from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.config import default, method_module, method_names, resolve
 from ssl_jax.encoder import build
 from ssl_jax.methods.base import Context, RunInfo

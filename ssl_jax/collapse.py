@@ -5,10 +5,10 @@ import jax.numpy as jnp
 
 
 def embedding_std(features: jax.Array) -> jax.Array:
-    """Spread of the L2-normalised embeddings [N, D], a scalar: about 1 is healthy, 0 is collapse.
+    """Standard deviation of the L2-normalised embeddings [N, D], a scalar: about 1 is healthy, 0 is collapse.
 
-    Mean over dimensions of the standard deviation over examples, times sqrt(D): an isotropic embedding has 1/sqrt(D)
-    in each dimension. Source: SimSiam, arXiv 2011.10566, section 4.1.
+    Mean over dimensions of the standard deviation over examples, times sqrt(D), because an isotropic embedding has
+    1 / sqrt(D) in each dimension. Source: SimSiam, section 4.1, https://arxiv.org/abs/2011.10566.
     """
     normed = features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return jnp.sqrt(features.shape[1]) * normed.std(axis=0).mean()
@@ -17,7 +17,7 @@ def embedding_std(features: jax.Array) -> jax.Array:
 def rank_me(features: jax.Array) -> jax.Array:
     """Effective rank of the embeddings [N, D], a scalar between 1 and min(N, D).
 
-    exp of the entropy of the normalised singular values. Source: RankMe, arXiv 2210.02885, equation 1.
+    exp of the entropy of the normalised singular values. Source: RankMe, equation 1, https://arxiv.org/abs/2210.02885.
 
     >>> float(rank_me(jnp.eye(4))), round(float(rank_me(jnp.ones((4, 4)))), 2)
     (4.0, 1.0)
@@ -28,10 +28,10 @@ def rank_me(features: jax.Array) -> jax.Array:
 
 
 def direction_rank(features: jax.Array) -> jax.Array:
-    """In how many directions the embeddings [N, D] point, a scalar between 1 and min(N, D): 1 is collapse.
+    """The number of directions in which the embeddings [N, D] point, between 1 (collapse) and min(N, D).
 
-    1 / mean cos^2 over all pairs: the participation ratio of the second moment of the normalised embeddings. It sees
-    what `embedding_std` cannot, embeddings behind a BatchNorm that all lie on one line through the origin.
+    1 / mean cos^2 over all pairs: the participation ratio of the second moment of the normalised embeddings. It detects
+    a collapse that `embedding_std` misses: embeddings behind a BatchNorm that all lie on one line through the origin.
 
     >>> float(direction_rank(jnp.eye(4))), round(float(direction_rank(jnp.array([[3.0, 3.0], [-1.0, -1.0]]))), 4)
     (4.0, 1.0)

@@ -303,7 +303,7 @@ def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> N
 def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> None:
     from ssl_jax.audit.command import kind
     from ssl_jax.audit.masks import find_lesions, open_masks
-    from ssl_jax.augment import resolve as resolve_views
+    from ssl_jax.augment import resolve_views
     from ssl_jax.report.sheet import view_sheet
 
     resolved, count = resolve(config), max(1, images)

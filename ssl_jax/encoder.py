@@ -19,9 +19,9 @@ from ssl_jax.run import write_bytes, write_json
 
 
 class Encoder(NamedTuple):
-    """network with its params and stats; size: side in px of the images it was trained on; channels: C.
+    """A network with its params and stats.
 
-    about: what encoder.json says of it (model, method, steps ...).
+    size: side of the training images, px; channels: their C; about: the content of encoder.json (model, method, ...)
     """
 
     network: Network
@@ -32,16 +32,16 @@ class Encoder(NamedTuple):
     about: dict[str, Any]
 
     def embed(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
-        """Embeddings float32 [N, D] of images uint8 [N, H, W, C], resized to `size` where they differ from it."""
+        """Embeddings float32 [N, D] of images uint8 [N, H, W, C], which are resized to `size` if necessary."""
         parts = []
         for start in range(0, len(images), batch):
             part = images[start : start + batch]
-            filled = np.pad(part, [(0, batch - len(part)), (0, 0), (0, 0), (0, 0)])  # one shape, one compilation
-            parts.append(np.asarray(_embed(self.network, self.size, self.params, self.stats, filled))[: len(part)])
+            padded = np.pad(part, [(0, batch - len(part)), (0, 0), (0, 0), (0, 0)])  # one shape, one compilation
+            parts.append(np.asarray(_embed(self.network, self.size, self.params, self.stats, padded))[: len(part)])
         return np.concatenate(parts)
 
     def data(self, data: Data) -> Data:
-        """`data` read in the size and channels that this encoder wants."""
+        """`data` with the size and channels that this encoder expects."""
         return dataclasses.replace(data, size=self.size, channels=self.channels)
 
 
@@ -50,7 +50,7 @@ def _embed(network, size, params, stats, images):
     return network.apply(params, stats, center_view(images, size), train=False)[0]
 
 
-# Equal networks must be the same object, so that jit compiles each only once a process.
+# Equal networks must be the same object, so that jit compiles each only once per process.
 build = functools.cache(build_encoder)
 
 
@@ -58,17 +58,18 @@ def random_encoder(model: Model, size: int, channels: int, seed: int) -> Encoder
     """A freshly initialised encoder: the start of training from scratch."""
     network = build(model, channels, size)
     params, stats = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, size, size, channels)))
-    return Encoder(network, params, stats, size, channels, _about(model, size, channels, method="scratch", seed=seed))
+    metadata = _metadata(model, size, channels, method="scratch", seed=seed)
+    return Encoder(network, params, stats, size, channels, metadata)
 
 
-def _about(model: Model, size: int, channels: int, **more: Any) -> dict[str, Any]:
+def _metadata(model: Model, size: int, channels: int, **more: Any) -> dict[str, Any]:
     mean, std = normalization(model, channels)
-    about = {"model": dataclasses.asdict(model), "size": size, "channels": channels, "mean": mean, "std": std}
-    return {**about, **more}
+    model_dict = dataclasses.asdict(model)
+    return {"model": model_dict, "size": size, "channels": channels, "mean": mean, "std": std, **more}
 
 
 def export(folder: Path, encoder: Encoder) -> None:
-    """Writes encoder.safetensors (torchvision's names and layouts) and encoder.json, which says how to rebuild it."""
+    """Writes encoder.safetensors (torchvision's names and layouts) and encoder.json, from which `rebuild` works."""
     import safetensors.numpy
 
     weights = {k: np.ascontiguousarray(v) for k, v in to_torch(encoder.params, encoder.stats).items()}
@@ -76,21 +77,21 @@ def export(folder: Path, encoder: Encoder) -> None:
     write_json(folder / "encoder.json", encoder.about)
 
 
-def describe(config: Config, size: int, channels: int, step: int) -> dict[str, Any]:
+def encoder_metadata(config: Config, size: int, channels: int, step: int) -> dict[str, Any]:
     """The `about` of an encoder that a run of `config` trained."""
-    return _about(config.model, size, channels, method=config.method_name, step=step, seed=config.train.seed)
+    return _metadata(config.model, size, channels, method=config.method_name, step=step, seed=config.train.seed)
 
 
 def load_encoder(path: str | Path) -> Encoder:
     """The encoder of a run folder, or of a folder written by `export`.
 
-    Raises UserError if there is none, or if its weights are of another architecture than its encoder.json says.
+    Raises UserError if there is none, or if the weights do not fit the architecture in encoder.json.
     """
     folder = Path(path)
     folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
     if not (folder / "encoder.json").is_file():
         unfinished = (folder / "checkpoints").is_dir()
-        hint = "the run has not ended; run its pretrain command again" if unfinished else "allowed: a run folder"
+        hint = "the run has not finished; run its pretrain command again" if unfinished else "allowed: a run folder"
         raise UserError(f"{path}: no encoder.json; {hint}")
     about = json.loads((folder / "encoder.json").read_text())
     return rebuild(about, folder / "encoder.safetensors")
@@ -98,31 +99,30 @@ def load_encoder(path: str | Path) -> Encoder:
 
 def rebuild(about: dict[str, Any], weights: Path) -> Encoder:
     """The encoder that `about` describes, with the weights of a .safetensors file."""
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
-    blank = random_encoder(dataclasses.replace(Model(**given), init=""), about["size"], about["channels"], seed=0)
-    params, stats = load_weights(weights, blank.params, blank.stats)
-    return blank._replace(params=params, stats=stats, about=about)
+    model: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
+    encoder = random_encoder(dataclasses.replace(Model(**model), init=""), about["size"], about["channels"], seed=0)
+    params, stats = load_weights(weights, encoder.params, encoder.stats)
+    return encoder._replace(params=params, stats=stats, about=about)
 
 
 def load_weights(path: Path, params: Any, stats: Any) -> tuple[Any, Any]:
-    """(params, stats) like those given, with the weights of a .safetensors file under torchvision's names."""
+    """`params` and `stats` with their values replaced by those of a .safetensors file with torchvision's names."""
     import safetensors
     import safetensors.numpy
 
     try:
         weights = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not readable as safetensors ({error})") from error
+        raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
     return from_torch(weights, params, stats)
 
 
 def started_from(network: Network, init: str) -> Network:
-    """`network` whose initial weights are those of an exported encoder (config.model.init)."""
+    """`network` with the weights of an exported encoder as its initial ones (config.model.init)."""
     path = Path(init)
     if path.is_dir():
-        path = next(
-            (p for p in (path / "encoder" / "encoder.safetensors", path / "encoder.safetensors") if p.exists()), path
-        )
+        names = ("encoder/encoder.safetensors", "encoder.safetensors")
+        path = next((path / name for name in names if (path / name).exists()), path)
     if not path.is_file():
         raise UserError(f"config.model.init={init!r}: not found; allowed: a run folder or a .safetensors file")
 

@@ -1,12 +1,12 @@
 """The label-efficiency study: arms x label counts x seeds, every arm on the same draw of labels.
 
-    cells/<arm>/<labels>/<seed>.json   scores, choices, key          ... .npz   test scores, indices of the labels
+    cells/<arm>/<labels>/<seed>.json   scores, hyper-parameters, key    ... .npz   test scores, indices of the labels
     config.json, study.json            options; classes and their frequencies
     test.npz                           labels, file names and patients of the test images
-    results.csv   one row a cell                                     summary.csv, summary.md   means and differences
+    results.csv   one row per cell                                   summary.csv, summary.md   means and differences
     curve.png     score against label count                          gain_by_class.png, classes.csv   gains by class
 
-A cell that is finished stays finished until something that it depends on changes: its `key` is a hash of all of that.
+A finished cell is reused until something it depends on changes: its `key` is a hash of all its inputs.
 """
 
 import dataclasses
@@ -16,65 +16,65 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ssl_jax.config import Config, Data, Finetune, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
-from ssl_jax.data.labelled import labelled_part
+from ssl_jax.data.labelled import labelled_indices, labelled_part
+from ssl_jax.data.source import Source
+from ssl_jax.encoder import Encoder
 from ssl_jax.errors import NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import finetune, predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.scores import metrics
-from ssl_jax.evaluate.subsets import labelled, nested_subset
+from ssl_jax.evaluate.subsets import nested_subset
 from ssl_jax.report.summary import write_all, write_tables
 from ssl_jax.report.tables import Cell, Row
 from ssl_jax.run import write_json, write_npz
 
-if TYPE_CHECKING:
-    from ssl_jax.data.source import Source
-    from ssl_jax.encoder import Encoder
-
-VERSION = 1  # of what a cell does; raise it when a change to the code changes its numbers
-SHORT = {"top1": "top-1", "macro_auc": "macro AUC"}  # what is told of a cell as it ends
+VERSION = 2  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
+SHORT = {"top1": "top-1", "macro_auc": "macro AUC"}  # names of scores in the log
 
 
-class Place(NamedTuple):
-    """Which cell."""
-
+class CellId(NamedTuple):
     arm: str
     labels: int
     seed: int
 
 
-Labelled = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # images, labels and groups of a cell
+class Examples(NamedTuple):
+    """The labelled images that a cell trains on."""
 
-
-class Drawn(NamedTuple):
-    """All labelled images that the draws take: images, labels and groups are those of indices `used`."""
-
-    used: np.ndarray
     images: np.ndarray
     labels: np.ndarray
     groups: np.ndarray | None
+
+
+class Subsets(NamedTuple):
+    """The labelled subsets of all cells, with every image decoded once."""
+
+    used: np.ndarray  # sorted indices, among all training images, of those in any subset
+    examples: Examples  # of these images
     draws: Mapping[tuple[int, int], np.ndarray]  # (label count, seed) -> indices among all training images
 
-    def at(self, place: Place) -> Labelled:
-        chosen = np.searchsorted(self.used, self.draws[place.labels, place.seed])
-        return self.images[chosen], self.labels[chosen], None if self.groups is None else self.groups[chosen]
+    def of(self, cell: CellId) -> Examples:
+        rows = np.searchsorted(self.used, self.draws[cell.labels, cell.seed])
+        images, labels, groups = self.examples
+        return Examples(images[rows], labels[rows], None if groups is None else groups[rows])
 
 
 def from_scratch(changes: Mapping[str, Any]) -> bool:
-    """Whether an arm starts from random initialisation: it changes nothing, or nothing but how it is fine-tuned."""
+    """Whether an arm starts from random weights: it changes nothing but, at most, its fine-tuning."""
     return set(changes) <= {"finetune"}
 
 
 def arms_of(config: Config) -> dict[str, Config]:
-    """The config of each arm. UserError for a mistake in any of them."""
+    """The config of each arm. Raises UserError for a mistake in any of them."""
     if not config.study.arms:
-        raise UserError("config.study.arms: empty; allowed: a mapping of arms, as in configs/study_fashion_mnist.py")
+        raise UserError("config.study.arms: empty; name at least one arm, as configs/study_fashion_mnist.py does")
     arms = {arm: merge(config, changes) for arm, changes in config.study.arms.items()}
     if config.study.baseline not in arms:
         raise unknown("config.study.baseline", config.study.baseline, arms)
@@ -82,183 +82,179 @@ def arms_of(config: Config) -> dict[str, Config]:
 
 
 def pretrainings(config: Config) -> dict[tuple[str, int], Config]:
-    """(arm, number) -> config of every pretraining that the study needs; they differ by their seed alone."""
-    found = {}
-    for arm, made in arms_of(config).items():
+    """(arm, number) -> config of every pretraining that the study needs. Those of one arm differ only in their seed."""
+    runs = {}
+    for arm, arm_config in arms_of(config).items():
         if not from_scratch(config.study.arms[arm]):
             for i in range(min(config.study.pretrainings, config.study.seeds)):
-                found[arm, i] = dataclasses.replace(
-                    made, train=dataclasses.replace(made.train, seed=made.train.seed + i)
-                )
-    return found
+                train = dataclasses.replace(arm_config.train, seed=arm_config.train.seed + i)
+                runs[arm, i] = dataclasses.replace(arm_config, train=train)
+    return runs
 
 
-def plan(study: Study, part: tuple[int, int] | None = None) -> list[Place]:
-    """The cells in the order in which they are run, seeds outermost; of part (k, n), k from 1 to n, its share alone.
+def list_cells(study: Study, part: tuple[int, int] | None = None) -> list[CellId]:
+    """The cells in the order in which they run, seeds outermost; with part=(k, n) only share k (1 to n) of them.
 
-    Cells are numbered label count by label count and dealt out in turns, so that each part has its share of the long
-    ones.
+    Cells are numbered label count by label count and dealt out in turn, so every share gets as many of the long ones.
     """
     k, n = part or (1, 1)
-    arms = sorted(study.arms, key=lambda arm: arm != study.baseline)  # the baseline first, also in tables
-    numbered = [Place(a, c, s) for c, s, a in itertools.product(study.labels, range(study.seeds), arms)]
-    return sorted(numbered[k - 1 :: n], key=lambda place: place.seed)
+    arms = sorted(study.arms, key=lambda arm: arm != study.baseline)  # the baseline comes first, also in tables
+    cells = [CellId(a, c, s) for c, s, a in itertools.product(study.labels, range(study.seeds), arms)]
+    return sorted(cells[k - 1 :: n], key=lambda cell: cell.seed)
 
 
-# How images are read. Everything else in config.data says which, and what is known of them.
+# The keys of config.data that say how images are read. All others say which images, and what is known about them.
 READING = ("size", "channels", "window", "cache", "workers", "max_bad_share")
 
 
 def data_of_test(config: Config) -> Data:
-    """The test part of config.data, or data of another path, with all that config.study.test says differently.
+    """config.study.test, completed from config.data: its test part, or other data read in the same way.
 
-    Data of another kind (`name`) are only read like config.data: their columns, say, are others.
+    Data of another kind (`name`) take only the keys READING from config.data, because their columns may differ.
     """
-    test, data, start = config.study.test, config.data, Study().test
-    said = {key.name: getattr(test, key.name) for key in dataclasses.fields(Data)}
-    said = {key: value for key, value in said.items() if value != getattr(start, key)}
+    test, data, default = config.study.test, config.data, Study().test
+    values = {field.name: getattr(test, field.name) for field in dataclasses.fields(Data)}
+    changes = {key: value for key, value in values.items() if value != getattr(default, key)}
     if test.name in ("", data.name):
-        base = dataclasses.replace(data, split=start.split, limit=0, pairs="")
+        base = dataclasses.replace(data, split=default.split, limit=0, pairs="")
     else:
-        base = dataclasses.replace(start, **{key: getattr(data, key) for key in READING})
-    return dataclasses.replace(base, **said)
+        base = dataclasses.replace(default, **{key: getattr(data, key) for key in READING})
+    return dataclasses.replace(base, **changes)
 
 
-def open_test(config: Config, size: int, channels: int) -> "Source":
-    """The images of `data_of_test`: their test part. Of data that are not config.data's and have none, all."""
-    wanted = dataclasses.replace(data_of_test(config), size=size, channels=channels)
+def open_test(config: Config, size: int, channels: int) -> Source:
+    """The test part of `data_of_test`; all images of data that are not config.data's and have no test part."""
+    data = dataclasses.replace(data_of_test(config), size=size, channels=channels)
     try:
-        return open_source(wanted)
+        return open_source(data)
     except NoPartError:
-        if (wanted.name, wanted.path) == (config.data.name, config.data.path):
+        if (data.name, data.path) == (config.data.name, config.data.path):
             raise
-        return open_source(wanted, "all")
+        return open_source(data, "all")
 
 
 def run_study(
     config: Config,
     workdir: Path,
     *,
-    get_encoder: Callable[[str, Config, int], "Encoder"],
-    train: "Source",
-    test: "Source",
+    get_encoder: Callable[[str, Config, int], Encoder],
+    train: Source,
+    test: Source,
     log: Callable[[str], None],
     part: tuple[int, int] | None = None,
 ) -> list[Row]:
-    """Runs every cell of config.study that is not finished in `workdir`, and returns the rows of summary.csv.
+    """Runs every unfinished cell of config.study in `workdir` and returns the rows of summary.csv.
 
-    get_encoder(arm, config of the arm, number): called once a pretraining for an arm that pretrains (number: which of
-    config.study.pretrainings), and once a seed for one that starts from scratch (number: the seed). train and test:
-    sources with labels; labels are drawn from train, scores are on all of test. log: receives a line a cell.
-    part: (k, n), only the k-th share of n of the cells, and no table: a call without it puts all together.
+    get_encoder(arm, config of the arm, number) is called once per pretraining of an arm (number: which one), and once
+    per seed of an arm that starts from scratch (number: the seed). Labels are drawn from `train`; scores are computed
+    on all of `test`. log receives one line per cell. With part=(k, n) only the k-th of n shares of the cells is run
+    and no table is written; a call without part completes the study.
 
-    Seeds are the outermost loop, so that paired differences of all arms are there early; tables are written after
-    each seed, figures at the end. A study that is killed and started again, or done in parts, writes the same tables,
-    byte for byte.
+    Seeds are the outermost loop, so paired differences of all arms exist early. Tables are written after each seed,
+    figures at the end. A study that is killed and restarted, or run in parts, writes the same tables, byte for byte.
     """
     study, workdir = config.study, Path(workdir)
     if (workdir / "checkpoints").exists():
-        raise UserError(f"--workdir={workdir}: holds a pretraining run; allowed: a new folder, or that of a study")
-    arms, places = arms_of(config), plan(study, part)
+        raise UserError(f"--workdir={workdir}: holds a pretraining run; choose a new folder or the folder of a study")
+    arms, cell_ids = arms_of(config), list_cells(study, part)
     labelled_part(train, train, "config.data")
     test, test_labels = labelled_part(test, train, "config.study.test")
-    _check_judged(test_labels)
-    drawn = _draw(train, study, places)
-    _write_about(config, workdir, train, test, test_labels)
+    _check_test_labels(test_labels)
+    subsets = _draw(train, study, cell_ids)
+    _write_metadata(config, workdir, train, test, test_labels)
 
     cells: list[Cell] = []
-    clock, rows = _Clock(len(places)), list[Row]()
-    judge = _Judge(config, arms, test.arrays(), test_labels, train.classes)
-    encoders = _Encoders(study, arms, get_encoder, places)
-    for place in places:
-        encoder, digest = encoders.of(place)
-        given = drawn.at(place)
-        key = judge.key(place, digest, drawn.draws[place.labels, place.seed], given)
-        path = workdir / "cells" / place.arm / str(place.labels) / f"{place.seed}.json"
-        cell = _finished(path, key)
+    progress, rows = _Progress(len(cell_ids)), list[Row]()
+    evaluator = _Evaluator(config, arms, test.arrays(), test_labels, train.classes)
+    encoders = _Encoders(study, arms, get_encoder, cell_ids)
+    for cell_id in cell_ids:
+        encoder, digest = encoders.of(cell_id)
+        examples, indices = subsets.of(cell_id), subsets.draws[cell_id.labels, cell_id.seed]
+        key = evaluator.key(cell_id, digest, indices, examples)
+        path = workdir / "cells" / cell_id.arm / str(cell_id.labels) / f"{cell_id.seed}.json"
+        cell = _load(path, key)
         if cell is None:
-            cell, scores = judge.run(place, encoder, digest, given)
-            _save(path, cell | {"key": key}, scores, drawn.draws[place.labels, place.seed])
-            note, cell = clock.tick(cell["seconds"]), json.loads(path.read_text())  # as it will be found again
+            cell, scores = evaluator.run(cell_id, encoder, digest, examples)
+            _save(path, cell | {"key": key}, scores, indices)
+            note, cell = progress.add(cell["seconds"]), json.loads(path.read_text())  # as a later run will read it
         else:
-            note = clock.skip()
+            note = progress.skip()
         cells.append(cell)
         name = "top1" if "top1" in cell["scores"] else "macro_auc"
         score = f"{SHORT[name]} {cell['scores'][name]:.4f}"
-        log(f"{clock}  {place.arm}, {place.labels} labels, seed {place.seed}: {score}  ({note})")
-        if part is None and len(cells) % (len(places) // study.seeds) == 0:
+        log(f"{progress}  {cell_id.arm}, {cell_id.labels} labels, seed {cell_id.seed}: {score}  ({note})")
+        if part is None and len(cells) % (len(cell_ids) // study.seeds) == 0:
             rows = write_tables(workdir, cells, study.baseline)
     return write_all(workdir, cells, study.baseline) if part is None else rows
 
 
 class _Encoders:
-    """The encoder that a cell starts from, with its digest. Pretrained ones are there before the first cell is run."""
+    """The encoder that each cell starts from, with its digest. All pretrained ones exist before the first cell runs."""
 
-    def __init__(self, study: Study, arms: Mapping[str, Config], get_encoder: Callable, places: Sequence[Place]):
+    def __init__(self, study: Study, arms: Mapping[str, Config], get_encoder: Callable, cells: Sequence[CellId]):
         self.study, self.arms, self.get_encoder = study, arms, get_encoder
-        self.pretrained: dict[tuple[str, int], tuple[Encoder, str]] = {}
-        self.fresh: dict[tuple[str, int], tuple[Encoder, str]] = {}
-        for place in places:
-            if not from_scratch(study.arms[place.arm]):
-                self.of(place)
+        self.scratch = {arm for arm, changes in study.arms.items() if from_scratch(changes)}
+        self.cache: dict[tuple[str, int], tuple[Encoder, str]] = {}
+        for cell in cells:
+            if cell.arm not in self.scratch:
+                self.of(cell)
 
-    def of(self, place: Place) -> tuple["Encoder", str]:
-        scratch = from_scratch(self.study.arms[place.arm])
-        number = place.seed if scratch else place.seed % self.study.pretrainings
-        known = self.fresh if scratch else self.pretrained
-        if (place.arm, number) not in known:
-            if scratch:  # those of the seed before are done with
-                known = self.fresh = {k: v for k, v in self.fresh.items() if k[1] == number}
-            encoder = self.get_encoder(place.arm, self.arms[place.arm], number)
-            known[place.arm, number] = encoder, _encoder_digest(encoder)
-        return known[place.arm, number]
+    def of(self, cell: CellId) -> tuple[Encoder, str]:
+        scratch = cell.arm in self.scratch
+        number = cell.seed if scratch else cell.seed % self.study.pretrainings
+        if (cell.arm, number) not in self.cache:
+            if scratch:  # random encoders of the previous seed are no longer needed
+                self.cache = {k: v for k, v in self.cache.items() if k[0] not in self.scratch or k[1] == number}
+            encoder = self.get_encoder(cell.arm, self.arms[cell.arm], number)
+            self.cache[cell.arm, number] = encoder, _encoder_digest(encoder)
+        return self.cache[cell.arm, number]
 
 
-class _Judge:
-    """Trains a cell's classifier and scores it on the test images."""
+class _Evaluator:
+    """Trains the classifier of a cell and scores it on the test images."""
 
     def __init__(self, config: Config, arms: Mapping[str, Config], images: np.ndarray, labels: np.ndarray, classes):
         self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, classes
-        self.settings = {arm: _settings(made, from_scratch(config.study.arms[arm])) for arm, made in arms.items()}
-        self.same = {"test": _digest(images, labels), "classes": classes, "protocol": self.protocol}
-        self.features: dict[str, np.ndarray] = {}  # of the test images, by the encoder's digest
+        self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
+        self.shared_inputs = {"test": _digest(images, labels), "classes": classes, "protocol": self.protocol}
+        self.test_features: dict[str, np.ndarray] = {}  # by the encoder's digest
 
-    def key(self, place: Place, encoder: str, draw: np.ndarray, given: Labelled) -> str:
+    def key(self, cell: CellId, encoder_digest: str, indices: np.ndarray, examples: Examples) -> str:
         """A hash of everything that the cell depends on."""
-        how = None if self.protocol == "linear" else dataclasses.asdict(self.settings[place.arm])
-        drawn = _digest(draw, *(array for array in given if array is not None))
-        own = {"labels": drawn, "seed": place.seed, "settings": how, "encoder": encoder}
-        parts = {"version": VERSION, **self.same, **own}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        labels = _digest(indices, *(array for array in examples if array is not None))
+        settings = None if self.protocol == "linear" else dataclasses.asdict(self.settings[cell.arm])
+        own = {"labels": labels, "seed": cell.seed, "settings": settings, "encoder": encoder_digest}
+        inputs = {"version": VERSION, **self.shared_inputs, **own}
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def run(self, place: Place, encoder: "Encoder", digest: str, given: Labelled) -> tuple[Cell, np.ndarray]:
-        began = time.monotonic()
-        (images, labels, groups), count = given, len(self.classes)
-        how: Any = {"classes": count, "seed": place.seed, "groups": groups}
+    def run(self, cell: CellId, encoder: Encoder, digest: str, examples: Examples) -> tuple[Cell, np.ndarray]:
+        start = time.monotonic()
+        options: Any = {"classes": len(self.classes), "seed": cell.seed, "groups": examples.groups}
         chosen: dict[str, Any]
         if self.protocol == "linear":
-            if digest not in self.features:
-                self.features[digest] = encoder.embed(self.images)
-            probe = linear_probe(encoder.embed(images), labels, **how)
-            scores, chosen = probe.scores(self.features[digest]), {"strength": probe.strength}
-            chosen["validation"] = probe.validation
+            if digest not in self.test_features:
+                self.test_features[digest] = encoder.embed(self.images)
+            probe = linear_probe(encoder.embed(examples.images), examples.labels, **options)
+            scores = probe.scores(self.test_features[digest])
+            chosen = {"strength": probe.strength, "validation": probe.validation}
         else:
-            made = finetune(encoder, images, labels, settings=self.settings[place.arm], **how)
-            scores, chosen = predict(made, self.images), made.chosen
-        cell: Cell = {**place._asdict(), "chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
-        return cell | {"seconds": round(time.monotonic() - began, 1)}, scores
+            settings = self.settings[cell.arm]
+            classifier = finetune(encoder, examples.images, examples.labels, settings=settings, **options)
+            scores, chosen = predict(classifier, self.images), classifier.chosen
+        result = {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
+        return {**cell._asdict(), **result, "seconds": round(time.monotonic() - start, 1)}, scores
 
 
 def _settings(config: Config, scratch: bool) -> Finetune:
-    """A random encoder has neither features to probe nor statistics to freeze."""
+    """A random encoder has no features worth probing and no statistics worth freezing."""
     return dataclasses.replace(config.finetune, head="zero", batch_norm="train") if scratch else config.finetune
 
 
-class _Clock:
-    """How far the study is: "[12/40]", and from the cells made so far when it will end."""
+class _Progress:
+    """How far the study is, as in "[12/40]", and the remaining time, estimated from the cells run so far."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.made, self.seconds = total, 0, 0, 0.0
+        self.total, self.done, self.run, self.seconds = total, 0, 0, 0.0
 
     def __str__(self) -> str:
         return f"[{self.done}/{self.total}]"
@@ -267,32 +263,35 @@ class _Clock:
         self.done += 1
         return "reused"
 
-    def tick(self, seconds: float) -> str:
-        self.done, self.made, self.seconds = self.done + 1, self.made + 1, self.seconds + seconds
-        left = self.seconds / self.made * (self.total - self.done)
-        return f"{seconds:.0f} s; left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+    def add(self, seconds: float) -> str:
+        self.done, self.run, self.seconds = self.done + 1, self.run + 1, self.seconds + seconds
+        remaining = self.seconds / self.run * (self.total - self.done)
+        return f"{seconds:.0f} s; {time.strftime('%H:%M:%S', time.gmtime(remaining))} left"
 
 
-# What a cell depends on.
+# The inputs of a cell.
 
 
-def _draw(train: "Source", study: Study, places: Sequence[Place]) -> Drawn:
-    """The draws that `places` need; only the images that are in one of them are decoded."""
+def _draw(train: Source, study: Study, cells: Sequence[CellId]) -> Subsets:
+    """The subsets that `cells` need. Only images that are in one of them are decoded."""
     labels, groups, counts = np.asarray(train.labels), train.groups, study.labels
     if not counts:
-        raise UserError("config.study.labels: empty; allowed: at least one label count")
-    most = len(labelled(labels))
-    if not 1 <= min(counts) <= max(counts) <= most:
-        raise UserError(f"config.study.labels={tuple(counts)}: allowed: 1 to {most}, the labelled images there are")
-    wanted = dict.fromkeys((p.labels, p.seed) for p in places)
-    draws = {(n, seed): nested_subset(labels, n, seed, groups) for n, seed in wanted}
+        raise UserError("config.study.labels: empty; give at least one label count")
+    available = len(labelled_indices(labels))
+    if not 1 <= min(counts) <= max(counts) <= available:
+        raise UserError(
+            f"config.study.labels={tuple(counts)}: allowed: 1 to {available}, the number of labelled images"
+        )
+    distinct = dict.fromkeys((cell.labels, cell.seed) for cell in cells)
+    draws = {(count, seed): nested_subset(labels, count, seed, groups) for count, seed in distinct}
     used = np.unique(np.concatenate(list(draws.values())))
-    return Drawn(used, train.take(used).arrays(), labels[used], None if groups is None else groups[used], draws)
+    examples = Examples(train.take(used).arrays(), labels[used], None if groups is None else groups[used])
+    return Subsets(used, examples, draws)
 
 
-def _check_judged(labels: np.ndarray) -> None:
+def _check_test_labels(labels: np.ndarray) -> None:
     if labels.ndim == 2 and not ((labels >= 0.5).any(axis=0) & (labels < 0.5).any(axis=0)).any():
-        raise UserError("config.study.test: no class has images with and without it; allowed: at least one such class")
+        raise UserError("config.study.test: no class has both positive and negative images; at least one must")
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -304,15 +303,15 @@ def _digest(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _encoder_digest(encoder: "Encoder") -> str:
+def _encoder_digest(encoder: Encoder) -> str:
     leaves, structure = jax.tree.flatten((encoder.params, encoder.stats))
-    # As JSON, in which an encoder loaded from disk says the same of itself as one just trained.
-    about = json.dumps([str(structure), encoder.size, encoder.channels, encoder.about.get("model")], sort_keys=True)
-    return hashlib.sha256((about + _digest(*map(np.asarray, leaves))).encode()).hexdigest()
+    # As JSON, in which the metadata of a loaded encoder and of one just trained are equal.
+    metadata = json.dumps([str(structure), encoder.size, encoder.channels, encoder.about.get("model")], sort_keys=True)
+    return hashlib.sha256((metadata + _digest(*map(np.asarray, leaves))).encode()).hexdigest()
 
 
-def _finished(path: Path, key: str) -> Cell | None:
-    """The cell at `path` if its inputs were those of `key`."""
+def _load(path: Path, key: str) -> Cell | None:
+    """The finished cell at `path`; None if there is none with this key."""
     try:
         cell = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -321,22 +320,28 @@ def _finished(path: Path, key: str) -> Cell | None:
 
 
 def _save(path: Path, cell: Cell, scores: np.ndarray, indices: np.ndarray) -> None:
-    """The .json is written last: where it is, the cell is complete."""
+    """The .json is written last: if it exists, the cell is complete."""
     path.unlink(missing_ok=True)
     write_npz(path.with_suffix(".npz"), scores=scores.astype(np.float32), indices=indices)
     write_json(path, cell)
 
 
-def _write_about(config: Config, workdir: Path, train: "Source", test: "Source", test_labels: np.ndarray) -> None:
-    labels, groups = np.asarray(train.labels), np.arange(len(test)) if test.groups is None else test.groups
-    truth = {"labels": test_labels, "classes": np.array(train.classes)}
-    write_npz(workdir / "test.npz", **truth, names=np.array(test.names), groups=groups)
-    share = dict(zip(train.classes, _shares(labels, len(train.classes)), strict=True))
-    about: dict[str, Any] = {"classes": train.classes, "share": share}
-    about |= {"train_images": len(train), "test_images": len(test), "phantom": phantom(config.data)}
-    about |= {"pretrainings": min(config.study.pretrainings, config.study.seeds), "seeds": config.study.seeds}
+def _write_metadata(config: Config, workdir: Path, train: Source, test: Source, test_labels: np.ndarray) -> None:
+    groups = np.arange(len(test)) if test.groups is None else test.groups
+    arrays = {"labels": test_labels, "classes": np.array(train.classes), "names": np.array(test.names)}
+    write_npz(workdir / "test.npz", **arrays, groups=groups)
+    shares = _shares(np.asarray(train.labels), len(train.classes))
+    metadata = {
+        "classes": train.classes,
+        "share": dict(zip(train.classes, shares, strict=True)),
+        "train_images": len(train),
+        "test_images": len(test),
+        "phantom": phantom(config.data),
+        "pretrainings": min(config.study.pretrainings, config.study.seeds),
+        "seeds": config.study.seeds,
+    }
     write_json(workdir / "config.json", to_json(config))
-    write_json(workdir / "study.json", about)
+    write_json(workdir / "study.json", metadata)
 
 
 def _shares(labels: np.ndarray, classes: int) -> list[float]:

@@ -14,7 +14,7 @@ from ssl_jax.audit import lesions as audit_lesions
 from ssl_jax.audit.ladder import TRANSFORMS, alone, draw_many
 from ssl_jax.audit.lesions import audit, by_class, kept_area, ring, verdict, worst
 from ssl_jax.audit.masks import Lesion, find_lesions, open_masks
-from ssl_jax.augment import geometry, render, resolve
+from ssl_jax.augment import geometry, render, resolve_views
 from ssl_jax.cli import main
 from ssl_jax.config import Augment, Data, View
 from ssl_jax.data import open_source
@@ -111,7 +111,7 @@ def test_chest_xray_passes_and_the_natural_crop_shows_its_damage():
     images, masks = discs(12, size)
 
     def rows(preset, *transforms):
-        return audit(images, as_lesions(masks), resolve(Augment(preset), 2, size), transforms=transforms)
+        return audit(images, as_lesions(masks), resolve_views(Augment(preset), 2, size), transforms=transforms)
 
     chest, natural = rows("chest_xray", "crop"), rows("natural", "contrast")
     assert worst(chest)["lost"] <= 0.05 and verdict(chest).startswith("passes")
@@ -226,7 +226,7 @@ def test_outlines_follow_the_view(tmp_path):
     from ssl_jax.report.sheet import _moved
 
     images, masks = discs(2, 24)
-    views = resolve(Augment("none", {"flip": 1.0, "rotate": 20.0}), 1, 24)
+    views = resolve_views(Augment("none", {"flip": 1.0, "rotate": 20.0}), 1, 24)
     drawn = draw_many(views[0], 2, 0, (24, 24))
     moved = _moved([{"a": masks[0].astype(np.float32)}, {}], drawn, views[0])
     shown = render(jnp.asarray(images[0]), jax.tree.map(lambda v: v[0], drawn), views[0])[..., 0]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ssl_jax.augment import resolve
+from ssl_jax.augment import resolve_views
 from ssl_jax.config import Augment
 from ssl_jax.errors import UserError
 from ssl_jax.report.sheet import describe, view_sheet
@@ -14,7 +14,7 @@ def test_sheet_shows_originals_and_views(tmp_path, channels):
     images = np.full((2, 10, 8, channels), 60, np.uint8)
     images[1, ..., 0] = 200
     out = tmp_path / "new" / "views.png"
-    view_sheet(images, resolve(Augment("none"), 1, 8), out, draws=2, names=["a.png", "b" * 50])
+    view_sheet(images, resolve_views(Augment("none"), 1, 8), out, draws=2, names=["a.png", "b" * 50])
     shown = np.asarray(Image.open(out).convert("RGB")).reshape(-1, 3)
     first = (60, 60, 60)
     second = (200, 200, 200) if channels == 1 else (200, 60, 60)
@@ -23,7 +23,7 @@ def test_sheet_shows_originals_and_views(tmp_path, channels):
 
 
 def test_sheet_refuses_what_is_no_picture(tmp_path):
-    views = resolve(Augment("none"), 1, 8)
+    views = resolve_views(Augment("none"), 1, 8)
     images = np.zeros((1, 8, 8, 1), np.uint8)
     with pytest.raises(UserError, match=r"is a folder; allowed: the path of a \.png file"):
         view_sheet(images, views, tmp_path)
@@ -32,7 +32,7 @@ def test_sheet_refuses_what_is_no_picture(tmp_path):
 
 
 def test_description_holds_the_numbers_that_are_on():
-    first, second = resolve(Augment("natural", {"gray": 0.0}), 2, 64)
+    first, second = resolve_views(Augment("natural", {"gray": 0.0}), 2, 64)
     assert "crop 0.08-1, flip 0.5, jitter 0.8 (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1)" in describe(
         first
     )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax.augment import PRESETS, center_view, draw, make_views, ops, render, resolve
+from ssl_jax.augment import PRESETS, center_view, draw, make_views, ops, render, resolve_views
 from ssl_jax.augment.views import COLOUR
 from ssl_jax.config import Augment, View
 from ssl_jax.errors import UserError
@@ -36,7 +36,7 @@ def test_shapes_range_and_asymmetric_sizes_for_any_channels(channels):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_draws_what_it_says(preset):
-    views = resolve(Augment(preset), 2, 16)
+    views = resolve_views(Augment(preset), 2, 16)
     (first, second), _ = jax.jit(make_views(views))(jax.random.key(1), photos(8))
     unchanged = photos(8) / np.float32(255)
     changes = preset != "none"
@@ -181,18 +181,18 @@ def test_center_view():
 
 
 def test_asymmetric_preset():
-    first, second = (many_draws(view) for view in resolve(Augment("natural"), 2, 32))
+    first, second = (many_draws(view) for view in resolve_views(Augment("natural"), 2, 32))
     assert (first["sigma"] > 0).all() and (second["sigma"] > 0).mean() == pytest.approx(0.1, abs=0.03)
     assert "solarize" not in first and second["solarize"].mean() == pytest.approx(0.2, abs=0.03)
 
 
 def test_resolve_fills_sizes_and_overrides():
     augment = Augment("natural", {"blur": 0.5, "hue": 0.0}, {"blur": 0.1, "size": 48})
-    one, two, three = resolve(augment, 3, 64)
+    one, two, three = resolve_views(augment, 3, 64)
     assert (one.blur, two.blur, three.blur) == (0.5, 0.1, 0.5)
     assert (one.size, two.size, three.size) == (64, 48, 64)
     assert (one.hue, two.hue, one.solarize, two.solarize) == (0.0, 0.0, 0.0, 0.2)
-    assert resolve(Augment("none"), 1, 28) == (View(size=28),)
+    assert resolve_views(Augment("none"), 1, 28) == (View(size=28),)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_resolve_fills_sizes_and_overrides():
 )
 def test_mistakes_are_one_line(augment, message):
     with pytest.raises(UserError) as error:
-        resolve(augment, 2, 32)
+        resolve_views(augment, 2, 32)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

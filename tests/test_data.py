@@ -196,7 +196,7 @@ def test_arrays_are_resized_converted_and_limited(save):
         ({"images": np.zeros((2, 3, 32, 32), np.uint8)}, ["[2, 3, 32, 32]", "channels first"]),
         ({"images": GRAY, "labels": np.zeros(4, int)}, ["4 labels for 5 images"]),
         ({"images": GRAY, "labels": np.zeros(5)}, ["labels: float64 [5]", "integers"]),
-        ({"images": GRAY, "labels": np.full(5, -2)}, ["-1 (not known) or more"]),
+        ({"images": GRAY, "labels": np.full(5, -2)}, ["-1 (unknown) or more"]),
         ({"images": GRAY[:0]}, ["no images"]),
         ({"images": np.array([{}], object)}, ["not a .npz file of plain arrays"]),
     ],

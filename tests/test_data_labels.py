@@ -1,4 +1,4 @@
-"""Tables with several labels an image, groups and parts; CheXpert's own layout; MedMNIST's arrays."""
+"""Tables with several labels per image, groups and parts; CheXpert's own layout; MedMNIST's arrays."""
 
 import csv
 import dataclasses
@@ -12,7 +12,7 @@ from scipy.stats import kstest
 from ssl_jax.config import Data
 from ssl_jax.data import files, open_source
 from ssl_jax.data.chexpert import OBSERVATIONS, STUDY
-from ssl_jax.data.table import _place
+from ssl_jax.data.table import _uniform
 from ssl_jax.errors import UserError
 
 HEADER = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *OBSERVATIONS]
@@ -71,8 +71,8 @@ def test_smoothed_labels_depend_on_path_and_name_alone(table):
 
 
 def test_smoothed_labels_are_uniform():
-    places = [_place("Edema", f"patient{i}/view1.jpg") for i in range(4000)]
-    others = [_place("Mass", f"patient{i}/view1.jpg") for i in range(4000)]
+    places = [_uniform("Edema", f"patient{i}/view1.jpg") for i in range(4000)]
+    others = [_uniform("Mass", f"patient{i}/view1.jpg") for i in range(4000)]
     assert kstest(places, "uniform").pvalue > 0.01 and kstest(others, "uniform").pvalue > 0.01
     assert abs(np.corrcoef(places, others)[0, 1]) < 0.05
 

@@ -1,10 +1,14 @@
 """kNN, linear probe, subsets, metrics, intervals and collapse, each against an independent computation."""
 
+import importlib
+import pkgutil
+
 import jax
 import numpy as np
 import pytest
 import scipy.stats
 
+from ssl_jax import evaluate
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import (
     embedding_std,
@@ -170,3 +174,8 @@ def test_collapse_numbers():
     assert float(embedding_std(np.ones((50, 8), np.float32))) == pytest.approx(0, abs=1e-6)
     assert 30 < float(rank_me(healthy)) <= 32
     assert float(rank_me(healthy[:, :2] @ np.ones((2, 8), np.float32))) == pytest.approx(1, abs=0.01)
+
+
+def test_no_function_hides_a_module():
+    for module in pkgutil.iter_modules(evaluate.__path__):
+        assert importlib.import_module(f"ssl_jax.evaluate.{module.name}") is getattr(evaluate, module.name)

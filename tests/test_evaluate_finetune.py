@@ -162,13 +162,13 @@ def test_balanced_weights_by_hand_and_in_training():
         assert rates[1] > rates[0] + 0.5  # the rare ones are believed sooner
 
 
-def test_mistakes_are_told():
+def test_errors():
     images, labels = toy_images(20)
     cases = [
         (images, labels[:5], SETTINGS, "5 for 20 images"),
         (images, labels - 1, SETTINGS, "labels: -1; allowed: 0 to 2"),
         (images, np.full((20, 3), 1.5), SETTINGS, "labels: 1.5; allowed: 0 to 1"),
-        (images, np.full((20, 3), np.nan), SETTINGS, "3 columns, at least one label that is known"),
+        (images, np.full((20, 3), np.nan), SETTINGS, "3 columns with at least one known label"),
         (images, np.ones((20, 2)), SETTINGS, "20, 2.; allowed: 3 columns"),
         (np.repeat(images, 3, axis=-1), labels, SETTINGS, "3 channels; allowed: 1"),
         (images, labels, dataclasses.replace(SETTINGS, lr=()), "lr or backbone_ratio is empty"),

@@ -1,4 +1,4 @@
-"""Several labels an image: metrics, subsets by patient, probe and kNN, each against an independent computation."""
+"""Several labels per image: metrics, subsets by patient, probe and kNN, each against an independent computation."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from ssl_jax.evaluate import (
     threshold_at_sensitivity,
     without_positive,
 )
-from ssl_jax.evaluate.linear import rank
+from ssl_jax.evaluate.scores import selection_score
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -231,14 +231,17 @@ def test_balanced_probe_gives_both_kinds_the_same_weight():
         assert weights @ residual / weights.sum() == pytest.approx(0, abs=1e-4)
 
 
-def test_rank_by_hand():
+def test_selection_score_by_hand():
     scores = np.array([[2.0, 0.0], [-1.0, 0.0], [0.5, 3.0]])
     labels = np.array([[1.0, np.nan], [0.0, 1.0], [np.nan, 1.0]])
-    auc, log_likelihood = rank(scores, labels)
+    auc, log_likelihood = selection_score(scores, labels)
     known = [-np.log(expit(2)), -np.log(expit(1)), -np.log(0.5), -np.log(expit(3))]
     assert auc == 1 and log_likelihood == pytest.approx(-np.mean(known))
-    assert rank(scores[2:], labels[2:]) == (0.0, pytest.approx(np.log(expit(3))))  # nothing to rank: by likelihood
-    assert rank(np.full((3, 2), np.inf), labels) == (-1.0, -np.inf)
+    assert selection_score(scores[2:], labels[2:]) == (
+        0.0,
+        pytest.approx(np.log(expit(3))),
+    )  # no AUC: the likelihood decides
+    assert selection_score(np.full((3, 2), np.inf), labels) == (-1.0, -np.inf)
 
 
 def test_knn_equals_a_brute_force_vote_of_those_who_know():

@@ -10,8 +10,7 @@ import optax
 import pytest
 
 from ssl_jax import losses, train
-from ssl_jax.augment import make_views
-from ssl_jax.augment import resolve as resolve_views
+from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.methods.base import Context, State, entropies, entropy_collapse
 from ssl_jax.methods.vicregl import positions
 from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config, tiny_encoder

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax.augment import PRESETS, make_views, ops, render, resolve
+from ssl_jax.augment import PRESETS, make_views, ops, render, resolve_views
 from ssl_jax.config import Augment, Model, View, method_module
 from ssl_jax.errors import UserError
 from ssl_jax.methods import context_encoder, jigsaw, mae, rotation, simmim, transformation_prediction
@@ -185,7 +185,7 @@ def warped(seed, side=48, **switched_on):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_targets_are_the_drawn_parameters(channels):
-    first, second = resolve(Augment(preset="transformation"), 2, 16)
+    first, second = resolve_views(Augment(preset="transformation"), 2, 16)
     images = (255 * noise(6, 16, 20, channels)).astype(jnp.uint8)
     _, (_, drawn) = make_views((first, second), ((), ("crop", "flip")))(RNG, images)
     targets = transformation_prediction.targets_of(drawn, channels)

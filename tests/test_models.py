@@ -124,7 +124,7 @@ def test_groups_have_statistics_of_their_own():
 @pytest.mark.parametrize("groups", [0, 3])
 def test_groups_must_divide_the_batch(groups):
     network, params, stats = tiny()
-    with pytest.raises(UserError, match=rf"config.method.bn_groups={groups}: .* batch of 8; allowed: 1, 2, 4, 8"):
+    with pytest.raises(UserError, match=rf"config.method.bn_groups={groups}: .* 8 images .*; allowed: 1, 2, 4, 8"):
         network.apply(params, stats, pictures(8), train=True, groups=groups)
 
 

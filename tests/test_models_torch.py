@@ -95,7 +95,7 @@ def test_prefixes_and_the_classifier_are_ignored():
     ("change", "message"),
     [
         ({"layer1.0.conv1.weight": None}, r"layer1\.0\.conv1\.weight: missing"),
-        ({"conv1.weight": np.zeros((6, 3, 7, 7))}, r"conv1\.weight: shape \(6, 3, 7, 7\), allowed: \(6, 1, 5, 5\)"),
+        ({"conv1.weight": np.zeros((6, 3, 7, 7))}, r"conv1\.weight: shape \(6, 3, 7, 7\); allowed: \(6, 1, 5, 5\)"),
         ({"layer4.0.conv1.weight": np.zeros(1)}, r"layer4\.0\.conv1\.weight: belongs to no layer"),
     ],
 )

@@ -150,7 +150,7 @@ def test_test_data_of_another_kind_are_told_before_training(encoder, opened, tmp
         return Source(made.names, made.shape, made.load, labels=np.full((60, 4), np.nan, np.float32), classes=CLASSES)
 
     cases = (
-        (single, "one label an image; allowed: several labels an image"),
+        (single, "one label per image; allowed: several labels per image"),
         (unknown, "no image has a known label"),
         (lambda *part: source(*part, labels=False), "has no labels"),
     )

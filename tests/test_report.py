@@ -147,14 +147,14 @@ def test_many_classes_become_a_picture(tmp_path):
 
 
 def test_finished_run_shows_its_images_as_long_as_they_are_there(tmp_path):
-    from ssl_jax.encoder import describe, export, random_encoder
+    from ssl_jax.encoder import encoder_metadata, export, random_encoder
 
     made = configs.default("simclr")
     made.data.name, made.data.path, made.data.size = "synthetic", "classes=3,n=30", 16
     made.model.name, made.model.width = "resnet_thin", 0.25
     config = configs.resolve(made)
     encoder = random_encoder(config.model, 16, 3, seed=0)
-    export(tmp_path / "encoder", encoder._replace(about=describe(config, 16, 3, 10)))
+    export(tmp_path / "encoder", encoder._replace(about=encoder_metadata(config, 16, 3, 10)))
     write_json(tmp_path / "config.json", configs.to_json(config))
     page = write_report(tmp_path)
     assert {"Nearest neighbours", "Embedding map"} <= set(sections(page))

@@ -1,4 +1,4 @@
-"""The study of data with several labels an image: draws by patient, AUC by class, intervals over test patients."""
+"""The study of data with several labels per image: draws by patient, AUC by class, intervals over test patients."""
 
 import csv
 import functools
@@ -170,5 +170,5 @@ def test_a_gain_must_hold_for_other_patients(low, word):
 def test_what_cannot_be_judged_is_told_first(tmp_path):
     test = _source(60, 1, test=True)
     test.labels[:] = 0
-    with pytest.raises(UserError, match="config.study.test: no class has images with and without it"):
+    with pytest.raises(UserError, match="config.study.test: no class has both positive and negative images"):
         toy_run(_config(), tmp_path, train=_sources()["train"], test=test)

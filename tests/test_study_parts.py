@@ -20,10 +20,10 @@ SETTINGS = Study(arms={"a": {}, "b": {}, "c": {}}, labels=(10, 20, 50), seeds=4)
 
 
 def test_parts_are_the_whole_and_share_the_long_cells():
-    whole = study.plan(SETTINGS)
+    whole = study.list_cells(SETTINGS)
     assert whole[:4] == [("a", 10, 0), ("b", 10, 0), ("c", 10, 0), ("a", 20, 0)] and len(whole) == 36
     for n in (1, 2, 3, 5, 7, 9, 40):
-        parts = [study.plan(SETTINGS, (k, n)) for k in range(1, n + 1)]
+        parts = [study.list_cells(SETTINGS, (k, n)) for k in range(1, n + 1)]
         assert sorted(p for part in parts for p in part) == sorted(whole)
         long = [sum(p.labels == 50 for p in part) for part in parts]
         assert max(long) - min(long) <= 1 and all(
@@ -187,7 +187,7 @@ def test_an_arm_may_pretrain_on_other_data(tmp_path, monkeypatch):
 )
 def test_the_config_for_chest_x_rays(spec, arms):
     made = resolve(load_config(spec, ["--config.data.path=DIR"]))
-    assert [p.arm for p in study.plan(made.study)[: len(arms) + 1]] == ["supervised", *arms]
+    assert [p.arm for p in study.list_cells(made.study)[: len(arms) + 1]] == ["supervised", *arms]
     assert study.data_of_test(made).path == "DIR"
     assert study.from_scratch(made.study.arms["supervised"]) and made.data.labels == ("study",)
     pretrained = study.pretrainings(made)

@@ -30,7 +30,7 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
     """Writes out/lesions.csv and out/lesions.png; prints the table and the verdict on the config; returns the rows."""
     from ssl_jax.audit.lesions import audit, verdict
     from ssl_jax.audit.masks import find_lesions, open_masks
-    from ssl_jax.augment import resolve as resolve_views
+    from ssl_jax.augment import resolve_views
     from ssl_jax.report.audit import lesion_curves
 
     resolved, folder = resolve(config), _folder(out)

@@ -43,7 +43,7 @@ def audit(
 ) -> list[Row]:
     """What each transform alone, at each strength, and the pair `views` as a whole ("config") do to lesions.
 
-    images: uint8 [L, H, W, C], the image of each of L lesions. views: two, as `augment.resolve` returns them.
+    images: uint8 [L, H, W, C], the image of each of L lesions. views: two, as `augment.resolve_views` returns them.
     transforms: names in `ladder.TRANSFORMS`; (): all that do anything.
 
     Rows: transform, strength, configured (whether `views` have it at this strength), measure ("area", "contrast"),

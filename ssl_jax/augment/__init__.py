@@ -9,7 +9,17 @@ from ssl_jax.augment.views import (
     geometry,
     make_views,
     render,
-    resolve,
+    resolve_views,
 )
 
-__all__ = ["FACTORS", "PRESETS", "appearance", "center_view", "draw", "geometry", "make_views", "render", "resolve"]
+__all__ = [
+    "FACTORS",
+    "PRESETS",
+    "appearance",
+    "center_view",
+    "draw",
+    "geometry",
+    "make_views",
+    "render",
+    "resolve_views",
+]

@@ -1,8 +1,8 @@
 """Deterministic image operations, with torchvision's results (transforms.v2.functional on float tensors).
 
 Each takes one float image [H, W, C] in [0, 1] and explicit parameters, and returns a new image in [0, 1]. Parameters
-may be traced, sizes are static, so all of them work under `jax.jit` and `jax.vmap`. Any number of channels: what
-needs colour (saturation, hue, grayscale) leaves images alone that don't have exactly three channels, red, green, blue.
+may be traced and sizes are static, so all of them work under `jax.jit` and `jax.vmap`. Any number of channels will do;
+operations on colour (saturation, hue, grayscale) leave images unchanged unless their channels are red, green, blue.
 """
 
 import jax
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R BT.601 luma, in the digits of torchvision
-# Accelerators may multiply matrices at less than float32 by default; pixels would come out coarser than 8 bit.
+# By default accelerators may multiply matrices below float32 precision; pixels would be coarser than 8 bit.
 EXACT = jax.lax.Precision.HIGHEST
 
 
 def luma(image: jax.Array) -> jax.Array:
-    """Brightness [H, W, 1] of an RGB image; an image of other channels is returned as it is."""
+    """Brightness [H, W, 1] of an RGB image; an image with other channels is returned unchanged."""
     if image.shape[-1] != 3:
         return image
     red, green, blue = image[..., :1], image[..., 1:2], image[..., 2:]
@@ -23,8 +23,8 @@ def luma(image: jax.Array) -> jax.Array:
 
 
 def mean_luma(image: jax.Array) -> jax.Array:
-    """Mean over the whole image of what `luma` returns."""
-    # Rows first, then luma, then the rest: the compiler's sum over all axes at once is ten times slower on a CPU.
+    """Mean of `luma` over the whole image."""
+    # Rows first, then luma, then columns: the compiler's sum over all axes at once is ten times slower on a CPU.
     return jnp.mean(luma(jnp.mean(image, axis=0, keepdims=True)))
 
 
@@ -52,8 +52,8 @@ def adjust_hue(image: jax.Array, shift: ArrayLike) -> jax.Array:
     """Turn the colours by `shift` turns of the colour circle (-0.5 to 0.5). Unchanged unless C = 3."""
     if image.shape[-1] != 3:
         return image
-    # In HSV terms a turn of the hue keeps each pixel's largest and smallest value, so the way to HSV and back is
-    # one angle `sixth` in [0, 6) and three ramps between the two.
+    # In HSV terms a turn of the hue keeps each pixel's largest and smallest value, so converting to HSV and back
+    # comes down to one angle `sixth` in [0, 6) and three ramps between the two values.
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]
     high, low = jnp.maximum(jnp.maximum(red, green), blue), jnp.minimum(jnp.minimum(red, green), blue)
     span = high - low
@@ -82,7 +82,7 @@ def solarize(image: jax.Array, threshold: ArrayLike) -> jax.Array:
 def gaussian_blur(image: jax.Array, kernel_size: int, sigma: ArrayLike) -> jax.Array:
     """Gaussian of standard deviation `sigma` px, cut to `kernel_size` px (odd, under twice the side), edges mirrored.
 
-    sigma = 0 leaves the image as it is, so that a blur can be switched off for single images of a batch.
+    sigma = 0 leaves the image unchanged, so that a blur can be switched off for single images of a batch.
     """
     rows, columns = (_blur_weights(side, kernel_size, sigma) for side in image.shape[:2])
     return _separable(image, rows, columns)
@@ -96,11 +96,11 @@ def _blur_weights(side: int, kernel_size: int, sigma: ArrayLike) -> jax.Array:
     def gauss(distance):
         return jnp.where(abs(distance) <= reach, jnp.exp(-(distance**2) / squared), 0)
 
-    here, there = jnp.arange(side)[:, None], jnp.arange(side)[None, :]
+    target, source = jnp.arange(side)[:, None], jnp.arange(side)[None, :]
     last = side - 1
-    before = jnp.where(there > 0, gauss(here + there), 0)  # mirrored at the first pixel, which is not repeated
-    after = jnp.where(there < last, gauss(2 * last - here - there), 0)
-    return (gauss(here - there) + before + after) / gauss(jnp.arange(-reach, reach + 1)).sum()
+    before = jnp.where(source > 0, gauss(target + source), 0)  # mirrored at the first pixel, which is not repeated
+    after = jnp.where(source < last, gauss(2 * last - target - source), 0)
+    return (gauss(target - source) + before + after) / gauss(jnp.arange(-reach, reach + 1)).sum()
 
 
 def horizontal_flip(image: jax.Array) -> jax.Array:
@@ -128,7 +128,7 @@ def resized_crop(
 
 
 def _resize_weights(side: int, start: ArrayLike, length: ArrayLike, out: int) -> jax.Array:
-    """Share of each source pixel in each pixel of the result, [out, side]."""
+    """Weight of each source pixel in each pixel of the result, [out, side]."""
     step = jnp.asarray(length, jnp.float32) / out
     centre = start + (jnp.arange(out)[:, None] + 0.5) * step
     pixel = jnp.arange(side)[None, :] + 0.5
@@ -179,7 +179,7 @@ def shear_matrix(height: int, width: int, degrees: ArrayLike) -> jax.Array:
 
 
 def zoom_matrix(height: int, width: int, factor: ArrayLike) -> jax.Array:
-    """For `warp`: enlarge about the centre by `factor`, less than 1 shrinks. torchvision's `affine(scale=factor)`."""
+    """For `warp`: enlarge about the centre by `factor` (below 1: shrink), as torchvision's `affine(scale=factor)`."""
     scale = 1 / jnp.asarray(factor, jnp.float32)
     return _matrix([scale, 0, (1 - scale) * width / 2], [0, scale, (1 - scale) * height / 2], [0, 0, 1])
 
@@ -190,7 +190,7 @@ def translation_matrix(dx: ArrayLike, dy: ArrayLike) -> jax.Array:
 
 
 def perspective_matrix(startpoints: ArrayLike, endpoints: ArrayLike) -> jax.Array:
-    """The matrix of `perspective`, for `warp`. The corners go around the image, no three on a line."""
+    """The matrix of `perspective`, for `warp`. The corners go around the image, and no three lie on a line."""
     end = _from_square(jnp.asarray(endpoints, jnp.float32))
     a, b, c = end.T
     adjugate = jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)])  # the inverse, up to a factor
@@ -200,7 +200,7 @@ def perspective_matrix(startpoints: ArrayLike, endpoints: ArrayLike) -> jax.Arra
 def _from_square(corners: jax.Array) -> jax.Array:
     """Homography from the unit square to `corners` [4, 2] (Heckbert 1989, section 2.2.3).
 
-    A closed form rather than a linear solver: it runs unchanged on any device, batched and sharded.
+    A closed form rather than a linear solver, so that it runs unchanged on any device, batched and sharded.
     """
     (x0, y0), (x1, y1), (x2, y2), (x3, y3) = corners
     dx1, dx2, dx3 = x1 - x2, x3 - x2, x0 - x1 + x2 - x3
@@ -215,31 +215,31 @@ def _matrix(*rows) -> jax.Array:
 
 
 def compose(*matrices: jax.Array) -> jax.Array:
-    """One matrix for several warps; the first warp of the image comes first."""
-    made = matrices[0]
+    """One matrix for several warps, listed in the order in which they are applied to the image."""
+    product = matrices[0]
     for matrix in matrices[1:]:
-        made = jnp.matmul(made, matrix, precision=EXACT)
-    return made
+        product = jnp.matmul(product, matrix, precision=EXACT)
+    return product
 
 
 def warp(image: jax.Array, matrix: jax.Array, fill: ArrayLike | None = None) -> jax.Array:
     """Look up each pixel of the result in the image, bilinear.
 
     matrix [3, 3] takes (x, y, 1) of the result to that of the image, in px from the upper left corner (the centre
-    of the first pixel is at 0.5). Outside is black. A number as `fill` colours it; as in torchvision, pixels that
-    the border cuts are then weighted by their covered share twice.
+    of the first pixel is at 0.5). The outside is black, or `fill` if that is a number; as in torchvision, pixels cut
+    by the border are then weighted by their covered share twice.
     """
     height, width, channels = image.shape
     out_x, out_y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
     (a, b, c), (d, e, f), (g, h, i) = matrix
     depth = g * out_x + h * out_y + i
-    # Black pixels around the image, one before and two behind, stand for all that lies outside.
+    # Black pixels around the image, one before it and two after it, stand for everything outside.
     x = jnp.clip((a * out_x + b * out_y + c) / depth - 0.5, -1, width) + 1
     y = jnp.clip((d * out_x + e * out_y + f) / depth - 0.5, -1, height) + 1
     source = jnp.pad(image, ((1, 2), (1, 2), (0, 0)))
     if fill is not None:
         source = jnp.concatenate([source, jnp.pad(jnp.ones((height, width, 1)), ((1, 2), (1, 2), (0, 0)))], -1)
-    # The four neighbours side by side, so that one gather brings them all.
+    # The four neighbours side by side, so that one gather fetches them all.
     near = jnp.concatenate([source[:-1, :-1], source[:-1, 1:], source[1:, :-1], source[1:, 1:]], -1)
     column, row = jnp.floor(x), jnp.floor(y)
     index = (row * (width + 2) + column).astype(jnp.int32)
@@ -247,7 +247,7 @@ def warp(image: jax.Array, matrix: jax.Array, fill: ArrayLike | None = None) -> 
     right, down = (x - column)[..., None], (y - row)[..., None]
     above = near[..., 0, :] * (1 - right) + near[..., 1, :] * right
     below = near[..., 2, :] * (1 - right) + near[..., 3, :] * right
-    made = above * (1 - down) + below * down
+    result = above * (1 - down) + below * down
     if fill is not None:
-        made = (made[..., :channels] - fill) * made[..., channels:] + fill
-    return jnp.clip(made, 0, 1)
+        result = (result[..., :channels] - fill) * result[..., channels:] + fill
+    return jnp.clip(result, 0, 1)

@@ -1,4 +1,4 @@
-"""Named pairs of views. Each number's source stands beside it; `config.augment.KEY` changes any of them."""
+"""Named pairs of views, each number with its source. `config.augment.KEY` changes any of them."""
 
 from dataclasses import replace
 
@@ -31,20 +31,20 @@ _SMALL = View(
     gray=0.2,
 )
 
-# Ours, for one channel: what is left of `small` without colour; crops below a quarter lose a 28 px garment.
+# Ours, for one channel: `small` without colour. Crops below a quarter would lose a 28 px garment.
 _GRAYSCALE = View(crop_scale=(0.25, 1.0), flip=0.5, jitter_prob=0.8, brightness=0.4, contrast=0.4)
 
-# MoCo-CXR (arXiv 2010.05352): rotation up to 10 degrees and flip, no crop, blur or colour, because a lesion may be
-# small and its brightness is the finding. Perspective is ours, light. A flip puts the heart on the other side: set
-# flip=0 where the side matters.
+# MoCo-CXR (arXiv 2010.05352): rotation up to 10 degrees and flip, but no crop, blur or colour, because a lesion may be
+# small and its brightness is the finding. The light perspective is ours. A flip puts the heart on the other side: set
+# flip=0 if the side matters.
 _CHEST_XRAY = View(rotate=10.0, flip=0.5, perspective=0.2, perspective_prob=0.5)
 
-# Ours, for fine-tuning from few labels: crop and flip, both mild.
+# Ours, for fine-tuning on few labels: a mild crop and a flip.
 _LIGHT = View(crop_scale=(0.6, 1.0), flip=0.5)
 
-# AET (arXiv 1901.04596; maple-research-lab/AET, cifar/affine/main.py): turn, shear, zoom and shift of the second view;
-# corners move, here only inwards, by up to an eighth of the side as in cifar/projective. Colours as in _SMALL, but of
-# every image. No crop: a turn about the centre of the image would also move what a crop elsewhere shows.
+# AET (arXiv 1901.04596; maple-research-lab/AET, cifar/affine/main.py): rotation, shear, zoom and shift of the second
+# view; corners move by up to an eighth of the side as in cifar/projective, but only inwards. Colours as in _SMALL, but
+# for every image. No crop, because a rotation about the image's centre would also move the content of a crop elsewhere.
 _FLIP = View(flip=0.5)
 _WARPED = replace(
     _FLIP,

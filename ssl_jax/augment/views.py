@@ -1,7 +1,7 @@
 """Random views in two steps: `draw` the parameters of a view, then `render` it.
 
-Between the two a method may read parameters (crop boxes, factors) or let two views share some. What a `View` has
-switched off is neither drawn nor computed.
+Between the two a method may read parameters (crop boxes, factors) or let two views share some. An operation that a
+`View` switches off is neither drawn nor computed.
 """
 
 import dataclasses
@@ -20,29 +20,29 @@ from ssl_jax.errors import UserError, unknown
 Parameters = dict[str, jax.Array]
 
 COLOUR = ("brightness", "contrast", "saturation", "hue")
-TRIES = 10  # boxes that are drawn until one lies inside the image, as in torchvision
-# Each parameter has its own places in one row of uniform numbers: one draw per image and view is fast, and switching
-# one thing off leaves all others as they were.
-PLACES = {
+TRIES = 10  # boxes drawn until one lies inside the image, as in torchvision
+# Each parameter has its own slots in one row of uniform numbers: one draw per image and view is fast, and switching
+# one operation off leaves all others unchanged.
+SLOTS = {
     "area": TRIES, "ratio": TRIES, "corner": 2, "flip": 1, "rotate": 1, "translate": 2, "perspective": 9,
     "jitter": 1, "order": 4, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 1, "gray": 1, "blur": 2,
     "solarize": 1, "shear": 1, "zoom": 1,
 }  # fmt: skip
-# What a view can have in common with another one (a method's `shares`), and the places that this takes.
+# What a view can share with the first one (a method's `shares`), and the slots that this takes.
 FACTORS = {
     "crop": ("area", "ratio", "corner"), "flip": ("flip",), "rotate": ("rotate",), "shear": ("shear",),
     "zoom": ("zoom",), "translate": ("translate",), "perspective": ("perspective",),
     "colour": ("jitter", "order", *COLOUR, "gray"), "blur": ("blur",), "solarize": ("solarize",),
 }  # fmt: skip
-GEOMETRY = ("angle", "shear", "zoom", "corners", "shift", "top", "left", "height", "width", "flip")  # what moves pixels
-LOCAL = {"crop_scale": (0.05, 0.4)}  # DINO, arXiv 2104.14294, section 3.2; the size is 96 / 224 of the others'
+GEOMETRY = ("angle", "shear", "zoom", "corners", "shift", "top", "left", "height", "width", "flip")  # these move pixels
+LOCAL = {"crop_scale": (0.05, 0.4)}  # DINO, arXiv 2104.14294, section 3.2; the size is 96 / 224 of a global view's
 
 
-def resolve(augment: Augment, count: int, size: int, local: bool = False) -> tuple[View, ...]:
-    """The `count` views of a config, each with its size in px filled in (`size` where the config has none).
+def resolve_views(augment: Augment, count: int, size: int, local: bool = False) -> tuple[View, ...]:
+    """The `count` views of a config, followed by its local views. `size` px applies unless the config sets a size.
 
-    Views after the second are like the first. local: the method takes smaller views too, and the config's follow.
-    Raises UserError for an unknown preset or key and a value out of range.
+    Views after the second equal the first. local: whether the method accepts local views, which are smaller.
+    Raises UserError for an unknown preset or key, and for a value out of range.
     """
     if augment.preset not in PRESETS:
         raise unknown("config.augment.preset", augment.preset, PRESETS)
@@ -53,7 +53,7 @@ def resolve(augment: Augment, count: int, size: int, local: bool = False) -> tup
                 raise unknown(f"config.augment{path}", key, fields)
     if augment.local_views < 0 or augment.local_views and not local:
         raise UserError(f"config.augment.local_views={augment.local_views}: allowed: 0" + " or more" * local)
-    made = []
+    views = []
     for v in range(count + augment.local_views):
         path, more = "", {}
         if v == 1 and augment.second:
@@ -64,13 +64,13 @@ def resolve(augment: Augment, count: int, size: int, local: bool = False) -> tup
         view = dataclasses.replace(PRESETS[augment.preset][v == 1], **{**augment.override, **more})
         view = dataclasses.replace(view, size=view.size or size)
         _check(view, f"config.augment{path}")
-        made.append(view)
-    return tuple(made)
+        views.append(view)
+    return tuple(views)
 
 
 def _check(view: View, path: str) -> None:
-    def need(key: str, fine: bool, allowed: str) -> None:
-        if not fine:
+    def need(key: str, valid: bool, allowed: str) -> None:
+        if not valid:
             raise UserError(f"{path}.{key}={getattr(view, key)!r}: allowed: {allowed}")
 
     for key in ("flip", "perspective", "perspective_prob", "jitter_prob", "gray", "blur", "solarize", "translate"):
@@ -83,9 +83,9 @@ def _check(view: View, path: str) -> None:
     need("size", view.size >= 1, "1 or more")
     for key in ("crop_scale", "crop_ratio", "blur_sigma", "zoom"):
         value = getattr(view, key)
-        most = 1 if key == "crop_scale" else math.inf
-        allowed = "two numbers, 0 < smallest <= largest" + (" <= 1" if most == 1 else "")
-        need(key, len(value) == 2 and 0 < value[0] <= value[1] <= most, allowed)
+        limit = 1 if key == "crop_scale" else math.inf
+        allowed = "two numbers, 0 < smallest <= largest" + (" <= 1" if limit == 1 else "")
+        need(key, len(value) == 2 and 0 < value[0] <= value[1] <= limit, allowed)
 
 
 def make_views(
@@ -93,31 +93,36 @@ def make_views(
 ) -> Callable[..., tuple[tuple[jax.Array, ...], tuple[Parameters, ...]]]:
     """A function (rng, images uint8 [B, H, W, C], pairs=None, places=None) -> views, drawn.
 
-    views: one float32 [B, s, s, C] in [0, 1] for each of `views`
-    drawn: the parameters of each, as `draw` names them; the box and the flip even where they are off, and
-    "source": height and width of the image, px
-    pairs: other images of the same objects; every second view is one of these.
-    shares: for each view the names in FACTORS whose random numbers are those of the first view.
+    Args:
+      views: the specification of each view.
+      shares: for each view the names in FACTORS whose random numbers are those of the first view.
 
-    places: int [B], where in the batch these images stand, if they are a part of it; None: 0 to B - 1.
+    Arguments of the function:
+      pairs: other images of the same objects; every second view shows one of these.
+      places: int [B], the positions of these images in the batch if they are a part of it; None: 0 to B - 1.
 
-    The view v of the image at place i is drawn from fold_in(fold_in(rng, i), v): it depends on nothing else,
-    neither on the batch around it nor on the number of devices. Raises UserError for a value out of range.
+    Its results:
+      views: one float32 [B, s, s, C] in [0, 1] per view.
+      drawn: the parameters of each view, named as in `draw`; box and flip even if they are off, and "source": height
+        and width of the image, px.
+
+    View v of the image at position i is drawn from fold_in(fold_in(rng, i), v) and depends on nothing else, neither on
+    the rest of the batch nor on the number of devices. Raises UserError for a value out of range.
     """
     for view in views:
         _check(view, "view")
-    common = [[place for name in names for place in FACTORS[name]] for names in shares] or [[]] * len(views)
+    shared = [[slot for name in names for slot in FACTORS[name]] for names in shares] or [[]] * len(views)
 
     def one(key, *images):
         rows = [_numbers(jax.random.fold_in(key, v)) for v in range(len(views))]
-        made, drawn = [], []
+        rendered, drawn = [], []
         for v, (view, row) in enumerate(zip(views, rows, strict=True)):
             image = images[v % len(images)]
-            row = {**row, **{place: rows[0][place] for place in common[v]}}
+            row = {**row, **{slot: rows[0][slot] for slot in shared[v]}}
             parameters = _parameters(row, view, *image.shape[:2])
-            made.append(render(image, parameters, view))
-            drawn.append({**_whole(*image.shape[:2]), **parameters})
-        return tuple(made), tuple(drawn)
+            rendered.append(render(image, parameters, view))
+            drawn.append({**_identity(*image.shape[:2]), **parameters})
+        return tuple(rendered), tuple(drawn)
 
     def apply(rng, images, pairs=None, places=None):
         places = jnp.arange(len(images)) if places is None else places
@@ -127,26 +132,27 @@ def make_views(
     return apply
 
 
-def _whole(height: int, width: int) -> Parameters:
+def _identity(height: int, width: int) -> Parameters:
+    """The parameters of an uncropped, unflipped view."""
     numbers = {"top": 0.0, "left": 0.0, "height": float(height), "width": float(width), "flip": False}
     return {"source": jnp.array([height, width]), **jax.tree.map(jnp.asarray, numbers)}
 
 
 def center_view(images: jax.Array, size: int) -> jax.Array:
-    """Images uint8 [B, H, W, C] as they are: float32 [B, size, size, C] in [0, 1], resized only if the size differs."""
+    """Images uint8 [B, H, W, C] without augmentation: float32 [B, size, size, C] in [0, 1], resized if necessary."""
     return jax.vmap(lambda image: render(image, {}, View(size=size)))(images)
 
 
 def draw(key: jax.Array, view: View, height: int, width: int) -> Parameters:
-    """Random parameters of one view of an image of height x width px; only those that `view` has switched on.
+    """Random parameters of one view of an image of height x width px; only those that `view` switches on.
 
     top, left, height, width   the crop box in px of the source (whole numbers)
-    flip, gray, solarize       whether
+    flip, gray, solarize       whether to apply it
     angle                      degrees, counter-clockwise
-    shear                      degrees, along the rows;  zoom: factor, more than 1 enlarges
+    shear                      degrees, along the rows;  zoom: factor, above 1 enlarges
     shift [2]                  px right and down (whole numbers)
     corners [4, 2]             where the corners (x, y) go: upper left, upper right, lower right, lower left
-    order [K]                  the colour operations in turn, as positions in those of COLOUR that are on
+    order [K]                  order of the colour operations, as positions among those of COLOUR that are on
     brightness, contrast, saturation     factors, 1 changes nothing; hue: shift in turns, 0 changes nothing
     sigma                      of the blur in px, 0: none
     """
@@ -154,38 +160,38 @@ def draw(key: jax.Array, view: View, height: int, width: int) -> Parameters:
 
 
 def _numbers(key: jax.Array) -> Parameters:
-    """The row of uniform numbers of one view, by PLACES."""
-    numbers = jax.random.uniform(key, (sum(PLACES.values()),))
-    return dict(zip(PLACES, jnp.split(numbers, list(accumulate(PLACES.values()))[:-1]), strict=True))
+    """The row of uniform numbers of one view, by SLOTS."""
+    numbers = jax.random.uniform(key, (sum(SLOTS.values()),))
+    return dict(zip(SLOTS, jnp.split(numbers, list(accumulate(SLOTS.values()))[:-1]), strict=True))
 
 
 def _parameters(u: Parameters, view: View, height: int, width: int) -> Parameters:
-    made: Parameters = {}
+    drawn: Parameters = {}
     if tuple(view.crop_scale) != (1.0, 1.0):
-        made |= _draw_box(u, view, height, width)
+        drawn |= _draw_box(u, view, height, width)
     for name in ("flip", "gray", "solarize"):
         if getattr(view, name):
-            made[name] = u[name][0] < getattr(view, name)
+            drawn[name] = u[name][0] < getattr(view, name)
     if view.rotate:
-        made["angle"] = view.rotate * (2 * u["rotate"][0] - 1)
+        drawn["angle"] = view.rotate * (2 * u["rotate"][0] - 1)
     if view.shear:
-        made["shear"] = view.shear * (2 * u["shear"][0] - 1)
+        drawn["shear"] = view.shear * (2 * u["shear"][0] - 1)
     if tuple(view.zoom) != (1.0, 1.0):
         low, high = view.zoom
-        made["zoom"] = low + (high - low) * u["zoom"][0]
+        drawn["zoom"] = low + (high - low) * u["zoom"][0]
     if view.translate:
-        made["shift"] = jnp.round(view.translate * jnp.array([width, height]) * (2 * u["translate"] - 1))
+        drawn["shift"] = jnp.round(view.translate * jnp.array([width, height]) * (2 * u["translate"] - 1))
     if view.perspective and view.perspective_prob:
-        made["corners"] = _draw_corners(u["perspective"], view, height, width)
-    made |= _draw_jitter(u, view)
+        drawn["corners"] = _draw_corners(u["perspective"], view, height, width)
+    drawn |= _draw_jitter(u, view)
     if view.blur:
         low, high = view.blur_sigma
-        made["sigma"] = jnp.where(u["blur"][0] < view.blur, low + (high - low) * u["blur"][1], 0)
-    return made
+        drawn["sigma"] = jnp.where(u["blur"][0] < view.blur, low + (high - low) * u["blur"][1], 0)
+    return drawn
 
 
 def _draw_box(u: Parameters, view: View, height: int, width: int) -> Parameters:
-    """Area uniform, ratio log-uniform, the first of TRIES boxes that fits; else a central one (as torchvision)."""
+    """Area uniform, ratio log-uniform, the first of TRIES boxes that fits; else a central one (as in torchvision)."""
     low, high = view.crop_scale
     area = height * width * (low + (high - low) * u["area"])
     low, high = map(math.log, view.crop_ratio)
@@ -193,9 +199,9 @@ def _draw_box(u: Parameters, view: View, height: int, width: int) -> Parameters:
     heights, widths = jnp.round(jnp.sqrt(area / ratio)), jnp.round(jnp.sqrt(area * ratio))
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
     first = jnp.argmax(fits)
-    narrow = min(height, round(width / view.crop_ratio[0])), min(width, round(height * view.crop_ratio[1]))
-    box_height = jnp.where(fits[first], heights[first], max(1, narrow[0]))
-    box_width = jnp.where(fits[first], widths[first], max(1, narrow[1]))
+    fallback = min(height, round(width / view.crop_ratio[0])), min(width, round(height * view.crop_ratio[1]))
+    box_height = jnp.where(fits[first], heights[first], max(1, fallback[0]))
+    box_width = jnp.where(fits[first], widths[first], max(1, fallback[1]))
     position = jnp.where(fits.any(), u["corner"], 0.5)
     top = jnp.floor(position[0] * (height - box_height + 1))
     left = jnp.floor(position[1] * (width - box_width + 1))
@@ -218,20 +224,20 @@ def _corners(height: int, width: int) -> jax.Array:
 
 def _draw_jitter(u: Parameters, view: View) -> Parameters:
     strengths = {name: getattr(view, name) for name in COLOUR if getattr(view, name) and view.jitter_prob}
-    made: Parameters = {}
+    drawn: Parameters = {}
     for name, strength in strengths.items():
         low, high, neutral = (-strength, strength, 0) if name == "hue" else (max(0, 1 - strength), 1 + strength, 1)
-        made[name] = jnp.where(u["jitter"][0] < view.jitter_prob, low + (high - low) * u[name][0], neutral)
+        drawn[name] = jnp.where(u["jitter"][0] < view.jitter_prob, low + (high - low) * u[name][0], neutral)
     if strengths:
-        made["order"] = jnp.argsort(u["order"][jnp.array([COLOUR.index(name) for name in strengths])])
-    return made
+        drawn["order"] = jnp.argsort(u["order"][jnp.array([COLOUR.index(name) for name in strengths])])
+    return drawn
 
 
 def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
     """One view float32 [s, s, C] in [0, 1] of an image [H, W, C], uint8 or float in [0, 1]; s = view.size.
 
-    Order: warp (rotation, shear, zoom, perspective, shift: one sampling for all), crop, flip, colour jitter, gray,
-    blur, solarize. What `parameters` lacks is left out. Colour needs C = 3.
+    Order: warp (rotation, shear, zoom, perspective and shift in one sampling), crop, flip, colour jitter, gray, blur,
+    solarize. Operations without parameters are skipped. Colour needs C = 3.
     """
     height, width, channels = image.shape
     image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
@@ -252,12 +258,12 @@ def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
 
 
 def geometry(parameters: Parameters) -> Parameters:
-    """Those of the parameters that move pixels: a mask rendered with them lies where its image's pixels do."""
+    """The parameters that move pixels: rendered with them, a mask stays aligned with its image."""
     return {name: value for name, value in parameters.items() if name in GEOMETRY}
 
 
 def appearance(parameters: Parameters) -> Parameters:
-    """Those of the parameters that change pixels in their places."""
+    """The parameters that change pixels in place."""
     return {name: value for name, value in parameters.items() if name not in GEOMETRY}
 
 
@@ -283,23 +289,25 @@ def _warp(image: jax.Array, parameters: Parameters) -> jax.Array:
 
 
 def _jitter(image: jax.Array, parameters: Parameters) -> jax.Array:
-    """The colour operations in the drawn order, one after the other.
+    """The colour operations, one after another in the drawn order.
 
-    Under vmap a branch costs all its branches. Brightness, contrast and saturation are one blend with another image
-    each, so a step selects that image and the factor, blends once, and turns the hue once.
+    Under vmap a conditional runs all its branches. Brightness, contrast and saturation are each a blend with another
+    image, so a step selects that image and the factor, blends once, and turns the hue once.
     """
     names = [name for name in COLOUR if name in parameters]
     rgb = image.shape[-1] == 3
     for step in range(len(names)):
-        chosen = {name: parameters["order"][step] == number for number, name in enumerate(names)}
+        selected = {name: parameters["order"][step] == number for number, name in enumerate(names)}
         others = [("brightness", jnp.zeros(())), ("contrast", ops.mean_luma(image))]
         others += [("saturation", ops.luma(image))] if rgb else []
         other, factor = jnp.zeros(()), jnp.ones(())
         for name, candidate in others:
-            if name in chosen:
-                other = jnp.where(chosen[name], candidate, other)
-                factor = jnp.where(chosen[name], parameters[name], factor)
+            if name in selected:
+                other = jnp.where(selected[name], candidate, other)
+                factor = jnp.where(selected[name], parameters[name], factor)
         blended = ops.blend(image, other, factor)
-        turned = "hue" in chosen and rgb
-        image = jnp.where(chosen["hue"], ops.adjust_hue(image, parameters["hue"]), blended) if turned else blended
+        if rgb and "hue" in selected:
+            image = jnp.where(selected["hue"], ops.adjust_hue(image, parameters["hue"]), blended)
+        else:
+            image = blended
     return image

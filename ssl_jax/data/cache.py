@@ -1,9 +1,9 @@
-"""Decoded images on disk: each file is decoded and resized once; whoever asks for it later reads its bytes.
+"""Decoded images on disk: each file is decoded and resized once, and its bytes are read from then on.
 
-A store is a folder for one shape and window, whatever the data set: images.u8 holds images one after another,
-index.jsonl a line for each file: path, bytes, time of its last change (ns), place in images.u8, CRC-32 of the image.
-The last line of a path counts. Images are written before their lines: a process that is killed loses only what it
-decoded last.
+A store is a folder for one shape and window, shared by all data sets. images.u8 holds the images one after another;
+index.jsonl has one line per file: path, bytes, time of last change (ns), position in images.u8, CRC-32 of the image.
+The last line of a path counts. Images are written before their lines, so a killed process loses only the images that
+it decoded last.
 """
 
 import contextlib
@@ -27,26 +27,27 @@ from ssl_jax.errors import UnreadableError, UserError
 from ssl_jax.progress import counting
 
 log = logging.getLogger("ssl_jax")
-VERSION = 1  # raised when decoding gives other pixels than before, so that images of an earlier version are not used
+VERSION = 1  # raise it when decoding gives different pixels, so that older images are not used
 GROUP = 64  # images that each thread decodes between two writes
 
 
 class Entry(NamedTuple):
-    """What the index says of a file."""
+    """The index entry of a file."""
 
     size: int  # bytes
     changed: int  # ns
-    place: int  # in images.u8; -1: it can't be decoded
-    check: int | str  # CRC-32 of the image, or why there is none
+    place: int  # position in images.u8; -1 if it cannot be decoded
+    check: int | str  # CRC-32 of the image, or why it cannot be decoded
 
 
 def cached(
     paths: Sequence[Path | str], decode: Callable[[int], np.ndarray], shape: tuple[int, int, int], data: Data
 ) -> Callable[[int], np.ndarray]:
-    """`decode` (index of a path -> uint8 [H,W,C], or UnreadableError) by way of the store in the folder data.cache.
+    """`decode` (index of a path -> uint8 [H,W,C], or UnreadableError), backed by the store in the folder data.cache.
 
-    What is not there yet, or has changed since (size, time), is decoded now, with progress, by data.workers threads. An
-    image whose checksum is wrong is decoded again when it is asked for. UserError if the folder can't be written.
+    Files that are missing there, or whose size or time has changed, are decoded now, with progress, by data.workers
+    threads. An image with a wrong checksum is decoded again when it is read. Raises UserError if the folder cannot be
+    written.
     """
     folder = Path(data.cache).expanduser() / f"{'x'.join(map(str, shape))}-{data.window}-v{VERSION}"
     names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - Path.absolute takes five times as long
@@ -56,15 +57,17 @@ def cached(
         missing = [i for i, stamp in enumerate(stamps) if stamp and not store.has(names[i], stamp)]
         if missing:
             with store.filling():
-                missing = [i for i in missing if not store.has(names[i], stamps[i])]  # unless another process did
+                missing = [
+                    i for i in missing if not store.has(names[i], stamps[i])
+                ]  # another process may have added it
                 _fill(store, missing, names, stamps, decode, data.workers)
     except OSError as error:
         raise UserError(f"config.data.cache={data.cache!r}: {error.strerror or error}") from error
-    found = [store.index.get(name) if stamp else None for name, stamp in zip(names, stamps, strict=True)]
+    entries = [store.index.get(name) if stamp else None for name, stamp in zip(names, stamps, strict=True)]
 
     def load(index: int) -> np.ndarray:
-        entry = found[index]
-        if entry is None:  # there is no such file: let it be told as without a cache
+        entry = entries[index]
+        if entry is None:  # no such file: raises the same error as without a cache
             return decode(index)
         if entry.place < 0:
             raise UnreadableError(str(entry.check))
@@ -96,8 +99,8 @@ def _fill(
     needed, free = len(missing) * store.nbytes, shutil.disk_usage(store.folder).free
     if needed > free:
         raise UserError(
-            f"config.data.cache={str(store.folder)!r}: {len(missing)} images need {needed / 1e9:.1f} GB, "
-            f"{free / 1e9:.1f} GB are free; allowed: a smaller config.data.size, or a folder on a larger disk"
+            f"config.data.cache={str(store.folder)!r}: {len(missing)} images need {needed / 1e9:.1f} GB, but only "
+            f"{free / 1e9:.1f} GB are free; reduce config.data.size or choose a folder on a larger disk"
         )
     with ThreadPoolExecutor(workers) as pool, counting("cache", "images") as progress:
         for start in range(0, len(missing), GROUP * workers):
@@ -113,14 +116,14 @@ def _check(image: np.ndarray) -> int:
 
 def _stamp(name: str) -> tuple[int, int] | None:
     try:
-        found = os.stat(name)  # noqa: PTH116 - Path.stat takes twice as long
+        status = os.stat(name)  # noqa: PTH116 - Path.stat takes twice as long
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 class Store:
-    """The images of one shape. Any number of processes may read; one at a time adds (`filling`)."""
+    """The images of one shape. Any number of processes may read; one at a time may add (`filling`)."""
 
     def __init__(self, folder: Path, shape: tuple[int, int, int]):
         self.folder, self.shape, self.nbytes = folder, shape, int(np.prod(shape))
@@ -134,7 +137,7 @@ class Store:
         self._read_index()
 
     def _read_index(self) -> int:
-        """Bytes of the whole lines; one that a kill has torn has no end."""
+        """Reads all complete lines and returns their length in bytes. A line that a kill cut short has no end."""
         content = self._lines.read_bytes() if self._lines.exists() else b""
         end = content.rfind(b"\n") + 1
         for line in content[:end].splitlines():
@@ -152,7 +155,7 @@ class Store:
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
-        """Alone: others wait. What another process added meanwhile is in the index then."""
+        """Exclusive access: others wait. Entries that another process added meanwhile are in the index then."""
         with (self.folder / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,7 +168,7 @@ class Store:
             yield
 
     def add(self, images: Sequence[tuple[str, int, int, np.ndarray | str]]) -> None:
-        """Images, or why there is none, each with the file's path, size and time."""
+        """Adds images (or the reason why a file cannot be decoded), each with the file's path, size and time."""
         lines = []
         for name, size, changed, image in images:
             known = self.index.get(name)
@@ -186,7 +189,7 @@ class Store:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self, entry: Entry) -> np.ndarray | None:
-        """The image uint8 [H,W,C], not to be written to; None if its bytes are not those that were written."""
+        """The image uint8 [H,W,C], read-only; None if its bytes differ from those written."""
         content = os.pread(self._images.fileno(), self.nbytes, entry.place * self.nbytes)
         if len(content) < self.nbytes or zlib.crc32(content) != entry.check:
             return None

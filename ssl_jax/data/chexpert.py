@@ -1,4 +1,4 @@
-"""CheXpert as Stanford delivers it: train.csv and valid.csv, fourteen observations, the patient in the path.
+"""CheXpert as Stanford distributes it: train.csv and valid.csv, fourteen observations, the patient in the path.
 
 Source: https://arxiv.org/abs/1901.07031.
 """
@@ -33,7 +33,7 @@ OBSERVATIONS = (
     "Support Devices",
 )
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # section 4
-# Ten findings, as many as the study had: without the absence of any, the two rarest kinds and the devices.
+# Ten findings, as in the published study: without "No Finding", the two rarest and the devices.
 STUDY = tuple(
     name
     for name in OBSERVATIONS
@@ -41,34 +41,34 @@ STUDY = tuple(
 )
 PRESETS = {"study": STUDY, "competition": COMPETITION}
 TABLES = {"train": "train.csv", "val": "valid.csv", "test": "test.csv"}
-# The first folder of a path is the name of the download (CheXpert-v1.0-small), whatever the folder is called here.
+# The first folder of a path is the name of the download (CheXpert-v1.0-small), which is ignored.
 PATH = re.compile(r"(?:.*/)?([^/]+/patient(\d+)/.+)")
 
 
 def read(data: Data) -> Source:
-    """The images of data.path, the folder that holds train.csv and valid.csv, in their order.
+    """The images listed in train.csv and valid.csv in the folder data.path, in their order.
 
-    split: train; val, the hand-labelled valid.csv; test, test.csv or without one valid.csv; all. data.frontal chooses
-    the views, data.labels the observations (names, ("study",), ("competition",), () for all fourteen), data.uncertain
-    and data.blank what becomes of -1 and of nothing (`table.several_labels`). Images are gray unless data.channels says
-    otherwise. groups are the patients' numbers. UserError if a patient is in two tables.
+    split: train; val, the hand-labelled valid.csv; test, test.csv or, if that is missing, valid.csv; all. data.frontal
+    selects the views; data.labels the observations: names, ("study",), ("competition",), or () for all fourteen;
+    data.uncertain and data.blank the meaning of -1 and of an empty cell (`table.several_labels`). Images are gray
+    unless data.channels is set. groups are the patients' numbers. Raises UserError if a patient is in two tables.
     """
     if not data.path:
-        raise UserError("config.data.path='': missing; allowed: the folder of CheXpert, which holds train.csv")
+        raise UserError("config.data.path='': missing; allowed: the folder of CheXpert, which contains train.csv")
     if data.pairs not in ("", "patient"):
         raise UserError(f"config.data.pairs={data.pairs!r}: allowed for chexpert: patient")
     where, root = f"config.data.path={data.path!r}", Path(data.path).expanduser()
     names = _observations(data.labels)
-    there = {part: root / name for part, name in TABLES.items() if (root / name).is_file()}
-    if not there:
-        raise UserError(f"{where}: no train.csv in it; allowed: the folder that holds train.csv and the folder train")
-    chosen = pick_parts({part: part for part in there}, data.split, where)
-    # All tables are read, whatever the part: a patient of the training images in a test would make it worthless.
-    listed = {part: _List(read_table(path, f"{where}: {path.name}"), data.frontal) for part, path in there.items()}
-    _check_patients(listed, where)
+    paths = {part: root / name for part, name in TABLES.items() if (root / name).is_file()}
+    if not paths:
+        raise UserError(f"{where}: no train.csv in it; allowed: the folder with train.csv and the folder train")
+    parts = pick_parts({part: part for part in paths}, data.split, where)
+    # All tables are read, whatever the part: a test with a patient from the training images would be worthless.
+    lists = {part: _List(read_table(path, f"{where}: {path.name}"), data.frontal) for part, path in paths.items()}
+    _check_patients(lists, where)
     blank = np.nan if data.blank == "ignore" else 0.0
-    some = [listed[part] for part in chosen]
-    files = [file for each in some for file in each.files(root, data.pairs)]
+    selected = [lists[part] for part in parts]
+    files = [file for each in selected for file in each.files(root, data.pairs)]
     if not files:
         raise UserError(f"config.data.frontal={data.frontal!r}: {where} has no such images; allowed: all")
     return from_files(
@@ -76,26 +76,26 @@ def read(data: Data) -> Source:
         names,
         dataclasses.replace(data, channels=data.channels or 1),
         where,
-        labels=np.concatenate([several_labels(e.table, names, e.paths, data, blank)[e.rows] for e in some]),
-        groups=np.concatenate([e.patients[e.rows] for e in some]),
+        labels=np.concatenate([several_labels(e.table, names, e.paths, data, blank)[e.rows] for e in selected]),
+        groups=np.concatenate([e.patients[e.rows] for e in selected]),
     )
 
 
 class _List:
-    """A table's images: paths [N] below the folder, patients int64 [N], and the rows of the views that are wanted."""
+    """A table's images: paths [N] below the folder, patients int64 [N], and the rows of the selected views."""
 
     def __init__(self, table: Table, view: str):
         name = table.find("Path")
         if name is None:
             raise UserError(f"{table.where}: no column Path; the columns are {', '.join(table.header)}")
         cells = table.column(name)
-        found = [PATH.fullmatch(cell) for cell in cells]
-        if None in found:
-            row = found.index(None)
-            allowed = "allowed: CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg and the like"
+        matches = [PATH.fullmatch(cell) for cell in cells]
+        if None in matches:
+            row = matches.index(None)
+            allowed = "allowed: paths like CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg"
             raise table.fail(row, f"{name}={cells[row]!r}: no patient in it; {allowed}")
-        self.table, self.paths = table, [match[1] for match in found if match]
-        self.patients = np.array([int(match[2]) for match in found if match], np.int64)
+        self.table, self.paths = table, [match[1] for match in matches if match]
+        self.patients = np.array([int(match[2]) for match in matches if match], np.int64)
         self.rows = self._rows(view)
 
     def _rows(self, view: str) -> np.ndarray:
@@ -104,7 +104,7 @@ class _List:
         name = self.table.find("Frontal/Lateral")
         if name:
             return np.flatnonzero([cell.lower() == view for cell in self.table.column(name)])
-        # The lists of the test images that go round have paths and observations alone.
+        # The lists of test images in circulation have only paths and observations.
         return np.flatnonzero([f"_{view}" in path for path in self.paths])
 
     def files(self, root: Path, pairs: str) -> list[File]:
@@ -116,7 +116,7 @@ class _List:
 
 
 def _observations(labels: tuple[str, ...]) -> list[str]:
-    """The names of what is asked for, as CheXpert writes them."""
+    """The names of the observations that config.data.labels selects."""
     if len(labels) == 1 and labels[0] in PRESETS:
         return list(PRESETS[labels[0]])
     for name in labels:
@@ -125,9 +125,9 @@ def _observations(labels: tuple[str, ...]) -> list[str]:
     return list(labels or OBSERVATIONS)
 
 
-def _check_patients(listed: Mapping[str, _List], where: str) -> None:
-    patients = np.concatenate([each.patients for each in listed.values()])
-    places = [(part, row) for part, each in listed.items() for row in range(len(each.patients))]
+def _check_patients(lists: Mapping[str, _List], where: str) -> None:
+    patients = np.concatenate([each.patients for each in lists.values()])
+    places = [(part, row) for part, each in lists.items() for row in range(len(each.patients))]
     if rows := in_two_parts(patients, [part for part, _ in places]):
-        second, first = (f"{TABLES[part]}{listed[part].table.at(row)}" for part, row in map(places.__getitem__, rows))
-        raise UserError(f"{where}: patient {patients[rows[0]]} is in {first} and in {second}; allowed: in one of them")
+        second, first = (f"{TABLES[part]}{lists[part].table.at(row)}" for part, row in map(places.__getitem__, rows))
+        raise UserError(f"{where}: patient {patients[rows[0]]} is in {first} and in {second}; keep them in one table")

@@ -1,4 +1,4 @@
-"""A table of image files: a column of paths and, if wanted, columns of labels, of groups and of parts."""
+"""A table of image files: a column of paths and, optionally, columns of labels, groups and parts."""
 
 from pathlib import Path
 
@@ -14,17 +14,18 @@ PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "
 
 
 def read(data: Data) -> Source:
-    """The images that the table data.path lists, in its order; see `table.read_table` for its form.
+    """The images that the table data.path lists, in its order; see `table.read_table` for the format.
 
-    Columns, in any case: path, file, filename or image; split (train, val, test). One label an image: the column that
-    data.labels names, else label, class or target; empty: not known. Several: the columns that data.labels names, see
-    `table.several_labels`. data.group: the column that says whose image it is, which no two parts may share.
-    Paths are absolute or relative to the table's folder; \\ counts as / where a path has no /. Errors name the line.
+    Column names are not case-sensitive. The path is in the column path, file, filename or image; split may hold train,
+    val or test. One label per image: the column that data.labels names, else label, class or target; an empty cell
+    means unknown. Several: the columns that data.labels names, see `table.several_labels`. data.group: the column that
+    says whose image it is; no group may be in two parts. Paths are absolute or relative to the table's folder; \\
+    counts as / in a path without /. Errors name the line.
     """
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: a table (.csv, .tsv) of image files")
-    where, place = f"config.data.path={data.path!r}", Path(data.path).expanduser()
-    table = read_table(place, where)
+    where, table_path = f"config.data.path={data.path!r}", Path(data.path).expanduser()
+    table = read_table(table_path, where)
     paths, parts = _paths(table), _parts(table)
     groups = _groups(table, parts, data.group) if data.group else None
     labels, classes, single = None, [], [""] * len(paths)
@@ -39,52 +40,54 @@ def read(data: Data) -> Source:
     rows: dict[str, list[int]] = {"train": []}
     for row, part in enumerate(parts):
         rows.setdefault(part, []).append(row)
-    chosen = [row for part in pick_parts(rows, data.split, where) for row in part]
-    shown = table.column(table.demand("pairs", data.pairs)) if data.pairs else None
-    folder = f"{place.parent}/"
+    selected = [row for part in pick_parts(rows, data.split, where) for row in part]
+    objects = table.column(table.demand("pairs", data.pairs)) if data.pairs else None
+    folder = f"{table_path.parent}/"
     files = [
         File(
             paths[row] if paths[row].startswith("/") else folder + paths[row],
             paths[row],
             single[row] or None,
             table.at(row),
-            # An image without an object is one of its own.
-            "" if shown is None else shown[row] or f"{paths[row]}{table.at(row)}",
+            # An image without an object is an object of its own.
+            "" if objects is None else objects[row] or f"{paths[row]}{table.at(row)}",
         )
-        for row in chosen
+        for row in selected
     ]
-    taken = {"labels": None if labels is None else labels[chosen], "groups": None if groups is None else groups[chosen]}
-    return from_files(files, classes, data, where, **taken)
+    labels = None if labels is None else labels[selected]
+    groups = None if groups is None else groups[selected]
+    return from_files(files, classes, data, where, labels=labels, groups=groups)
 
 
 def _paths(table: Table) -> list[str]:
     name = table.find(*PATH)
     if name is None:
-        needed = ", ".join(PATH)
-        raise UserError(f"{table.where}: the columns are {', '.join(table.header)}; one of these is needed: {needed}")
+        raise UserError(
+            f"{table.where}: no column of paths; the columns are {', '.join(table.header)}; allowed: {', '.join(PATH)}"
+        )
     paths = table.filled(name, "the path of an image file")
     return [path if "/" in path else path.replace("\\", "/") for path in paths]
 
 
 def _parts(table: Table) -> list[str]:
-    """train, val or test for each row."""
+    """The part of each row: train, val or test."""
     name = table.find(SPLIT)
     if name is None:
         return ["train"] * len(table.lines)
     cells = table.column(name)
-    strange = [cells.index(cell) for cell in set(cells) if cell.lower() not in PARTS]
-    if strange:
-        row = min(strange)
+    invalid = [cells.index(cell) for cell in set(cells) if cell.lower() not in PARTS]
+    if invalid:
+        row = min(invalid)
         raise table.fail(row, f"split={cells[row]!r}; allowed: {', '.join(PARTS)}")
     return [PARTS[cell.lower()] for cell in cells]
 
 
 def _groups(table: Table, parts: list[str], group: str) -> np.ndarray:
-    """int64 [N] of the column `group`. UserError if one is empty or in two parts."""
-    values = table.filled(table.demand("group", group), "whose image it is")
+    """The column `group` as int64 [N]. Raises UserError if a cell is empty or a group is in two parts."""
+    values = table.filled(table.demand("group", group), "the group of the image")
     groups = group_numbers(values)
     if rows := in_two_parts(groups, parts):
         row, other = rows
-        told = f"{group} {values[row]!r} is in {parts[row]}, and{table.at(other)} in {parts[other]}"
-        raise table.fail(row, f"{told}; allowed: one part for all images of a {group}")
+        found = f"{group} {values[row]!r} is in {parts[row]}, and{table.at(other)} in {parts[other]}"
+        raise table.fail(row, f"{found}; all images of one {group} must be in the same part")
     return groups

@@ -1,7 +1,7 @@
 """DICOM images as gray levels or colours, with pydicom (the extra `dicom`).
 
-Only the tags that say what the pixels mean are read. Names, dates and private tags are never looked at, and pydicom's
-own messages, which may quote a file's content, are not passed on.
+Only tags that describe the pixels are read. Names, dates and private tags are never read, and pydicom's own messages,
+which may quote a file's content, are not passed on.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 from ssl_jax.errors import UnreadableError, UserError
 
 MARK = b"DICM"  # bytes 128 to 131
-PERCENTILES = (0.5, 99.5)  # of the pixels: black and white, where a file has no window of its own
+PERCENTILES = (0.5, 99.5)  # of the pixels: black and white, if a file has no window of its own
 TAGS = """
     SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns NumberOfFrames BitsAllocated BitsStored
     HighBit PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept ModalityLUTSequence WindowCenter
@@ -26,7 +26,7 @@ TAGS = """
     SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
     SegmentedBluePaletteColorLookupTableData PixelData FloatPixelData DoubleFloatPixelData
 """
-# What to install for a family of transfer syntaxes, by a word of the name.
+# Packages for a family of transfer syntaxes, by a word in its name.
 PLUGINS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
     "JPEG-LS": "pylibjpeg pylibjpeg-libjpeg",
@@ -35,21 +35,21 @@ PLUGINS = {
 
 
 def is_dicom(head: bytes) -> bool:
-    """head: the first 132 bytes of a file, or more."""
+    """Whether a file is DICOM. head: at least its first 132 bytes."""
     return head[128:132] == MARK
 
 
 def check(path: Path) -> None:
-    """Raises UnreadableError unless the header is that of an image that can be decompressed here."""
+    """Raises UnreadableError unless the header is that of an image that installed packages can decompress."""
     _decompressor(_read(path, stop_before_pixels=True))
 
 
 def decode(content: bytes, window: str) -> np.ndarray:
-    """The image in the file `content`, the first of several frames: uint8 [H,W] or, if it has colours, [H,W,3].
+    """The first frame in the file `content`, uint8 [H,W] or, if it has colours, [H,W,3].
 
-    Gray values go through the file's rescale or modality table, then through its window or VOI table (window="auto"),
-    or from percentile to percentile (window="percentile", and where the file has none). MONOCHROME1 is inverted: more
-    is brighter in what is returned. Raises UnreadableError.
+    Gray values pass through the file's rescale or modality table, then through its window or VOI table (window="auto")
+    or are stretched between PERCENTILES (window="percentile", and if the file has no window). MONOCHROME1 is inverted,
+    so that larger values are always brighter. Raises UnreadableError.
     """
     header = _read(io.BytesIO(content))
     compressed = _decompressor(header)
@@ -79,7 +79,7 @@ def decode(content: bytes, window: str) -> np.ndarray:
 
 
 def _own_window(values: np.ndarray, header: Any) -> np.ndarray | None:
-    """Values as 0 to 1 through the first VOI table or window of the file; None if it has none, or none that works.
+    """Values mapped to 0 to 1 by the first VOI table or window of the file; None if it has none that is valid.
 
     Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
     """
@@ -100,9 +100,9 @@ def _own_window(values: np.ndarray, header: Any) -> np.ndarray | None:
 
 
 def stretch(values: np.ndarray, percentiles: tuple[float, float], known: np.ndarray | None = None) -> np.ndarray:
-    """Values as 0 to 1 from percentile to percentile of those that are `known` (no padding); 0 if they are all equal.
+    """Values mapped to 0 to 1 between two percentiles of the `known` ones (no padding); 0 if all are equal.
 
-    Raises UnreadableError if one is not finite.
+    Raises UnreadableError if a value is not finite.
     """
     if not np.isfinite(values).all():
         raise UnreadableError("pixels that are not finite")
@@ -117,12 +117,12 @@ def _first(value: Any) -> float | None:
 
 
 def _eight_bits(pixels: np.ndarray, bits: int = 0) -> np.ndarray:
-    """The upper 8 of the bits in use."""
+    """The upper 8 of the used bits."""
     return (pixels >> max((bits or 8 * pixels.dtype.itemsize) - 8, 0)).astype(np.uint8)
 
 
 def _read(file: Any, **options: bool) -> Any:
-    """The tags TAGS of a file, no others."""
+    """Only the tags TAGS of a file."""
     pydicom = _pydicom()
     try:
         header = pydicom.dcmread(file, specific_tags=TAGS.split(), **options)
@@ -136,8 +136,8 @@ def _read(file: Any, **options: bool) -> Any:
 
 
 def _decompressor(header: Any) -> str:
-    """Packages that decompress the pixels, for a message; "" if they are not compressed, or need none. Raises
-    UnreadableError where none that is installed does."""
+    """The packages that decompress the pixels, for a message; "" if none is needed. Raises UnreadableError if no
+    installed package can decompress them."""
     from pydicom.pixels import get_decoder
 
     uid = getattr(header.file_meta, "TransferSyntaxUID", None)

@@ -1,11 +1,11 @@
-"""Coloured shapes with four independent labels, drawn from (seed, part, index): which transform costs which label?
+"""Coloured shapes with four independent labels, drawn from (seed, part, index): which transform loses which label?
 
 shape        of the object: disc, square, triangle, cross
-colour       of the object: red, green, blue or none, at any brightness, so that a gray image does not tell it
+colour       of the object: red, green, blue or none, at any brightness, so that a gray image does not reveal it
 texture      of the object: plain, fine grain, coarse grain or stripes
 orientation  of the waves in the background: 0, 45, 90 or 135 degrees
 
-Everything else (place, size, brightness, the waves' length and phase, noise) tells nothing about any of them.
+Everything else (position, size, brightness, the waves' length and phase, noise) is independent of all four.
 """
 
 import re
@@ -25,14 +25,15 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 DEFAULTS = {"label": "shape", "n": "1024", "test": "256", "seed": "0"}
 ALLOWED = '"label=shape,n=1024,test=256,seed=0"'
-# Red, green and blue without any luma: added to a gray, they leave its brightness as it was.
+# Red, green and blue without luma: added to a gray, they leave its brightness unchanged.
 CHROMA = np.array([np.zeros(3), *(np.eye(3) - np.array(GRAY)[:, None] / sum(GRAY))])
 CHROMA[1:] /= np.abs(CHROMA[1:]).max(axis=1, keepdims=True)
 
 
 def read(data: Data) -> Source:
-    """data.path: "label=shape,n=1024,test=256,seed=0" or any of these: which attribute is the label, n training and
-    test images. 32 px and 3 channels unless data.size and data.channels say otherwise; with one channel all is gray.
+    """data.path: "label=shape,n=1024,test=256,seed=0" or any of these options: which attribute is the label, and the
+    numbers of training (n) and test images. Images have 32 px and 3 channels unless data.size and data.channels are
+    set; with one channel they are gray.
     """
     options = _options(data.path)
     label, seed = options["label"], int(options["seed"])
@@ -55,10 +56,10 @@ def read(data: Data) -> Source:
 def _options(text: str) -> dict[str, str]:
     options = dict(DEFAULTS)
     for item in filter(None, text.split(",")):
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*", item)
-        if not found or found[1] not in options or (found[1] != "label" and not found[2].isdecimal()):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\w+)\s*", item)
+        if not match or match[1] not in options or (match[1] != "label" and not match[2].isdecimal()):
             raise UserError(f"config.data.path={text!r}: {item!r}; allowed: {ALLOWED}")
-        options[found[1]] = found[2]
+        options[match[1]] = match[2]
     if options["label"] not in ATTRIBUTES:
         raise unknown("config.data.path: label", options["label"], ATTRIBUTES)
     return options
@@ -69,7 +70,7 @@ def _rng(seed: int, part: int, index: int) -> np.random.Generator:
 
 
 def _values(rng: np.random.Generator) -> np.ndarray:
-    """One of four values of each attribute; the first thing that is drawn of an image."""
+    """One of four values of each attribute, drawn before anything else of an image."""
     return rng.integers(0, 4, len(ATTRIBUTES))
 
 
@@ -95,7 +96,7 @@ def _waves(rng: np.random.Generator, angle: float, y: np.ndarray, x: np.ndarray)
 
 
 def _texture(rng: np.random.Generator, name: str, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Values of about standard deviation 1, in any direction; of "plain" 0."""
+    """Values with a standard deviation of about 1, in a random direction; 0 for "plain"."""
     size = len(y)
     if name == "plain":
         return np.zeros_like(y)

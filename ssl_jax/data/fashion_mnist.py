@@ -17,8 +17,8 @@ FILES = {"train": "train", "test": "t10k"}
 
 
 def read(data: Data) -> Source:
-    """From the original IDX files: data.path, else where Debian's package puts them, else ~/.cache/ssl_jax; else from
-    a prepared TFDS data set."""
+    """From the original IDX files in data.path, else in the folder of Debian's package, else in ~/.cache/ssl_jax; else
+    from a prepared TFDS data set."""
     prefixes = pick_parts(FILES, data.split, "fashion_mnist")
     folders = [Path(folder).expanduser() for folder in ([data.path] if data.path else FOLDERS)]
     folder = next((folder for folder in folders if _file(folder, "train-images-idx3-ubyte")), None)
@@ -38,8 +38,8 @@ def _from_tfds(data: Data) -> Source:
         source = tfds.read(dataclasses.replace(data, name="tfds", path="fashion_mnist"))
     except UserError as error:
         raise UserError(
-            f"fashion_mnist: not in {' or '.join(FOLDERS)}, nor prepared by TFDS; sudo apt-get install "
-            f"dataset-fashion-mnist, or put the four .gz files into {FOLDERS[-1]}, or {tfds.command('fashion_mnist')}"
+            f"fashion_mnist: not in {' or '.join(FOLDERS)}, nor prepared by TFDS; run sudo apt-get install "
+            f"dataset-fashion-mnist, put the four .gz files into {FOLDERS[-1]}, or run {tfds.command('fashion_mnist')}"
         ) from error
     source.classes = list(CLASSES)
     return source
@@ -61,5 +61,5 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     start = 4 + 4 * dimensions
     shape = np.frombuffer(content[4:start], ">u4").astype(int)
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) - start != shape.prod():
-        raise UserError(f"{path}: not an IDX file of bytes with {dimensions} dimensions, or cut off")
+        raise UserError(f"{path}: not an IDX file of bytes with {dimensions} dimensions, or it is cut off")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -16,38 +16,41 @@ ALLOWED = "images [labels], train_images [train_labels, val_..., test_...] or x_
 
 
 def read(data: Data) -> Source:
-    """data.path: keys images and labels (or x and y), or for each part train_images and train_labels, as MedMNIST has
-    them, or x_train and y_train, as Keras has them. Images are uint8 [N,H,W] or [N,H,W,C], labels integers [N] or
-    [N,1], -1 for one that is not known; [N,L] with L > 1, several an image: 0 or 1, -1 for not known."""
+    """The arrays in the file data.path.
+
+    Keys are images and labels (or x and y), or for each part train_images and train_labels, as in MedMNIST, or x_train
+    and y_train, as in Keras. Images are uint8 [N,H,W] or [N,H,W,C]. Labels are integers [N] or [N,1], -1 where unknown,
+    or [N,L] with L > 1, several per image: 0 or 1, -1 where unknown.
+    """
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: a .npz file of images")
     where = f"config.data.path={data.path!r}"
     try:
         with np.load(Path(data.path).expanduser(), allow_pickle=False) as file:
             keys = _keys(file.files, where)
-            chosen = pick_parts(keys, data.split, where)
-            images = [file[image] for image, _ in chosen]
-            labels = [_labels(file[label], f"{where}: {label}") if label else None for _, label in chosen]
+            selected = pick_parts(keys, data.split, where)
+            images = [file[image] for image, _ in selected]
+            labels = [_labels(file[label], f"{where}: {label}") if label else None for _, label in selected]
             objects = _objects(file, data.pairs)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npz file of plain arrays"
         raise UserError(f"{where}: {reason}") from error
-    for (name, label), array, numbers in zip(chosen, images, labels, strict=True):
+    for (name, label), array, numbers in zip(selected, images, labels, strict=True):
         kind = f"{where}: {name} is {array.dtype} {list(array.shape)}"
         if array.dtype != np.uint8 or array.ndim not in (3, 4):
             raise UserError(f"{kind}; allowed: uint8 [N,H,W] or [N,H,W,C]")
         if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] > 4:
             raise UserError(f"{kind}, channels first; allowed: [N,H,W,C]")
         if array.shape[1:] != images[0].shape[1:]:
-            raise UserError(f"{kind}; allowed: {list(images[0].shape[1:])} as in {chosen[0][0]}")
+            raise UserError(f"{kind}; allowed: {list(images[0].shape[1:])} as in {selected[0][0]}")
         if numbers is not None and len(numbers) != len(array):
             raise UserError(f"{where}: {len(numbers)} {label} for {len(array)} {name}; allowed: one each")
     if objects is not None and objects.shape != (sum(map(len, images)),):
-        raise UserError(f"config.data.pairs={data.pairs!r}: shape {objects.shape}; allowed: one for each image")
+        raise UserError(f"config.data.pairs={data.pairs!r}: shape {objects.shape}; allowed: one number per image")
     known = [numbers for numbers in labels if numbers is not None]
     if len({numbers.shape[1:] for numbers in known}) > 1:
         shapes = ", ".join(str(list(numbers.shape)) for numbers in known)
-        raise UserError(f"{where}: labels are {shapes}; allowed: as many an image in each part")
+        raise UserError(f"{where}: labels are {shapes}; allowed: the same number of labels per image in every part")
     joined = np.concatenate(known) if len(known) == len(labels) else None
     classes = [] if joined is None else _classes(joined)
     return from_array(np.concatenate(images), joined, classes, data, where, objects)
@@ -57,20 +60,20 @@ def _classes(labels: np.ndarray) -> list[str]:
     return [str(i) for i in range(labels.shape[1] if labels.ndim == 2 else 1 + int(labels.max(initial=-1)))]
 
 
-def _keys(found: list[str], where: str) -> dict[str, tuple[str, str | None]]:
-    """The names of images and labels of each part."""
+def _keys(names: list[str], where: str) -> dict[str, tuple[str, str | None]]:
+    """The keys of images and labels of each part."""
 
     def pair(images: str, labels: str) -> tuple[str, str | None]:
-        return images, labels if labels in found else None
+        return images, labels if labels in names else None
 
     for images, labels in (("images", "labels"), ("x", "y")):
-        if images in found:
+        if images in names:
             return {"train": pair(images, labels)}
     for images, labels in (("{}_images", "{}_labels"), ("x_{}", "y_{}")):
-        parts = {p: pair(images.format(p), labels.format(p)) for p in PARTS if images.format(p) in found}
+        parts = {p: pair(images.format(p), labels.format(p)) for p in PARTS if images.format(p) in names}
         if parts:
             return parts
-    raise UserError(f"{where}: keys are {', '.join(sorted(found)) or 'none'}; allowed: {ALLOWED}")
+    raise UserError(f"{where}: keys are {', '.join(sorted(names)) or 'none'}; allowed: {ALLOWED}")
 
 
 def _objects(file: Any, key: str) -> np.ndarray | None:
@@ -80,16 +83,16 @@ def _objects(file: Any, key: str) -> np.ndarray | None:
 
 
 def _labels(labels: np.ndarray, where: str) -> np.ndarray:
-    """int64 [N], or of several an image float32 [N,L] with NaN where not known."""
+    """One label per image as int64 [N]; several as float32 [N,L], NaN where unknown."""
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     several = labels.ndim == 2
     if labels.ndim not in (1, 2) or labels.dtype.kind not in "iub":
         raise UserError(f"{where}: {labels.dtype} {list(labels.shape)}; allowed: integers [N], [N,1] or [N,L]")
     labels = labels.astype(np.int64)
-    strange = np.flatnonzero((labels < -1) | (several & (labels > 1)))
-    if len(strange):
-        allowed = "0, 1 or -1 (not known)" if several else "-1 (not known) or more"
+    invalid = np.flatnonzero((labels < -1) | (several & (labels > 1)))
+    if len(invalid):
+        allowed = "0, 1 or -1 (unknown)" if several else "-1 (unknown) or more"
         raise UserError(
-            f"{where}: {labels.flat[strange[0]]} for image {strange[0] // labels[0].size}; allowed: {allowed}"
+            f"{where}: {labels.flat[invalid[0]]} for image {invalid[0] // labels[0].size}; allowed: {allowed}"
         )
     return np.where(labels < 0, np.nan, labels).astype(np.float32) if several else labels

@@ -1,4 +1,4 @@
-"""Coloured shapes on noise, drawn from (seed, part, index): data for trying things out that need no files."""
+"""Coloured shapes on noise, drawn from (seed, part, index): data without files, for trying things out."""
 
 import re
 
@@ -13,9 +13,10 @@ DEFAULTS = {"classes": 4, "n": 1024, "test": 256, "seed": 0}
 
 
 def read(data: Data) -> Source:
-    """data.path: "classes=4,n=1024,test=256,seed=0" or any of these: up to 8 classes, n training and test images.
+    """data.path: "classes=4,n=1024,test=256,seed=0" or any of these options: up to 8 classes, and the numbers of
+    training (n) and test images.
 
-    32 px and 3 channels unless data.size and data.channels say otherwise. Label of image i: i mod classes.
+    Images have 32 px and 3 channels unless data.size and data.channels are set. The label of image i is i mod classes.
     """
     options = _options(data.path)
     parts = {"train": (0, options["n"]), "test": (1, options["test"])}
@@ -36,10 +37,10 @@ def read(data: Data) -> Source:
 def _options(text: str) -> dict[str, int]:
     options = dict(DEFAULTS)
     for item in filter(None, text.split(",")):
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", item)
-        if not found or found[1] not in options:
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", item)
+        if not match or match[1] not in options:
             raise UserError(f'config.data.path={text!r}: {item!r}; allowed: "classes=4,n=1024,test=256,seed=0"')
-        options[found[1]] = int(found[2])
+        options[match[1]] = int(match[2])
     if not 1 <= options["classes"] <= len(SHAPES):
         raise UserError(f"config.data.path={text!r}: allowed: classes from 1 to {len(SHAPES)}")
     return options

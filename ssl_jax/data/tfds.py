@@ -16,15 +16,17 @@ from ssl_jax.errors import NoPartError, UserError
 
 
 def command(name: str) -> str:
-    """What the user types to prepare a data set."""
+    """The command that prepares a data set."""
     return f"pip install tensorflow && tfds build {name} --file_format=array_record"
 
 
 def read(data: Data) -> Source:
-    """data.path: a name ("cifar10", "cifar10:3.0.2"; TFDS_DATA_DIR or ~/tensorflow_datasets), or the folder of a
-    prepared version, with its dataset_info.json. data.split: as TFDS writes them, e.g. "train[:10%]"; "all": the sum.
+    """A prepared data set.
 
-    The image is the feature "image", or the only one that is an image; the label is "label", or the only class label.
+    data.path: a name ("cifar10", "cifar10:3.0.2"), looked up in TFDS_DATA_DIR or ~/tensorflow_datasets, or the folder
+    of a prepared version, which contains dataset_info.json. data.split: in the syntax of TFDS, such as "train[:10%]";
+    "all" is the sum of all splits. The image is the feature "image", or the only feature that is an image; the label is
+    "label", or the only class label.
     """
     from ssl_jax.data import image
 
@@ -41,8 +43,8 @@ def read(data: Data) -> Source:
     count = min(len(records), data.limit or len(records))
 
     def labels() -> np.ndarray | None:
-        found = np.array([records[i][label_name] for i in range(count)], np.int32)
-        return None if found.max() < 0 else found  # all -1: a test part whose labels are kept secret
+        numbers = np.array([records[i][label_name] for i in range(count)], np.int32)
+        return None if numbers.max() < 0 else numbers  # all -1: a test part whose labels are secret
 
     return Source(
         [str(i) for i in range(count)],
@@ -77,7 +79,7 @@ def _open(data: Data) -> tuple[Any, Any]:
     if not info.splits:
         raise UserError(f"{where}: not prepared in {builder.data_path.parent.parent}; {command(data.path)}")
     split = "+".join(info.splits) if data.split == "all" else data.split
-    available = f"available: {', '.join([*info.splits, 'all'])}, or as TFDS writes them"
+    available = f"available: {', '.join([*info.splits, 'all'])}, or the syntax of TFDS"
     if split == "test" and split not in info.splits:
         raise NoPartError(f"{where}: no test part; {available}")
     image_name, _ = _features(info, data.path)
@@ -85,7 +87,7 @@ def _open(data: Data) -> tuple[Any, Any]:
         records = builder.as_data_source(split, decoders={image_name: tfds.decode.SkipDecoding()})
     except NotImplementedError as error:
         raise UserError(
-            f"{where}: prepared as {info.file_format.value}, which can't be read in any order; "
+            f"{where}: prepared as {info.file_format.value}, which can't be read in random order; "
             f"{command(data.path)} --overwrite"
         ) from error
     except ValueError as error:
@@ -95,24 +97,24 @@ def _open(data: Data) -> tuple[Any, Any]:
 
 
 def _features(info: Any, where: str) -> tuple[str, str | None]:
-    """Names of the image and of the label, if there is one."""
+    """The names of the image and of the label, None if there is no label."""
     import tensorflow_datasets as tfds
 
     def find(kind: type, name: str) -> str | None:
-        found = [key for key, feature in info.features.items() if type(feature) is kind]
-        return name if name in found else found[0] if len(found) == 1 else None
+        names = [key for key, feature in info.features.items() if type(feature) is kind]
+        return name if name in names else names[0] if len(names) == 1 else None
 
     image_name = find(tfds.features.Image, "image")
     if image_name is None or info.features[image_name].np_dtype == np.float32:
         raise UserError(
-            f"config.data.path={where!r}: features are {', '.join(info.features)}; needed: one image, uint8"
+            f"config.data.path={where!r}: features are {', '.join(info.features)}; allowed: data with one uint8 image"
         )
     return image_name, find(tfds.features.ClassLabel, "label")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS from logging what our own error says better."""
+    """Keeps TFDS from logging what our own error explains better."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

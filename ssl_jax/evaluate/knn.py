@@ -1,4 +1,4 @@
-"""k-nearest-neighbour classification: how good an embedding is as it stands, without training anything."""
+"""k-nearest-neighbour classification: how good an embedding is as it is, without training anything."""
 
 import functools
 
@@ -19,13 +19,16 @@ def knn_predict(
     temperature: float = 0.1,
     chunk: int = 1024,
 ) -> jax.Array:
-    """Scores float32 [M, classes] in [0, 1], rows sum to 1: share of the votes of the k nearest of the bank.
+    """Scores float32 [M, classes] of queries [M, D]: each class's share of the votes of the k nearest embeddings.
 
-    bank [N, D] with bank_labels int [N] in 0 .. classes - 1; queries [M, D]. With bank_labels float [N, classes], NaN
-    where not known, each class is a vote of its own: the share of "yes" among the neighbours whose label is known; of
-    the whole bank where none is, and 0.5 where the bank knows nothing. Nearness is cosine similarity s, a vote
-    weighs exp(s / temperature). `chunk` queries are compared at a time: memory is chunk x N.
-    Source: instance discrimination, arXiv 1805.01978, section 3.4.
+    Args:
+      bank: [N, D], with bank_labels int [N] in 0 .. classes - 1; rows of the scores then sum to 1. With bank_labels
+        float [N, classes], NaN where unknown, each class has a vote of its own: the share of positives among the
+        neighbours whose label is known. If none is known it is the share in the whole bank, and 0.5 if that is unknown.
+      temperature: neighbours are those of the largest cosine similarity s, and a vote weighs exp(s / temperature).
+      chunk: queries compared at a time; memory is chunk x N.
+
+    Source: instance discrimination, section 3.4, https://arxiv.org/abs/1805.01978.
 
     Raises UserError if k is larger than the bank.
     """
@@ -38,18 +41,18 @@ def knn_predict(
 def _votes(bank, labels, queries, temperature, *, classes, k, chunk):
     bank, queries, labels = _normalize(bank), _normalize(queries), jnp.asarray(labels)
     if labels.ndim == 2:
-        known, yes = ~jnp.isnan(labels), jnp.nan_to_num(labels)
-        without = jnp.where(known.any(axis=0), yes.sum(axis=0) / known.sum(axis=0), 0.5)
+        known, positive = ~jnp.isnan(labels), jnp.nan_to_num(labels)
+        fallback = jnp.where(known.any(axis=0), positive.sum(axis=0) / known.sum(axis=0), 0.5)
 
-    def of_one(query):
+    def vote(query):
         near, index = jax.lax.top_k(jnp.matmul(bank, query, precision="highest"), k)
         weights = jax.nn.softmax(near / temperature)
         if labels.ndim == 2:
             voters = weights @ known[index]
-            return jnp.where(voters > 0, weights @ yes[index] / voters, without)
+            return jnp.where(voters > 0, weights @ positive[index] / voters, fallback)
         return jnp.zeros(classes).at[labels[index]].add(weights)
 
-    return jax.lax.map(of_one, queries, batch_size=chunk)
+    return jax.lax.map(vote, queries, batch_size=chunk)
 
 
 def _normalize(features):

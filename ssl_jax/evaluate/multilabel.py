@@ -1,6 +1,6 @@
-"""Numbers from scores where an image has several labels: each class is a question of its own, some unanswered.
+"""Metrics for several labels per image: each class is judged on its own, on the images where it is known.
 
-Labels are float [N, K]: in [0, 1], NaN where not known. A soft label counts as present from 0.5 on.
+Labels are float [N, K] in [0, 1], NaN where unknown. A soft label counts as positive from 0.5.
 """
 
 from collections.abc import Sequence
@@ -15,59 +15,59 @@ BINS = 10
 
 
 def metrics(scores: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """What can be said of logits [N, K] for labels [N, K]; see `ssl_jax.evaluate.scores` for the way it is called.
+    """All metrics of logits [N, K] for labels [N, K]. Called through `ssl_jax.evaluate.metrics`.
 
     By class name: auc, ap (average precision), support (images with the class), known (images whose label is known).
     Means over classes: macro_auc, macro_ap, brier (squared error of the probability), calibration_error (of
-    `reliability`). left_out: classes that do not have both labels; they are part of no mean. reliability: the bins of
-    all classes together.
+    `reliability`). left_out: classes without both positives and negatives, which enter no mean. reliability: the bins
+    of all classes together.
     """
     from scipy.special import expit
     from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
     known, present = ~np.isnan(labels), labels >= 0.5
     auc, ap, brier, error = {}, {}, [], []
-    judged = [c for c in range(len(classes)) if len(np.unique(present[known[:, c], c])) == 2]
-    for c in judged:
+    scored = [c for c in range(len(classes)) if len(np.unique(present[known[:, c], c])) == 2]
+    for c in scored:
         rows = known[:, c]
         y, logit, name = present[rows, c], scores[rows, c], classes[c]
         auc[name] = float(roc_auc_score(y, logit))
         ap[name] = float(average_precision_score(y, logit))
         brier.append(brier_score_loss(y, expit(logit)))
         error.append(calibration_error(reliability(expit(logit), y)))
-    named = {"macro_auc": list(auc.values()), "macro_ap": list(ap.values()), "brier": brier, "calibration_error": error}
-    made: dict[str, Any] = {name: float(np.mean(values)) for name, values in named.items() if values}
-    return made | {
+    by_class = {"macro_auc": list(auc.values()), "macro_ap": list(ap.values())}
+    by_class |= {"brier": brier, "calibration_error": error}
+    means: dict[str, Any] = {name: float(np.mean(values)) for name, values in by_class.items() if values}
+    return means | {
         "auc": auc,
         "ap": ap,
         "support": {name: int(n) for name, n in zip(classes, present.sum(axis=0), strict=True)},
         "known": {name: int(n) for name, n in zip(classes, known.sum(axis=0), strict=True)},
-        "left_out": [name for c, name in enumerate(classes) if c not in judged],
-        "reliability": reliability(expit(scores[:, judged]), labels[:, judged]),
+        "left_out": [name for c, name in enumerate(classes) if c not in scored],
+        "reliability": reliability(expit(scores[:, scored]), labels[:, scored]),
     }
 
 
-def rank(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """(mean AUC, minus the binary cross-entropy) of logits [N, K]: by what a hyper-parameter is chosen; larger wins.
-
-    The AUC is 0 where no class has both labels; the cross-entropy then decides.
-    """
-    scores, known = np.asarray(scores, np.float64), ~np.isnan(labels)
-    if not np.isfinite(scores).all():
-        return -1.0, -np.inf
+def mean_auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Mean ROC AUC over the classes that have both positives and negatives; 0 if none has."""
     aucs = class_aucs(scores, labels)
     aucs = aucs[~np.isnan(aucs)]
-    odds, y = scores[known], labels[known]
-    log_loss = np.logaddexp(0, odds) - y * odds
-    return float(np.mean(aucs)) if len(aucs) else 0.0, -float(log_loss.mean()) if len(y) else 0.0
+    return float(aucs.mean()) if len(aucs) else 0.0
+
+
+def log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean log-likelihood of the known labels [N, K]; 0 if none is known."""
+    known = ~np.isnan(labels)
+    z, y = logits[known], labels[known]
+    return -float((np.logaddexp(0, z) - y * z).mean()) if len(y) else 0.0
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
-    """How often what was given a probability is there: a row for each of `bins` equal parts of [0, 1] that holds any.
+    """A reliability diagram as rows, one for each of `bins` equal parts of [0, 1] that is not empty.
 
-    probabilities and labels: of one shape; labels that are NaN do not count. Rows: low and high (the part), count,
-    predicted (mean probability) and observed (share of positives).
-    Source: reliability diagrams as in https://arxiv.org/abs/1706.04599, section 2.
+    probabilities and labels have the same shape; labels that are NaN do not count. A row holds low and high (the
+    bounds of its part), count, predicted (mean probability) and observed (share of positives).
+    Source: https://arxiv.org/abs/1706.04599, section 2.
 
     >>> [(row["count"], row["observed"]) for row in reliability(np.array([0.05, 0.95, 0.92]), np.array([0, 1, 0]))]
     [(1, 0.0), (2, 0.5)]
@@ -77,14 +77,14 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS)
     part = np.minimum((p * bins).astype(int), bins - 1)
     rows = []
     for b in np.unique(part):
-        mine = part == b
-        about = {"count": int(mine.sum()), "predicted": float(p[mine].mean()), "observed": float(y[mine].mean())}
-        rows.append({"low": b / bins, "high": (b + 1) / bins, **about})
+        inside = part == b
+        values = {"count": int(inside.sum()), "predicted": float(p[inside].mean()), "observed": float(y[inside].mean())}
+        rows.append({"low": b / bins, "high": (b + 1) / bins, **values})
     return rows
 
 
 def calibration_error(rows: Sequence[dict[str, float]]) -> float:
-    """Expected calibration error: mean of |predicted - observed| over the rows of `reliability`, by their counts.
+    """Expected calibration error: mean of |predicted - observed| over rows of `reliability`, weighted by count.
 
     Source: https://arxiv.org/abs/1706.04599, equation 3.
     """
@@ -93,17 +93,17 @@ def calibration_error(rows: Sequence[dict[str, float]]) -> float:
 
 
 class Threshold(NamedTuple):
-    """A score from which on an image counts as positive, and what that gives on the data it was chosen on."""
+    """A threshold, and its sensitivity and specificity on some data. A score at or above it counts as positive."""
 
     threshold: float
-    sensitivity: float  # share of the positives that are found
-    specificity: float  # share of the negatives that are left alone; nan without negatives
+    sensitivity: float  # true positive rate; nan without positives
+    specificity: float  # true negative rate; nan without negatives
 
 
 def threshold_at_sensitivity(scores: np.ndarray, labels: np.ndarray, sensitivity: float) -> Threshold:
-    """The largest threshold that finds at least the share `sensitivity` of the positives, for one class.
+    """The largest threshold whose sensitivity is at least `sensitivity`, for one class.
 
-    scores [N]: logits or probabilities; labels [N]: 0, 1 or NaN. An image is positive if its score >= threshold.
+    scores [N]: logits or probabilities; labels [N]: 0, 1 or NaN.
 
     Raises UserError without a positive, or if sensitivity is not in (0, 1].
 
@@ -114,19 +114,19 @@ def threshold_at_sensitivity(scores: np.ndarray, labels: np.ndarray, sensitivity
         raise UserError(f"sensitivity={sensitivity}: allowed: above 0, at most 1")
     known = ~np.isnan(np.asarray(labels, np.float64))
     scores, present = np.asarray(scores)[known], np.asarray(labels)[known] >= 0.5
-    found = np.sort(scores[present])[::-1]
-    if not len(found):
-        raise UserError("labels: no positive; allowed: at least one, to find a threshold")
-    threshold = found[int(np.ceil(sensitivity * len(found) - 1e-9)) - 1]
+    positives = np.sort(scores[present])[::-1]
+    if not len(positives):
+        raise UserError("labels: no positive image; a threshold needs at least one")
+    threshold = positives[int(np.ceil(sensitivity * len(positives) - 1e-9)) - 1]
     return at_threshold(scores, present, float(threshold))
 
 
 def at_threshold(scores: np.ndarray, labels: np.ndarray, threshold: float) -> Threshold:
-    """What `threshold` gives on scores [N] and labels [N] of one class; nan where there is nothing to count."""
+    """Sensitivity and specificity of `threshold` on scores [N] and labels [N] of one class."""
     known = ~np.isnan(np.asarray(labels, np.float64))
     above, present = np.asarray(scores)[known] >= threshold, np.asarray(labels)[known] >= 0.5
 
-    def share(of: np.ndarray) -> float:
-        return float(of.mean()) if len(of) else float("nan")
+    def share(values: np.ndarray) -> float:
+        return float(values.mean()) if len(values) else float("nan")
 
     return Threshold(threshold, share(above[present]), share(~above[~present]))

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 def sinkhorn(scores: jax.Array, *, epsilon: float, iterations: int) -> jax.Array:
     """Soft assignments [B, K] of scores [B, K]: each row sums to 1, each column to about B / K.
 
-    exp(scores / epsilon), then `iterations` times: columns to equal sums, rows to equal sums. In logarithms, so that
-    no score overflows. iterations = 0 leaves softmax(scores / epsilon), which nothing keeps from using one cluster.
+    exp(scores / epsilon), whose columns and then rows are scaled to equal sums, `iterations` times. It is computed in
+    logarithms, so that no score overflows. iterations = 0 gives softmax(scores / epsilon), which may collapse to one
+    cluster.
 
     Source: SwAV, section 3.1 and appendix A, https://arxiv.org/abs/2006.09882; facebookresearch/swav, main_swav.py.
 
@@ -29,10 +30,10 @@ def swapped(logits: Sequence[jax.Array], targets: Sequence[jax.Array]) -> jax.Ar
     """Mean over views v and targets t != v of the cross-entropy -sum_k target_k log softmax(logits_v)_k.
 
     Args:
-      logits: V arrays [B, K], one for each view.
+      logits: V arrays [B, K], one per view.
       targets: T <= V arrays [B, K] of probabilities, of the first T views; they get no gradient.
 
-    What SwAV and DINO have in common: SwAV, equation 2 and section 3.2, https://arxiv.org/abs/2006.09882; DINO,
+    SwAV and DINO share it. Source: SwAV, equation 2 and section 3.2, https://arxiv.org/abs/2006.09882; DINO,
     equation 3, https://arxiv.org/abs/2104.14294.
 
     >>> round(float(swapped([jnp.zeros((2, 4))] * 3, [jnp.eye(4)[:2]] * 2)), 4)  # uniform prediction: log K

@@ -1,4 +1,4 @@
-"""What several losses share."""
+"""Functions that several losses share."""
 
 import functools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-DENSE_UP_TO = 2**22  # similarities that are held at once: 16 MB in float32
+DENSE_UP_TO = 2**22  # similarities held at once: 16 MB in float32
 
 
 def normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
@@ -20,10 +20,10 @@ def normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 
 
 def interleave(views: Sequence[jax.Array]) -> jax.Array:
-    """V arrays [B, ...] as one, [B * V, ...], in which the views of an image stand side by side.
+    """V arrays [B, ...] as one, [B * V, ...], in which the views of an image are neighbours.
 
-    One view after the other would be the more obvious order. But where the batch is split over devices, half of all
-    images would then change their device.
+    Concatenating the views would be the more obvious order. But if the batch is split over devices, half of all images
+    would then move to another device.
 
     >>> interleave([jnp.array([1, 2]), jnp.array([10, 20])]).tolist()
     [1, 10, 2, 20]
@@ -35,10 +35,10 @@ def log_sum_exp(query: jax.Array, keys: jax.Array, *, skip_own: bool = False, ch
     """Log sum_j exp(query_i . keys_j), [N] of query [N, D] and keys [K, D], without the N x K matrix if that is large.
 
     skip_own: leave out j = i, for keys that are the queries themselves.
-    chunk: keys compared at a time; 0: all if N x K is at most DENSE_UP_TO, else as many as make that, 128 at least.
+    chunk: keys compared at a time; 0: all if N x K is at most DENSE_UP_TO, else DENSE_UP_TO / N, but at least 128.
 
     In chunks, forward and gradient need memory for N x D + N x chunk numbers: the sum is carried along with the largest
-    exponent so far, and the gradient makes each chunk of the softmax again.
+    exponent so far, and the gradient recomputes each chunk of the softmax.
 
     >>> [round(float(v), 4) for v in log_sum_exp(jnp.zeros((2, 3)), jnp.ones((5, 3)), chunk=2)]  # log 5
     [1.6094, 1.6094]
@@ -52,13 +52,13 @@ def log_sum_exp(query: jax.Array, keys: jax.Array, *, skip_own: bool = False, ch
 
 
 def _products(query, block, start, count, skip_own):
-    """Products [N, c] of query and block: hardly anything where the key is the query itself, or padding."""
+    """Products [N, c] of query and block; a huge negative number for padding and, if skipped, the query itself."""
     column = start + jnp.arange(len(block))
-    there = (column < count)[None]
+    valid = (column < count)[None]
     if skip_own:
-        there &= column[None] != jnp.arange(len(query))[:, None]
-    # Not -inf: its difference to itself, where a row's first chunk holds nothing else, would be nan.
-    return jnp.where(there, query @ block.T, jnp.finfo(query.dtype).min / 2)
+        valid &= column[None] != jnp.arange(len(query))[:, None]
+    # Not -inf: if a row's first chunk held nothing else, its difference to itself would be nan.
+    return jnp.where(valid, query @ block.T, jnp.finfo(query.dtype).min / 2)
 
 
 def _blocks(keys, chunk):
@@ -73,29 +73,29 @@ def _streamed(query, keys, skip_own, chunk):
     def add(carry, block):
         largest, total = carry
         products = _products(query, block[1], block[0], len(keys), skip_own)
-        now = jnp.maximum(largest, products.max(axis=1))
-        return (now, total * jnp.exp(largest - now) + jnp.exp(products - now[:, None]).sum(axis=1)), None
+        new = jnp.maximum(largest, products.max(axis=1))
+        return (new, total * jnp.exp(largest - new) + jnp.exp(products - new[:, None]).sum(axis=1)), None
 
-    nothing = jnp.full(len(query), jnp.finfo(query.dtype).min / 2), jnp.zeros(len(query), query.dtype)
-    (largest, total), _ = jax.lax.scan(add, nothing, _blocks(keys, chunk))
+    start = jnp.full(len(query), jnp.finfo(query.dtype).min / 2), jnp.zeros(len(query), query.dtype)
+    (largest, total), _ = jax.lax.scan(add, start, _blocks(keys, chunk))
     return largest + jnp.log(total)
 
 
 def _streamed_forward(query, keys, skip_own, chunk):
-    made = _streamed(query, keys, skip_own, chunk)
-    return made, (query, keys, made)
+    result = _streamed(query, keys, skip_own, chunk)
+    return result, (query, keys, result)
 
 
 def _streamed_backward(skip_own, chunk, saved, cotangent):
-    query, keys, made = saved
+    query, keys, result = saved
 
-    def add(of_query, block):
+    def add(grad_query, block):
         products = _products(query, block[1], block[0], len(keys), skip_own)
-        share = jnp.exp(products - made[:, None]) * cotangent[:, None]
-        return of_query + share @ block[1], share.T @ query
+        softmax = jnp.exp(products - result[:, None]) * cotangent[:, None]
+        return grad_query + softmax @ block[1], softmax.T @ query
 
-    of_query, of_keys = jax.lax.scan(add, jnp.zeros_like(query), _blocks(keys, chunk))
-    return of_query, of_keys.reshape(-1, keys.shape[1])[: len(keys)]
+    grad_query, grad_keys = jax.lax.scan(add, jnp.zeros_like(query), _blocks(keys, chunk))
+    return grad_query, grad_keys.reshape(-1, keys.shape[1])[: len(keys)]
 
 
 _streamed.defvjp(_streamed_forward, _streamed_backward)

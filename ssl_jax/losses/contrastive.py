@@ -1,6 +1,6 @@
 """Losses that pull positives together and push negatives apart.
 
-Where the matrix of all similarities would be large it is not made (`common.log_sum_exp`): memory grows with B, not B².
+A large matrix of all similarities is never materialised (`common.log_sum_exp`): memory grows with B, not B².
 """
 
 import jax
@@ -12,7 +12,7 @@ from ssl_jax.losses.common import interleave, log_sum_exp, normalize
 def nt_xent(z_a: jax.Array, z_b: jax.Array, *, temperature: float) -> jax.Array:
     """Normalised temperature-scaled cross-entropy of SimCLR over all 2B views.
 
-    Each view finds its partner among the 2B - 1 others: mean_i of -log softmax_{j != i}(z_i . z_j / T)_{partner(i)}.
+    Each view must find its partner among the 2B - 1 others: mean_i of -log softmax_{j != i}(z_i . z_j / T)_{partner(i)}
 
     Args:
       z_a, z_b: [B, D] projections of the two views, normalised here.
@@ -63,12 +63,12 @@ def similarities(query: jax.Array, key: jax.Array, negatives: jax.Array, own: ja
 def indexed_info_nce(
     query: jax.Array, keys: jax.Array, index: jax.Array | None = None, *, temperature: float
 ) -> jax.Array:
-    """InfoNCE in which every query finds its key among the same ones: mean of -log softmax(q . keys / T)_index.
+    """InfoNCE in which all queries share one set of keys: mean of -log softmax(q . keys / T)_index.
 
     Args:
       query: [B, D], normalised here.
       keys: [K, D], normalised here.
-      index: [B], which of the keys is the query's; None: key i of query i.
+      index: [B], the positive key of each query; None: key i for query i.
       temperature: T > 0.
 
     Source: instance discrimination, equation 2 (keys: a memory bank), https://arxiv.org/abs/1805.01978; NNCLR,
@@ -91,14 +91,14 @@ def nce(
     examples: int,
     temperature: float,
 ) -> jax.Array:
-    """Noise-contrastive estimation: is a row of the bank the query's image or one of K drawn uniformly from N?
+    """Noise-contrastive estimation: is a row of the bank the query's image, or one of K drawn uniformly from N?
 
     Mean of -log h(positive) - sum_k log(1 - h(noise_k)), with h(v) = P / (P + K / N) and P = exp(q . v / T) / Z.
 
     Args:
       query: [B, D], normalised here.
-      positive: [B, D], rows of the bank, as given.
-      noise: [K, D], rows of the bank, as given, shared by all queries.
+      positive: [B, D], rows of the bank, not normalised here.
+      noise: [K, D], rows of the bank, not normalised here, shared by all queries.
       normalizer: Z, a constant, from `nce_normalizer`.
       examples: N, rows in the bank.
       temperature: T > 0.
@@ -112,7 +112,7 @@ def nce(
     1.3863
     """
     query = normalize(query)
-    # log P - log(K / N), whose sigmoid is h: neither exp(1 / T) nor a division appears.
+    # log P - log(K / N), whose sigmoid is h, needs neither exp(1 / T) nor a division.
     shift = jnp.log(normalizer) + jnp.log(len(noise) / examples)
     to_positive = jnp.sum(query * positive, axis=-1) / temperature - shift
     to_noise = query @ noise.T / temperature - shift
@@ -122,10 +122,10 @@ def nce(
 def nce_normalizer(
     query: jax.Array, positive: jax.Array, noise: jax.Array, *, examples: int, temperature: float
 ) -> jax.Array:
-    """The estimate of Z in `nce` (see there for the arguments): N times the mean of exp(q . v / T) over the batch.
+    """The estimate of Z in `nce`, with the same arguments: N times the mean of exp(q . v / T) over the batch.
 
     Source: instance discrimination, equation 8, https://arxiv.org/abs/1805.01978; lemniscate.pytorch,
-    lib/NCEAverage.py, which like this takes the positives in.
+    lib/NCEAverage.py, which includes the positives too.
     """
     query = normalize(query)
     cosines = jnp.concatenate([jnp.sum(query * positive, axis=-1, keepdims=True), query @ noise.T], axis=1)
@@ -133,11 +133,11 @@ def nce_normalizer(
 
 
 def triplet(anchor: jax.Array, positive: jax.Array, negative: jax.Array, *, margin: float) -> jax.Array:
-    """Triplet loss: mean of max(0, |a - p| - |a - n| + margin), Euclidean, inputs as given (not normalised).
+    """Triplet loss: mean of max(0, |a - p| - |a - n| + margin), Euclidean; inputs are not normalised.
 
     Args:
       anchor, positive, negative: [B, D].
-      margin: how much farther the negative shall be, in units of the distance.
+      margin: how much farther away the negative should be, in units of the distance.
 
     Source: FaceNet, https://arxiv.org/abs/1503.03832, with the plain distance of torch.nn.TripletMarginLoss, which
     adds 1e-6 to each difference so that the gradient exists at distance 0.
@@ -154,7 +154,7 @@ def triplet(anchor: jax.Array, positive: jax.Array, negative: jax.Array, *, marg
 
 
 def in_batch_info_nce(query: jax.Array, key: jax.Array, *, temperature: float) -> jax.Array:
-    """InfoNCE among the batch: query i finds key i among all keys, mean of -log softmax(q . keys / T)_i.
+    """InfoNCE within the batch: query i must find key i among all keys, mean of -log softmax(q . keys / T)_i.
 
     Args:
       query: [B, D], normalised here.
@@ -173,11 +173,11 @@ def in_batch_info_nce(query: jax.Array, key: jax.Array, *, temperature: float) -
 def sup_con(z_a: jax.Array, z_b: jax.Array, label: jax.Array, *, temperature: float) -> jax.Array:
     """Supervised contrastive: mean over all 2B views i of -mean_p log softmax_{j != i}(z_i . z_j / T)_p.
 
-    The positives p are all other views of the class of i. Every anchor has one, the other view of its image.
+    The positives p are all other views of the class of i; the other view of the same image is always one.
 
     Args:
       z_a, z_b: [B, D] projections of the two views, normalised here.
-      label: [B], -1 where it is not known: such an image is a class of its own.
+      label: [B], -1 where unknown: such an image is a class of its own.
       temperature: T > 0.
 
     Source: SupCon, equation 2, https://arxiv.org/abs/2004.11362. The official code multiplies by T / 0.07; not here.
@@ -188,7 +188,7 @@ def sup_con(z_a: jax.Array, z_b: jax.Array, label: jax.Array, *, temperature: fl
     z = normalize(interleave([z_a, z_b]))
     own = jnp.where(label >= 0, label, -1 - jnp.arange(len(label)))
     group = interleave([own, own])
-    # The mean over a view's positives is its product with the mean of its class without itself.
+    # The mean product with a view's positives is the product with the mean of its class, the view itself excluded.
     _, number = jnp.unique(group, return_inverse=True, size=len(group))
     total = jax.ops.segment_sum(z, number, len(group))[number] - z
     count = jnp.bincount(number, length=len(group))[number] - 1

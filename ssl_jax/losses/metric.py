@@ -1,4 +1,4 @@
-"""Losses of metric learning: labels say which embeddings shall lie together."""
+"""Losses of metric learning: labels say which embeddings belong together."""
 
 from typing import Literal
 
@@ -12,15 +12,15 @@ def mined_triplet(
     """Mean of max(0, |a - p| - |a - n| + margin) over all pairs (a, p) of one label and their negatives n.
 
     Args:
-      z: [N, D] embeddings, as given (not normalised).
-      label: [N], -1 where it is not known: such an example is in no pair and no negative. A label that only one example
-        has gives no pair; without any pair that has a negative the loss is 0.
-      margin: how much farther the negative shall be, in units of the distance.
+      z: [N, D] embeddings, not normalised.
+      label: [N], -1 where unknown: such an example takes no part. A label with a single example gives no pair. If no
+        pair has a negative, the loss is 0.
+      margin: how much farther away the negative should be, in units of the distance.
       mining: the negatives of a pair: "all"; "hard": the one nearest to a; "semi_hard": the nearest of those farther
-        from a than p is or, where no such one exists, the farthest.
+        from a than p is or, if there is none, the farthest.
 
-    The distance is that of `triplet`. Source: FaceNet, section 3.2, https://arxiv.org/abs/1503.03832, which does not
-    say what to do with a pair that has no semi-hard negative; the last resort is TensorFlow's, triplet_semihard_loss.
+    The distance is that of `triplet`. Source: FaceNet, section 3.2, https://arxiv.org/abs/1503.03832. For a pair
+    without a semi-hard negative, which the paper leaves open, we follow TensorFlow's triplet_semihard_loss.
 
     >>> z = jnp.array([[0.0], [1.0], [1.5], [5.0]])
     >>> label = jnp.array([0, 0, 1, 1])
@@ -32,9 +32,9 @@ def mined_triplet(
     positive = same & known & ~jnp.eye(len(z), dtype=bool)
     negative = ~same & known & known[:, None]
     if mining == "all":
-        to_negative, allowed = distance[:, None, :], positive[:, :, None] & negative[:, None, :]
+        to_negative, valid = distance[:, None, :], positive[:, :, None] & negative[:, None, :]
     else:
-        # The choice carries no gradient, only the distance to what was chosen does.
+        # The choice has no gradient, only the distance to the chosen negative does.
         fixed = jax.lax.stop_gradient(distance)
         if mining == "hard":
             chosen = jnp.where(negative, fixed, jnp.inf).argmin(axis=1)[:, None]
@@ -44,6 +44,6 @@ def mined_triplet(
             farthest = jnp.where(negative, fixed, -jnp.inf).argmax(axis=1)[:, None]
             chosen = jnp.where(farther.any(axis=2), nearest, farthest)
         to_negative = jnp.take_along_axis(distance, chosen, axis=1)[:, :, None]
-        allowed = (positive & negative.any(axis=1, keepdims=True))[:, :, None]
-    each = jnp.maximum(0, distance[:, :, None] - to_negative + margin)
-    return jnp.where(allowed, each, 0).sum() / jnp.maximum(allowed.sum(), 1)
+        valid = (positive & negative.any(axis=1, keepdims=True))[:, :, None]
+    terms = jnp.maximum(0, distance[:, :, None] - to_negative + margin)
+    return jnp.where(valid, terms, 0).sum() / jnp.maximum(valid.sum(), 1)

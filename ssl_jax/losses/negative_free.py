@@ -1,4 +1,4 @@
-"""Losses that need no negatives."""
+"""Losses without negatives."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def negative_cosine(prediction: jax.Array, target: jax.Array, *, stop_gradient: 
     Args:
       prediction: [B, D] output of the predictor.
       target: [B, D] projection of the other view.
-      stop_gradient: the target gets no gradient; False collapses (SimSiam, section 4.1).
+      stop_gradient: whether the target gets no gradient. Training collapses if it does (SimSiam, section 4.1).
 
     Source: SimSiam, equation 1, https://arxiv.org/abs/2011.10566; BYOL, equation 2, https://arxiv.org/abs/2006.07733.
 

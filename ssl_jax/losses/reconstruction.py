@@ -1,15 +1,15 @@
-"""Losses of methods that predict pixels which their network did not see."""
+"""Losses of methods that predict hidden pixels."""
 
 import jax
 import jax.numpy as jnp
 
 
 def masked_error(prediction: jax.Array, target: jax.Array, mask: jax.Array, *, power: int) -> jax.Array:
-    """Mean of |prediction - target|^power over the values of all masked patches of the batch; 0 without any.
+    """Mean of |prediction - target|^power over the values of all masked patches of the batch; 0 if there are none.
 
     Args:
-      prediction, target: [B, N, P], P values of each of N patches.
-      mask: [B, N], true where the patch was hidden; other patches don't count.
+      prediction, target: [B, N, P], P values in each of N patches.
+      mask: [B, N], true where the patch was hidden; other patches do not count.
       power: 1 or 2.
 
     Source: MAE, section 3, https://arxiv.org/abs/2111.06377 (power 2); SimMIM, equation 1,
@@ -19,5 +19,5 @@ def masked_error(prediction: jax.Array, target: jax.Array, mask: jax.Array, *, p
     >>> round(float(masked_error(jnp.zeros((1, 2, 3)), 3 * jnp.ones((1, 2, 3)), hidden, power=2)), 4)
     9.0
     """
-    each = (jnp.abs(prediction - target) ** power).mean(axis=-1)
-    return jnp.where(mask, each, 0).sum() / jnp.maximum(mask.sum(), 1)
+    errors = (jnp.abs(prediction - target) ** power).mean(axis=-1)
+    return jnp.where(mask, errors, 0).sum() / jnp.maximum(mask.sum(), 1)

@@ -1,4 +1,4 @@
-"""Losses that keep a representation from collapsing by the statistics of the batch: variances and covariances."""
+"""Losses that prevent collapse by statistics of the batch: variances and covariances."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -23,7 +23,7 @@ def barlow_twins(z_a: jax.Array, z_b: jax.Array, *, off_diagonal: float) -> jax.
     1.0
     """
 
-    @jax.checkpoint  # what lies between z and its standard form is made again for the gradient: 2,048 x 8,192 is 64 MB
+    @jax.checkpoint  # the gradient recomputes the intermediate values, which take 64 MB each at 2,048 x 8,192
     def standardize(z):
         centred = z - z.mean(axis=0)
         return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=0) + 1e-5)
@@ -37,8 +37,8 @@ def vicreg(z_a: jax.Array, z_b: jax.Array, *, invariance: float, variance: float
     """The weighted sum of the mean square of a - b, the mean of both variance terms, and both covariance terms.
 
     Args:
-      z_a, z_b: [B, D] projections, B > 1. With places, [B, P, D], variance and covariance are those of each place over
-        the batch, averaged over the places.
+      z_a, z_b: [B, D] projections, B > 1. For maps [B, P, D], variance and covariance are computed at each of the P
+        places and averaged.
       invariance, variance, covariance: the three weights.
 
     See `variance_term` and `covariance_term`. Source: VICReg, equations 1 to 6, https://arxiv.org/abs/2105.04906;
@@ -56,7 +56,7 @@ def vicreg(z_a: jax.Array, z_b: jax.Array, *, invariance: float, variance: float
 
 
 def variance_term(z: jax.Array) -> jax.Array:
-    """VICReg's hinge on z [B, ..., D]: mean of max(0, 1 - sqrt(variance over the batch + 1e-4)), unbiased.
+    """VICReg's hinge on z [B, ..., D]: mean of max(0, 1 - sqrt(v + 1e-4)), v the unbiased variance over the batch.
 
     Source: VICReg, equations 1 and 2, https://arxiv.org/abs/2105.04906.
 
@@ -67,7 +67,7 @@ def variance_term(z: jax.Array) -> jax.Array:
 
 
 def covariance_term(z: jax.Array) -> jax.Array:
-    """VICReg's redundancy of z [B, ..., D]: sum_{i != j} C_ij^2 / D with C over B - 1, the mean over places.
+    """VICReg's redundancy of z [B, ..., D]: sum_{i != j} C_ij^2 / D, C the unbiased covariance; the mean over places.
 
     Source: VICReg, equations 3 and 4, https://arxiv.org/abs/2105.04906.
 
@@ -81,8 +81,7 @@ def covariance_term(z: jax.Array) -> jax.Array:
 def _off_diagonal_squares(a: jax.Array, b: jax.Array) -> jax.Array:
     """Sum_{i != j} (a'b)_ij^2 of a, b [B, ..., D], for each place.
 
-    With more dimensions than images the [D, D] products are not made: the squares of a'b sum to those of aa' times bb',
-    which are [B, B].
+    If D > B, the [D, D] products are avoided: the squares of a'b sum to the elements of aa' times bb', each [B, B].
     """
     if a.shape[-1] > len(a):
         gram_a, gram_b = (_gram(x) for x in (a, b))
@@ -99,7 +98,7 @@ def _gram(x: jax.Array) -> jax.Array:
 
 
 def _gram_backward(x, cotangent):
-    # One product instead of the two, one for each factor, that differentiation would make: half the time and memory.
+    # One product instead of the two (one per factor) of automatic differentiation: half the time and memory.
     return (jnp.einsum("...bc,c...i->b...i", cotangent + jnp.swapaxes(cotangent, -2, -1), x),)
 
 
@@ -117,24 +116,24 @@ def vicregl(
     variance: float,
     covariance: float,
 ) -> jax.Array:
-    """The sum of alpha * global and (1 - alpha) * local: VICReg on embeddings, and on matching places of feature maps.
+    """Weighted sum alpha * global + (1 - alpha) * local: VICReg of embeddings and of matching places in feature maps.
 
-    Pairs are (i, j != i) with i one of the first two views. Global: the mean square of the differences of the pairs,
-    and the mean variance and covariance terms of the views. Local, for each pair and both directions: every place with
-    the place nearest to it in feature space, and the places nearest to one in the image with that one; VICReg of both,
-    added, the covariance weighted half; the mean over directions and pairs.
+    Pairs are (i, j != i) with i one of the first two views. Global: the mean squared difference over pairs, and the
+    mean variance and covariance terms over views. Local: the mean over pairs and both directions of two VICReg losses,
+    added, with half the covariance weight. The first matches every place with its nearest place in feature space, the
+    second the `matches` places with the smallest distance in the image with their nearest place there.
 
     Args:
       z: V arrays [B, D], V > 1.
       maps: V arrays [B, P, D'] of projected places; P may differ between views.
-      positions: V arrays [B, P, 2], where in the image each place lies, px.
+      positions: V arrays [B, P, 2], the position of each place in the image, px.
       alpha: weight of the global part.
-      matches: how many places are matched by position: of the first two views, and of the others (all, if it has less).
+      matches: number of places matched by position, in the first two views and in the others (all if there are fewer).
       invariance, variance, covariance: the weights of VICReg.
 
     Source: VICRegL, section 3, https://arxiv.org/abs/2210.01571; facebookresearch/VICRegL, main_vicregl.py. That code
-    keeps the last pair alone and divides it by the number of pairs, and gives the first direction matches[0], the other
-    matches[1]; the mean and the numbers here are the paper's.
+    keeps only the last pair, divided by the number of pairs, and uses matches[0] in the first direction and matches[1]
+    in the other; the mean and the numbers here follow the paper.
 
     >>> one = jnp.ones((2, 3))  # collapsed: only the variance is left, 1 - 0.01, global once and local twice
     >>> p, m = jnp.zeros((2, 4, 2)), jnp.ones((2, 4, 3))
@@ -143,7 +142,7 @@ def vicregl(
     1.2375
     """
     pairs = [(i, j) for i in range(2) for j in range(len(z)) if i != j]
-    whole = (
+    global_loss = (
         invariance * _mean(jnp.square(z[i] - z[j]).mean() for i, j in pairs)
         + variance * _mean(map(variance_term, z))
         + covariance * _mean(map(covariance_term, z))
@@ -154,13 +153,13 @@ def vicregl(
         weights = {"invariance": invariance, "variance": variance, "covariance": covariance / 2}
         by_feature = vicreg(maps[i], _take(maps[j], _nearest(maps[i], maps[j])[0]), **weights)
         nearest, distance = _nearest(positions[i], positions[j])
-        # The closest matches, in the order in which they lie in the map.
+        # The closest matches, in the order of the map.
         closest = jnp.sort(jnp.argsort(distance, axis=1)[:, : matches[i > 1]], axis=1)
         matched = _take(maps[j], jnp.take_along_axis(nearest, closest, axis=1))
         return by_feature + vicreg(_take(maps[i], closest), matched, **weights)
 
-    local = _mean((one_way(i, j) + one_way(j, i)) / 2 for i, j in pairs)
-    return alpha * whole + (1 - alpha) * local
+    local_loss = _mean((one_way(i, j) + one_way(j, i)) / 2 for i, j in pairs)
+    return alpha * global_loss + (1 - alpha) * local_loss
 
 
 def _mean(terms: Iterable[jax.Array]) -> jax.Array:
@@ -168,13 +167,13 @@ def _mean(terms: Iterable[jax.Array]) -> jax.Array:
 
 
 def _nearest(a, b):
-    """For each of a [B, P, D] the index of the nearest of b [B, Q, D], and the squared distance: both [B, P]."""
+    """For each of a [B, P, D] the index of its nearest in b [B, Q, D] and their squared distance, both [B, P]."""
     squares = jnp.square(jax.lax.stop_gradient(a[:, :, None] - b[:, None])).sum(axis=-1)
     return squares.argmin(axis=2), squares.min(axis=2)
 
 
 def _take(x, index):
-    """The places index [B, N] of x [B, P, D]."""
+    """The places of x [B, P, D] at index [B, N]."""
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
@@ -182,11 +181,11 @@ def tico(z: jax.Array, target: jax.Array, covariance: jax.Array, *, beta: float,
     """1 - mean z . target + rho * mean z' M z, with z and target normalised and M = `tico_covariance`, a constant.
 
     Args:
-      z: [B, D] projections, target: [B, D] the momentum encoder's of the other view, both normalised here.
-      covariance: [D, D] of the batches before.
+      z: [B, D] projections; target: [B, D] those of the other view by the momentum encoder. Both are normalised here.
+      covariance: [D, D], of earlier batches.
       beta: momentum of the covariance; rho: weight of its term.
 
-    Neither the target nor M gets a gradient: that M's share of this batch gets none is lightly's choice.
+    Neither the target nor M gets a gradient. For the part of M that comes from this batch this is lightly's choice.
     Source: TiCo, section 3, https://arxiv.org/abs/2206.10698; lightly, loss/tico_loss.py.
 
     >>> round(float(tico(jnp.ones((4, 3)), jnp.ones((4, 3)), jnp.zeros((3, 3)), beta=0.9, rho=8.0)), 4)  # collapsed

@@ -1,4 +1,4 @@
-"""Encoders and heads as `Network`s, and the exchange of weights with torch. The only user of flax.linen."""
+"""Encoders and heads as `Network`s, and conversion of weights from and to torch. The only user of flax.linen."""
 
 from ssl_jax.models.build import build_encoder, normalization
 from ssl_jax.models.conv import resolve_conv

@@ -1,7 +1,7 @@
-"""Convolution, NHWC with HWIO kernels, in the formulation that is fastest on the machine at hand.
+"""Convolution, NHWC with HWIO kernels, in the formulation that is fastest on this machine.
 
-Accelerators always get `jax.lax.conv_general_dilated`. On a CPU, XLA's own convolution is at 10 to 60 % of the speed of
-its matrix product, so there a convolution can also be written as patches (im2col) times the kernel as a matrix.
+Accelerators always use `jax.lax.conv_general_dilated`. On a CPU, XLA's own convolution reaches 10 to 60 % of the speed
+of its matrix product, so a convolution can also be written as patches (im2col) times the kernel as a matrix.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax import lax
 
 from ssl_jax.errors import unknown
 
-# Patches of one chunk of images, in bytes: they have to stay in the cache between being written and being multiplied.
+# Patches of one chunk of images, in bytes. They have to stay in the cache from being written to being multiplied.
 # Forward and both gradients of a 3x3 convolution, 14x14, 24 channels, 512 images, 2 cores with 32 MB of level-3 cache:
 # 32 ms with 1 to 5 MB, 77 ms with 10 MB, 119 ms with 20 MB; natively 53 ms.
 CHUNK_BYTES = 3_000_000
@@ -43,7 +43,7 @@ def resolve_conv(how: str = "auto", in_loop: bool = False, backend: str | None =
 
 
 def _native_is_fast() -> bool:
-    """Whether the processor has AVX-512; where we can't know (macOS), XLA's own convolution is trusted."""
+    """Whether the processor has AVX-512. Where that is unknown (macOS), XLA's own convolution is used."""
     if platform.machine() not in ("x86_64", "AMD64") or not CPU_INFO.exists():
         return True
     return "avx512f" in CPU_INFO.read_text()
@@ -64,9 +64,9 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how
         if k == 1 and padding == 0:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
         # Natively, 16 to 127 channels run on one thread. Forward and both gradients on 2 cores with AVX-512, native
-        # against patches: 512 images of 14x14, 24 channels 53 to 30 ms; 7x7, 48 channels 40 to 24; 4x4, 96 channels
-        # 39 to 28; 64 images of 32x32, 64 channels 180 to 107. A stem's few channels and 128 or more: about equal.
-        # Outputs under 4x4: 2 GFLOP/s natively, 80 to 140 by patches.
+        # versus patches: 512 images of 14x14, 24 channels: 53 and 30 ms; 7x7, 48 channels: 40 and 24; 4x4, 96 channels:
+        # 39 and 28; 64 images of 32x32, 64 channels: 180 and 107. A stem's few channels and 128 or more: about equal.
+        # Outputs under 4x4: 2 GFLOP/s natively, 80 to 140 with patches.
         if how == "patches" or min(height, width) < 4 or 16 <= x.shape[-1] < 128:
             return _by_patches(x, kernel, stride, padding)
         if how == "looped":
@@ -81,10 +81,10 @@ def _native(x, kernel, stride, padding):
     return _convolve(x, kernel, (stride, stride), [(padding, padding)] * 2)
 
 
-# In the body of a loop on a CPU: gradients written out, with transposes in the open. Those of JAX have their axes in
-# another order, which XLA puts right, but not in a loop: there it falls back to a convolution more than 13 times slower
+# For the body of a loop on a CPU: gradients with explicit transposes. JAX's own have their axes in another order, which
+# XLA corrects, but not in a loop: there it falls back to a convolution more than 13 times slower
 # (https://github.com/jax-ml/jax/issues/12868). Outside of loops JAX's own are better: under `vmap` (train.bn_group)
-# these here have a kernel's gradient for each group.
+# these compute the kernel's gradient once per group.
 _looped = jax.custom_vjp(_native, nondiff_argnums=(2, 3))
 
 
@@ -94,13 +94,14 @@ def _looped_forward(x, kernel, stride, padding):
 
 def _looped_backward(stride, padding, saved, dy):
     x, kernel = saved
-    k, apart = kernel.shape[0], (stride, stride)
-    # Rows and columns of x at the end, beyond the padding, that no window reaches.
+    k, dilation = kernel.shape[0], (stride, stride)
+    # Rows and columns at the end of the padded x that no window reaches.
     unread = [n + 2 * padding - k - (out - 1) * stride for n, out in zip(x.shape[1:3], dy.shape[1:3], strict=True)]
-    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    dx = _convolve(dy, turned, (1, 1), [(k - 1 - padding, k - 1 - padding + n) for n in unread], lhs_dilation=apart)
+    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    pads = [(k - 1 - padding, k - 1 - padding + n) for n in unread]
+    dx = _convolve(dy, flipped, (1, 1), pads, lhs_dilation=dilation)
     pads = [(padding, padding - n) for n in unread]
-    dkernel = _convolve(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), pads, rhs_dilation=apart)
+    dkernel = _convolve(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), pads, rhs_dilation=dilation)
     return dx, dkernel.transpose(1, 2, 0, 3)
 
 
@@ -127,17 +128,17 @@ def _product(x, kernel, stride, padding):
 
 
 def _chunks(x, kernel, stride, padding) -> int:
-    """Into how many equal chunks of images to cut the batch: a divisor of it."""
+    """The number of equal chunks of images into which the batch is cut, a divisor of the batch."""
     k, _, c, _ = kernel.shape
     height, width = (_out(n, k, stride, padding) for n in x.shape[1:3])
     bytes_per_image = height * width * k * k * c * x.dtype.itemsize
     # With several devices the batch is split over them, and so is each chunk.
-    most = max(1, CHUNK_BYTES * jax.device_count() // bytes_per_image)
-    return next(n for n in range(-(-len(x) // most), len(x) + 1) if len(x) % n == 0)
+    limit = max(1, CHUNK_BYTES * jax.device_count() // bytes_per_image)
+    return next(n for n in range(-(-len(x) // limit), len(x) + 1) if len(x) % n == 0)
 
 
 def _cut(x, chunks):
-    """[B, ...] -> [B / chunks, chunks, ...]. Chunks are the second axis, so that a split over devices stays one."""
+    """[B, ...] -> [B / chunks, chunks, ...]. Chunks are the second axis, so that a split over devices is preserved."""
     return x.reshape(len(x) // chunks, chunks, *x.shape[1:])
 
 
@@ -161,7 +162,7 @@ def _forward(x, kernel, stride, padding):
 
 
 def _backward(stride, padding, saved, dy):
-    """Both gradients in one loop over patches made anew: keeping them would take k * k times the memory of x."""
+    """Both gradients in one loop that recomputes the patches: storing them would take k * k times the memory of x."""
     x, kernel = saved
     pull = _pull_stride_1 if stride == 1 else _pull
     chunks = _chunks(x, kernel, stride, padding)
@@ -184,11 +185,12 @@ def _pull(x, kernel, dy, stride, padding):
 
 
 def _pull_stride_1(x, kernel, dy, stride, padding):
-    """The same, both from the patches of dy: the product with the kernel is x's, with x the kernel's."""
+    """The same, both from the patches of dy: their product with the kernel is the gradient of x, with x that of the
+    kernel."""
     k, _, c, d = kernel.shape
     patches = _patches(dy, k, stride, k - 1 - padding)
-    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    dx = patches @ turned.reshape(k * k * d, c)
+    flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    dx = patches @ flipped.reshape(k * k * d, c)
     dkernel = jnp.einsum("bhwc,bhwp->cp", x, patches).reshape(c, k, k, d)
     return dx, dkernel.transpose(1, 2, 0, 3)[::-1, ::-1]
 

@@ -1,4 +1,4 @@
-"""Heads: what stands on top of an encoder while it is trained. Inputs and outputs float32, [B, D] -> [B, D']."""
+"""Heads, which sit on top of an encoder while it is trained. Inputs and outputs are float32, [B, D] -> [B, D']."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -54,7 +54,7 @@ class MLP(nn.Module):
         return x
 
 
-class Classifier(nn.Module):
+class LinearHead(nn.Module):
     size: int
     bias: bool
     zero: bool
@@ -74,17 +74,20 @@ def mlp(
     last_bias: bool = True,
     gelu: bool = False,
 ) -> Network:
-    """A projector or predictor: Linear, BatchNorm, ReLU for each size but the last, for which it is a Linear.
+    """A projector or predictor: Linear, BatchNorm and ReLU for each size but the last, which is a Linear alone.
 
-    norm: BatchNorm in between. bias: of the Linear layers but the last (without effect before a BatchNorm).
-    last_bias: of the last Linear.
-    last_norm: BatchNorm after the last, with ("affine") or without ("plain") a learned scale and bias.
-    gelu: GELU in place of ReLU.
+    Args:
+      norm: whether there is BatchNorm in between.
+      bias: whether the Linear layers but the last have a bias (without effect before a BatchNorm).
+      last_bias: whether the last Linear has a bias.
+      last_norm: BatchNorm after the last Linear, with ("affine") or without ("plain") a learned scale and bias.
+      gelu: GELU instead of ReLU.
+
     Weights and biases start uniform in +-1 / sqrt(inputs), as PyTorch's do.
     """
     return network(MLP(tuple(sizes), norm, bias, last_norm, last_bias, gelu))
 
 
 def linear(size: int, bias: bool = True, zero: bool = False) -> Network:
-    """One linear layer to `size` outputs; zero: it starts at 0 (a classifier), else uniform in +-1 / sqrt(inputs)."""
-    return network(Classifier(size, bias, zero))
+    """One linear layer with `size` outputs. zero: start at 0 (a classifier), else uniform in +-1 / sqrt(inputs)."""
+    return network(LinearHead(size, bias, zero))

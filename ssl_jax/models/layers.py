@@ -1,4 +1,4 @@
-"""The layers that networks here are made of, and the way from a flax module to a `Network`."""
+"""Layers shared by all networks, and the conversion of a flax module to a `Network`."""
 
 import functools
 from collections.abc import Callable
@@ -32,8 +32,8 @@ class Conv(nn.Module):
 
 
 def rematerialized(block: type[nn.Module], remat: str, static: tuple[int, ...] = ()) -> type[nn.Module]:
-    """The block itself, or with remat="blocks" one that computes what lies inside it again when the gradient needs it,
-    instead of keeping it (https://arxiv.org/abs/1604.06174). static: which of its arguments are no arrays, self is 0.
+    """The block itself, or with remat="blocks" one that recomputes its intermediate values for the gradient instead of
+    storing them (https://arxiv.org/abs/1604.06174). static: positions of non-array arguments; self is 0.
     """
     return nn.remat(block, static_argnums=static) if remat == "blocks" else block
 
@@ -41,11 +41,11 @@ def rematerialized(block: type[nn.Module], remat: str, static: tuple[int, ...] =
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last (https://arxiv.org/abs/1502.03167), with PyTorch's conventions.
 
-    eps 1e-5; running statistics move by 0.1 a step, their variance is the unbiased one. groups > 1: that many equal
-    parts of the batch have statistics of their own, and the running ones follow their mean. Statistics are computed and
-    kept in float32 at least; the output has the dtype of x.
+    eps is 1e-5; running statistics move by 0.1 per step, and their variance is the unbiased one. With groups > 1, that
+    many equal parts of the batch each have their own statistics, and the running ones follow their mean. Statistics are
+    computed and stored in float32 or wider; the output has the dtype of x.
 
-    Raises UserError if the batch does not divide into the groups.
+    Raises UserError if the groups do not divide the batch.
     """
 
     affine: bool = True
@@ -61,9 +61,9 @@ class BatchNorm(nn.Module):
             parts = _split(parts, groups)
             m, v = _statistics(parts, mean.value)
             count = parts.size // v.size
-            for kept, now in ((mean, m), (var, v * (count / max(count - 1, 1)))):
-                now = lax.stop_gradient(now.reshape(groups, -1).mean(0))
-                kept.value = (0.9 * kept.value + 0.1 * now).astype(kept.value.dtype)
+            for running, current in ((mean, m), (var, v * (count / max(count - 1, 1)))):
+                current = lax.stop_gradient(current.reshape(groups, -1).mean(0))
+                running.value = (0.9 * running.value + 0.1 * current).astype(running.value.dtype)
         else:
             m, v = mean.value, var.value
         factor = lax.rsqrt(v + 1e-5)
@@ -79,15 +79,18 @@ def _split(x, groups):
     """[B, ..., C] -> [groups, B / groups, ..., C]."""
     if groups < 1 or len(x) % groups:
         allowed = ", ".join(str(n) for n in range(1, len(x) + 1) if len(x) % n == 0)
-        raise UserError(f"config.method.bn_groups={groups}: does not divide a batch of {len(x)}; allowed: {allowed}")
+        raise UserError(
+            f"config.method.bn_groups={groups}: does not divide the {len(x)} images that BatchNorm sees at a time "
+            f"(config.train.batch, micro_batch or bn_group); allowed: {allowed}"
+        )
     return x.reshape(groups, -1, *x.shape[1:])
 
 
 def _statistics(parts, near):
     """Mean and biased variance of parts [groups, n, ..., C], each [groups, 1, ..., C].
 
-    One pass over memory: mean and mean square. Both are of the distance to `near` [C], so that their difference does
-    not cancel where a channel's mean is far larger than its deviation.
+    One pass over memory computes mean and mean square, both of the distance to `near` [C], so that their difference
+    does not cancel if a channel's mean is far larger than its deviation.
     """
     axes = tuple(range(1, parts.ndim - 1))
     parts = parts - near
@@ -97,7 +100,7 @@ def _statistics(parts, near):
 
 
 def network(module: nn.Module) -> Network:
-    """A flax module whose __call__ takes (x, train, groups), and more if it wants, as a `Network`."""
+    """A flax module as a `Network`. Its __call__ takes (x, *, train, groups) and any further keywords."""
 
     draw = jax.jit(functools.partial(module.init, train=False))
 
@@ -107,8 +110,8 @@ def network(module: nn.Module) -> Network:
 
     def apply(params, stats, x, *, train: bool, groups: int = 1, **kwargs) -> tuple[jax.Array, Any]:
         variables = {"params": params, "batch_stats": stats}
-        changing = ["batch_stats"] if train else []
-        y, after = module.apply(variables, x, train=train, groups=groups, mutable=changing, **kwargs)
-        return y, after.get("batch_stats", {}) if train else stats
+        mutable = ["batch_stats"] if train else []
+        y, new = module.apply(variables, x, train=train, groups=groups, mutable=mutable, **kwargs)
+        return y, new.get("batch_stats", {}) if train else stats
 
     return Network(init, apply)

@@ -1,8 +1,8 @@
 """ResNets with torchvision's structure, and a thin one for small images on CPUs.
 
 Source: https://arxiv.org/abs/1512.03385; bottlenecks have their stride in the 3x3 convolution, as torchvision's (v1.5).
-Modules carry torchvision's names with _ for a dot (conv1, bn1, layer1_0, downsample_0), from which `torch_weights`
-makes the names of weights.
+Modules have torchvision's names with _ for a dot (conv1, bn1, layer1_0, downsample_0), from which `torch_weights`
+derives the names of weights.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from ssl_jax.models.conv import resolve_conv
 from ssl_jax.models.layers import BatchNorm, Conv, network, rematerialized
 from ssl_jax.network import Network
 
-SMALL_UP_TO = 64  # px: the largest images for which stem=auto is the small stem
+SMALL_UP_TO = 64  # px: the largest images for which stem=auto selects the small stem
 
 
 class Block(nn.Module):
-    """Convolutions with BatchNorm, added to what goes around them.
+    """A residual block of convolutions with BatchNorm.
 
-    convs: (features, size, stride) of each; the last one has no ReLU of its own.
+    convs: (features, size, stride) of each. ReLU follows the last one only after the addition.
     """
 
     convs: tuple[tuple[int, int, int], ...]
@@ -57,7 +57,7 @@ def bottleneck(width: int, stride: int) -> tuple[tuple[int, int, int], ...]:
 class ResNet(nn.Module):
     """Images [B, H, W, C] in [0, 1] -> embeddings float32 [B, D], D the channels of the last stage.
 
-    dense: the feature map [B, h, w, D] of the last stage instead, before the mean over its places.
+    dense: return the feature map [B, h, w, D] of the last stage, before the mean over places.
     """
 
     widths: tuple[int, ...]  # of the stages
@@ -74,9 +74,9 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False):
-        made = rematerialized(Block, self.remat, static=(2, 3))
+        block = rematerialized(Block, self.remat, static=(2, 3))
         size, stride = self.stem
-        # Normalised by subtraction, not folded into the first convolution, whose padding is zero after it.
+        # Not folded into the first convolution, because its zero padding is added after the normalisation.
         x = ((x - jnp.array(self.mean)) / jnp.array(self.std)).astype(self.dtype)
         x = Conv(self.widths[0], size, stride, self.how, name="conv1")(x)
         x = nn.relu(BatchNorm(name="bn1")(x, train=train, groups=groups))
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
         for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True), 1):
             for i in range(depth):
                 convs = self.block(width, 2 if stage > 1 and i == 0 else 1)
-                x = made(convs, self.how, self.zero_init, name=f"layer{stage}_{i}")(x, train, groups)
+                x = block(convs, self.how, self.zero_init, name=f"layer{stage}_{i}")(x, train, groups)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return x if dense else x.mean((1, 2))
 
@@ -102,10 +102,10 @@ ARCHITECTURES: dict[str, tuple] = {
 def build_resnet(
     model: Model, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, zero_init: bool
 ) -> Network:
-    """The ResNet that `config.model` describes. `size` only decides the stem under stem="auto".
+    """The ResNet that `config.model` describes. `size` matters only for stem="auto".
 
     Embeddings have 512 (resnet18, resnet34), 2048 (resnet50) or 96 (resnet_thin) features, times model.width.
-    resnet_thin has one stem, 5x5 with stride 2. Raises UserError for an unknown stem.
+    resnet_thin always has the same stem, 5x5 with stride 2. Raises UserError for an unknown stem.
     """
     stem, pool = _stem(model, size)
     widths, depths, block = ARCHITECTURES[model.name]

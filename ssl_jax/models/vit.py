@@ -1,8 +1,8 @@
-"""Vision transformers with timm's structure, and the decoder of a masked autoencoder, of the same blocks.
+"""Vision transformers with timm's structure, and the decoder of a masked autoencoder, built from the same blocks.
 
 Source: https://arxiv.org/abs/2010.11929. Pre-norm, LayerNorm with eps 1e-6, exact GELU, queries, keys and values with
 bias. Initial values as in facebookresearch/mae: linear layers xavier uniform, tokens normal with deviation 0.02.
-Modules carry timm's names with _ for a dot (blocks_0, attn_qkv), from which `torch_weights` makes the names of weights.
+Modules have timm's names with _ for a dot (blocks_0, attn_qkv), from which `torch_weights` derives weight names.
 """
 
 import functools
@@ -27,14 +27,14 @@ ARCHITECTURES = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}  # heads, of 64 
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:
-    """[B, H, W, C] -> [B, H / patch * W / patch, patch * patch * C], rows of patches from left to right."""
+    """[B, H, W, C] -> [B, H / patch * W / patch, patch * patch * C], patches row by row from left to right."""
     batch, height, width, channels = images.shape
     cut = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return cut.swapaxes(2, 3).reshape(batch, -1, patch * patch * channels)
 
 
 def sin_cos(height: int, width: int, features: int) -> np.ndarray:
-    """Fixed positions float32 [height * width, features]: a quarter each sin(row), cos(row), sin(column), cos(column).
+    """Fixed positions float32 [height * width, features]: sin(row), cos(row), sin(column), cos(column), a quarter each.
 
     Frequencies fall from 1 towards 1 / 10000. `features` is divisible by 4. Source: facebookresearch/moco-v3, vits.py.
     """
@@ -44,7 +44,7 @@ def sin_cos(height: int, width: int, features: int) -> np.ndarray:
 
 
 class Block(nn.Module):
-    """Attention and an MLP four times as wide, each added to what goes around it. The sums stay float32 at least."""
+    """A pre-norm transformer block, with an MLP four times as wide. The residual stream stays float32 or wider."""
 
     heads: int
     dtype: Any
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class Projection(nn.Module):
-    """Patches to tokens. frozen: the initial values stay, so they are no parameters: no gradient, no decay, no target.
+    """Patches to tokens. frozen: the initial values are fixed and not parameters: no gradient, decay or target.
 
     Source of freezing: MoCo v3, section 4.2, https://arxiv.org/abs/2104.02057.
     """
@@ -76,7 +76,7 @@ class Projection(nn.Module):
     def __call__(self, x):
         shape = (self.patch, self.patch, x.shape[-1], self.features)
 
-        def kernel_init(rng):  # as of a linear layer, not of a convolution, which would count its places as outputs
+        def kernel_init(rng):  # that of a linear layer; a convolution's would count positions as outputs
             return xavier(rng, (self.patch * self.patch * x.shape[-1], self.features)).reshape(shape)
 
         if self.frozen:
@@ -92,9 +92,9 @@ class Projection(nn.Module):
 class ViT(nn.Module):
     """Images [B, H, W, C] in [0, 1] -> embeddings float32 [B, D]; N = H / patch * W / patch tokens and a class token.
 
-    dense: the patches' tokens [B, H / patch, W / patch, D] instead.
-    visible: patches [B, n], of which alone tokens are made and returned, [B, 1 + n, D] with the class token first.
-    masked: (mask [B, N], token [D]): the token stands for the masked patches; their positions are added to it.
+    dense: return the patches' tokens [B, H / patch, W / patch, D] instead.
+    visible: indices [B, n] of the only patches to process; returns tokens [B, 1 + n, D] with the class token first.
+    masked: (mask [B, N], token [D]): the token replaces masked patches; their positions are added to it.
     """
 
     width: int
@@ -122,11 +122,11 @@ class ViT(nn.Module):
         if masked is not None:
             mask, token = masked
             x = jnp.where(mask[..., None], token, x)
-        of_class, of_patches = self._positions(height, width)
-        x = x + of_patches
+        class_position, patch_positions = self._positions(height, width)
+        x = x + patch_positions
         if visible is not None:
             x = jnp.take_along_axis(x, visible[..., None], axis=1)
-        class_token = self.param("cls_token", token_init, (1, 1, self.width)) + of_class
+        class_token = self.param("cls_token", token_init, (1, 1, self.width)) + class_position
         x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, self.width)), x], axis=1)
         for i in range(self.depth):
             x = block(self.heads, self.dtype, name=f"blocks_{i}")(x)
@@ -138,7 +138,7 @@ class ViT(nn.Module):
         return x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)
 
     def _positions(self, height, width):
-        """(of the class token [D], of the patches [N, D])"""
+        """Positions of the class token [D] and of the patches [N, D]."""
         if self.positions == "fixed":
             return 0.0, sin_cos(height, width, self.width)
         table = self.param("pos_embed", token_init, (1, 1 + self.side**2, self.width))[0]
@@ -151,8 +151,8 @@ class ViT(nn.Module):
 class Decoder(nn.Module):
     """Tokens [B, 1 + n, D] of a ViT's class token and visible patches -> pixels [B, N, out] of all patches.
 
-    order: [B, N], all patches of a square image, the n visible ones first, in the order of their tokens. None: n = N,
-    tokens in order.
+    order: [B, N], all patches of a square image, starting with the n visible ones in the order of their tokens. None:
+    all N patches are visible and in order.
     """
 
     width: int
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
 
 
 def decoder(width: int, depth: int, heads: int, out: int) -> Network:
-    """The `Decoder` of a masked autoencoder. apply takes order=.
+    """The `Decoder` of a masked autoencoder. Its apply accepts order=.
 
     Raises UserError if `width` is not divisible by 4 and by `heads`.
     """
@@ -199,7 +199,7 @@ def check_patch(patch: int, sides: tuple[int, ...]) -> None:
 def build_vit(model: Model, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Network:
     """The ViT that `config.model` describes, for images of `size` px.
 
-    Embeddings have 192, 384 or 768 features, times model.width, which changes the features of each head.
+    Embeddings have 192, 384 or 768 features, times model.width, which scales the features of each head.
     Raises UserError if the patch does not divide `size`.
     """
     heads = ARCHITECTURES[model.name]
@@ -207,7 +207,7 @@ def build_vit(model: Model, size: int, mean: tuple[float, ...], std: tuple[float
     if not model.patch and size <= SMALL_UP_TO:
         patch = next(p for p in range(max(1, size // 7), 0, -1) if size % p == 0)
     check_patch(patch, (size,))
-    made = network(
+    vit = network(
         ViT(
             width=heads * 4 * max(1, round(16 * model.width)),  # divisible by 4, which fixed positions need
             heads=heads,
@@ -223,4 +223,4 @@ def build_vit(model: Model, size: int, mean: tuple[float, ...], std: tuple[float
             remat=model.remat,
         )
     )
-    return made._replace(patch=patch)
+    return vit._replace(patch=patch)

@@ -31,7 +31,7 @@ def view_sheet(
     """Write a PNG: a row for each image, first as it is, then `draws` random draws of each view.
 
     images: uint8 [N, H, W, C], C = 1 or 3; of any other number, the first one or three channels are shown
-    views:  with their sizes, as `ssl_jax.augment.resolve` returns them
+    views:  with their sizes, as `ssl_jax.augment.resolve_views` returns them
     names:  N labels for the rows
     outlines: for each image class -> mask [H, W] in [0, 1]; where it lies in each picture is drawn as a line
 

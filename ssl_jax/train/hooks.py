@@ -22,10 +22,10 @@ from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.collapse import rank_me
 from ssl_jax.config import Config, to_json, to_steps
 from ssl_jax.data import Source
+from ssl_jax.data.labelled import labelled_indices
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.knn import knn_predict
-from ssl_jax.evaluate.multilabel import rank
-from ssl_jax.evaluate.subsets import labelled
+from ssl_jax.evaluate.multilabel import mean_auc
 from ssl_jax.progress import Progress
 from ssl_jax.train.step import Setup, TrainState, encoder_of
 from ssl_jax.train.writers import open_writers
@@ -211,7 +211,7 @@ class Evaluate(Hook):
         self.training, self.log = training, log
         self.every = training.steps(training.config.eval.every)
         settings, source = training.config.eval, training.source
-        known = np.arange(len(source)) if source.labels is None else labelled(source.labels)
+        known = np.arange(len(source)) if source.labels is None else labelled_indices(source.labels)
         chosen = np.random.default_rng(training.config.train.seed).permutation(known)
         chosen = chosen[: settings.knn_bank + settings.knn_queries]
         self.queries = min(settings.knn_queries, len(chosen) // 2)
@@ -244,7 +244,7 @@ class Evaluate(Hook):
         )
         if labels.ndim == 1:
             return {"knn_accuracy": float((scores.argmax(axis=1) == labels[:queries]).mean())}
-        auc = rank(scores, labels[:queries])[0]  # the mean over classes; 0 if none has both labels
+        auc = mean_auc(scores, labels[:queries])  # the mean over classes; 0 if none has both labels
         return {"knn_auc": round(auc, 4)} if auc else {}
 
 

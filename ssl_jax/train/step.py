@@ -17,12 +17,11 @@ import optax
 from jax.sharding import Mesh
 
 from ssl_jax import parallel
-from ssl_jax.augment import make_views
-from ssl_jax.augment import resolve as resolve_views
+from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.collapse import embedding_std
 from ssl_jax.config import Config, View, method_module, to_steps
 from ssl_jax.data import Partners, Source, order, stream
-from ssl_jax.encoder import Encoder, build, describe, started_from
+from ssl_jax.encoder import Encoder, build, encoder_metadata, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Context, Method, RunInfo, State
@@ -247,4 +246,6 @@ def encoder_of(setup: Setup, config: Config, state: TrainState) -> Encoder:
     params, stats = setup.method.encoder(state.params, target_of(state.opt_state), state.model_state)
     params, stats = parallel.to_local((params, stats))
     size, channels = min(setup.shape[:2]), setup.shape[2]
-    return Encoder(setup.encoder, params, stats, size, channels, describe(config, size, channels, int(state.step)))
+    return Encoder(
+        setup.encoder, params, stats, size, channels, encoder_metadata(config, size, channels, int(state.step))
+    )
