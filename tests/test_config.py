@@ -2,9 +2,20 @@ import json
 
 import pytest
 
-from ssl_jax.config import default, differences, from_json, merge, method_names, resolve, to_json, to_steps
+from ssl_jax.config import (
+    default,
+    differences,
+    find_config,
+    from_json,
+    load_config,
+    merge,
+    method_names,
+    override,
+    resolve,
+    to_json,
+    to_steps,
+)
 from ssl_jax.errors import UserError
-from ssl_jax.settings import find_config, load_config, override
 
 
 def test_every_method_resolves_and_survives_json():
