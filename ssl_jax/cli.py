@@ -144,7 +144,7 @@ def usage(command: str | None = None) -> str:
 
 def option_help(topic: str) -> str:
     """The options of a section or method, each with type or choices, range, default and meaning."""
-    from ssl_jax.config import SECTIONS, describe, method_module, method_names
+    from ssl_jax.config import SECTIONS, describe, method_module, method_names, recipe
 
     lines, section = [], topic
     if topic not in ("config", *SECTIONS):
@@ -152,8 +152,8 @@ def option_help(topic: str) -> str:
             raise unknown("--help", topic, ["config", *SECTIONS, *methods])
         module, section = method_module(topic), "method"
         lines = [" ".join((module.__doc__ or topic).partition("\n\n")[0].split())]
-        recipe = ", ".join(f"{key}={value!r}" for key, value in getattr(module, "RECIPE", {}).items())
-        lines += [f"Recipe: {recipe}"] * bool(recipe) + [""]
+        settings = ", ".join(f"{key}={value!r}" for key, value in recipe(topic).items())
+        lines += [f"Recipe: {settings}"] * bool(settings) + [""]
     for option in describe(topic):
         key = option.name if section == "config" else f"{section}.{option.name}"
         lines += [f"--config.{key}: {option.allowed} (default {option.default})", f"    {option.help}"]

@@ -6,6 +6,8 @@ and help (see `ssl_jax.fields`); `ssl-jax pretrain --help=optim` and docs/config
 """
 
 import dataclasses
+import functools
+import operator
 import runpy
 import types
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ml_collections import ConfigDict, config_dict
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from ssl_jax import fields, registry
 from ssl_jax.errors import UserError, unknown
@@ -270,14 +273,18 @@ def method_module(name: str) -> types.ModuleType:
     return registry.find("method", name)
 
 
+def recipe(method: str) -> dict[str, Any]:
+    """What a method sets in place of other sections' defaults: "section.key": value."""
+    return getattr(method_module(method), "RECIPE", {})
+
+
 def default(method: str = "byol") -> ConfigDict:
-    """A complete config for `method`: every key at its default, then the module's RECIPE ("section.key": value)."""
-    module = method_module(method)
+    """A complete config for `method`: every option at its default, then the method's recipe."""
     config = ConfigDict({name: _to_dict(kind()) for name, kind in SECTIONS.items()})
     for key in TOP_LEVEL:
         config[key] = getattr(Config, key)
-    config.method = ConfigDict({"name": method, **_to_dict(module.Config())})
-    for key, value in getattr(module, "RECIPE", {}).items():
+    config.method = ConfigDict({"name": method, **_to_dict(method_module(method).Config())})
+    for key, value in recipe(method).items():
         config.update_from_flattened_dict({key: value})
     return config
 
@@ -329,10 +336,10 @@ def load_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """`config` changed by flags "--config.key=value", which ml_collections parses."""
-    from absl import flags
-    from ml_collections import config_flags
-
+    """`config` changed by "--config.key=value" flags, as ml_collections parses them. A method brings its recipe."""
+    methods = [item.partition("=")[2] for item in overrides if item.startswith("--config.method.name=")]
+    if methods and "method" in config:
+        config = _change_method(config, methods[-1])
     for item in overrides:
         path, place = item.removeprefix("--config.").split("=", 1)[0], config
         parts = path.split(".")
@@ -348,6 +355,23 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())[:300]}") from None
     return values["config"].value
+
+
+def _change_method(config: ConfigDict, name: str) -> ConfigDict:
+    """`config` with the options of another method, and its recipe where the config still follows the old recipe."""
+    if config.method.name == name:
+        return config
+    old, new = default(config.method.name), default(name)
+
+    def get(source: ConfigDict, key: str) -> Any:
+        return functools.reduce(operator.getitem, key.split("."), source)
+
+    changed = ConfigDict(config)
+    for key in {*recipe(config.method.name), *recipe(name)}:
+        if get(config, key) == get(old, key):
+            changed.update_from_flattened_dict({key: get(new, key)})
+    changed.method = new.method
+    return changed
 
 
 def resolve(config: ConfigDict) -> Config:
