@@ -102,8 +102,8 @@ def _convert(hint: Any, metadata: Mapping[str, Any], value: Any, key: str) -> An
         return build(typing.cast(type, hint), value, key)
     if hint is Any or origin is Literal:
         return value
-    if origin is Annotated:
-        return _convert(arguments[0], metadata, value, key)
+    if origin is Annotated and isinstance(value, arguments[0]):
+        return value
     if origin is tuple and isinstance(value, list | tuple):
         items = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         if len(items) == len(value):
