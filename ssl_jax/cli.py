@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if argument in ("-h", "--help"):
                 print(usage(argv[0]))
                 return 0
-            if argument.startswith("--help=") and _takes_options(argv[0]):
+            if argument.startswith("--help="):
+                if not _takes_options(argv[0]):
+                    raise UserError(f"{argument}: `ssl-jax {argv[0]}` takes no options of config; allowed: --help")
                 print(option_help(argument.removeprefix("--help=")))
                 return 0
         values, overrides = parse(argv[0], argv[1:])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ssl_jax import registry
+from ssl_jax import cli, registry
 from ssl_jax.config import default, resolve
 from ssl_jax.errors import UserError
 from ssl_jax.methods import byol
@@ -99,12 +99,12 @@ def installed(package):
     return package
 
 
-def command(folder, *args):
-    """The command line in a process that finds packages in `folder`."""
+def pretrain(folder, *flags):
+    """`ssl-jax pretrain` in a process that finds packages in `folder`."""
     path = os.pathsep.join([str(folder), str(ROOT)])
-    argv = [sys.executable, "-m", "ssl_jax.cli", *map(str, args)]
+    argv = [sys.executable, "-m", "ssl_jax.cli", "pretrain", *flags]
     done = subprocess.run(argv, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, cwd=folder)
-    return done.returncode, done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_comes_with_the_package():
@@ -172,35 +172,34 @@ def test_test_data_of_a_study_may_come_from_outside(package):
         resolve(config)
 
 
-def test_entry_points_on_the_command_line(installed, tmp_path):
+def test_entry_points_on_the_command_line(installed, tmp_path, capsys):
     flags = ["--config.data.name=mysource", "--config.model.name=mymodel", *SMALL, f"--workdir={tmp_path / 'run'}"]
-    code, _, err = command(installed, "pretrain", "--config=pretrain:mine", *flags)
-    assert code == 0, err
+    pretrain(installed, "--config=pretrain:mine", *flags)
     names = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (names["method"]["name"], names["data"]["name"], names["model"]["name"]) == ("mine", "mysource", "mymodel")
     (installed / "mypackage-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS.replace("gone", "# gone"))
-    code, out, err = command(installed, "methods")
-    assert code == 0 and any(line.startswith("mine ") and "My method" in line for line in out.splitlines()), err
-    code, out, err = command(installed, "pretrain", "--help=mine")
-    assert code == 0 and "--config.method.head: mlp or linear (default 'mlp')\n    kind of projector" in out, err
+    assert cli.main(["methods"]) == 0
+    assert any(line.startswith("mine ") and "My method" in line for line in capsys.readouterr().out.splitlines())
+    assert cli.main(["pretrain", "--help=mine"]) == 0
+    assert "--config.method.head: mlp or linear (default 'mlp')\n    kind of projector" in capsys.readouterr().out
 
 
-def test_import_paths_on_the_command_line(package, tmp_path):
+def test_import_paths_on_the_command_line(package, tmp_path, capsys):
     paths = [f"--config.{key}=mypackage.my{kind}" for key, kind in (("data.name", "source"), ("model.name", "model"))]
     flags = [*paths, "--config.method.name=mypackage.mymethod", *SMALL, f"--workdir={tmp_path / 'run'}"]
-    train = ["pretrain", "--config=pretrain:byol", *flags, "--config.method.share=0.25"]
-    code, _, err = command(package, *train)
-    assert code == 0, err
+    flags = ["--config=pretrain:byol", *flags, "--config.method.share=0.25"]
+    pretrain(package, *flags)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["method"]["name"] == "mypackage.mymethod" and saved["method"]["share"] == 0.25
     assert saved["optim"]["lr"] == 0.05 and saved["optim"]["name"] == "sgd"  # its recipe, and none of byol's
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    code, _, err = command(package, *train)  # again: the run is found finished, under the same options
-    assert code == 0 and (tmp_path / "run" / "metrics.jsonl").read_text() == lines, err
-    code, out, err = command(package, "evaluate", f"--workdir={tmp_path / 'run'}", "--data=mypackage.mysource:n=48")
-    assert code == 0 and "top1" in out, err
-    code, _, err = command(package, "pretrain", "--config=pretrain:mypackage.nothing", "--workdir=W")
-    assert code == 2 and len(err.strip().splitlines()) == 1 and "cannot be imported" in err
+    assert cli.main(["pretrain", *flags]) == 0  # again: the run is found finished, with the same options
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+    assert cli.main(["evaluate", f"--workdir={tmp_path / 'run'}", "--data=mypackage.mysource:n=48"]) == 0
+    assert "top1" in capsys.readouterr().out
+    assert cli.main(["pretrain", "--config=pretrain:mypackage.nothing", "--workdir=W"]) == 2
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and "config.method.name='mypackage.nothing': cannot be imported" in told[0]
 
 
 def test_config_imports_nothing_above_it():
