@@ -57,7 +57,7 @@ class Data:
     workers: int = option(2, "threads that decode files", min=1)
     cache: str = option("", "folder for decoded images, written once and read instead of the files; empty: none")
     window: Literal["auto", "percentile"] = option(
-        "auto", "DICOM, black and white levels: auto: those of the file, else percentiles"
+        "auto", "DICOM: what is black and white; auto: the window of the file, else percentiles of the image"
     )
 
 

@@ -55,7 +55,6 @@ def test_view_overrides_survive_json_and_resolve():
         (("train", "duration", "3 weeks"), r'config.train.duration=.3 weeks.: allowed: "10 epochs"'),
         (("optim", "lr", -1.0), r"config.optim.lr=-1.0: allowed: 0 or more"),
         (("optim", "warmup", "soon"), r"config.optim.warmup='soon': allowed: \"10 epochs\""),
-        (("optim", "nesterov", 1), r"config.optim.nesterov=1: wrong type \(int\); allowed: bool"),
         (("data", "name", "foldr"), r"config.data.name='foldr': unknown; did you mean 'folder'"),
         (("data", "channels", 2), r"config.data.channels=2: unknown; available: 0, 1, 3"),
         (("model", "name", "resnet19"), r"config.model.name='resnet19': unknown; did you mean 'resnet1?8'"),
@@ -94,7 +93,7 @@ def test_a_flag_for_the_method_brings_its_options_and_its_recipe(old, new):
     config.optim.lr, config.data.name = 7.0, "synthetic"
     changed = override(config, [flag, "--config.optim.b2=0.5"])
     assert (changed.optim.lr, changed.optim.b2, changed.data.name) == (7.0, 0.5, "synthetic")
-    assert changed.method == default(new).method and config.method.name == old
+    assert changed.method.to_dict() == default(new).method.to_dict() and config.method.name == old
 
 
 def test_unknown_key_in_a_config_file():
