@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ssl_jax.methods
 from ssl_jax import cli, registry
 from ssl_jax.config import default, resolve
 from ssl_jax.errors import UserError
@@ -112,6 +113,14 @@ def test_what_comes_with_the_package():
     assert "base" not in registry.own_names("method") and "cache" not in registry.own_names("source")
     assert {"resnet18", "vit_tiny"} <= set(registry.own_names("model")) and registry.find("model", "vit_tiny").build
     assert registry.find("method", "byol") is byol
+
+
+def test_an_unfinished_method_does_not_stop_the_others(tmp_path, monkeypatch):
+    (tmp_path / "unfinished.py").write_text("import nothing_like_it")
+    monkeypatch.setattr(ssl_jax.methods, "__path__", [*ssl_jax.methods.__path__, str(tmp_path)])
+    assert registry.find("method", "byol") is byol
+    with pytest.raises(ModuleNotFoundError, match="nothing_like_it"):  # with its traceback, for who is writing it
+        registry.find("method", "unfinished")
 
 
 def test_entry_points_are_names_like_any_other(installed):
