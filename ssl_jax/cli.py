@@ -9,7 +9,7 @@ from ssl_jax.errors import UserError, unknown
 CONFIG = "config: NAME[:ARGUMENT] or FILE.py[:ARGUMENT]; change options with --config.SECTION.KEY=VALUE"
 RUN = "run folder, written by `ssl-jax pretrain`"
 OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # take --config.key=value without a --config
-DATA = "folder of images or of CheXpert, .csv or .npz file, fashion_mnist, or tfds:NAME"
+DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png) or table of boxes (path,left,top,right,bottom,class)"
 
 # command: (one line, {flag: (default, help)}); the default ... marks a required flag
@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "protocol": ("knn", "knn, linear or finetune"),
             "labels": (0, "number of labels to train with; 0: all"),
             "seeds": (1, "number of draws of the labels"),
-            "data": ("", f"labelled data; default: the run's own: {DATA}"),
+            "data": ("", f"labelled data (default: the run's own): {DATA}"),
             "test": ("", "test data; default: the test split of the data, or 20 % held out"),
         },
     ),
@@ -69,7 +69,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "config": (..., CONFIG),
             "out": ("views.png", ".png file to write"),
             "images": (6, "number of images"),
-            "masks": ("", f"{MASKS}; shows only images with masks, with outlines"),
+            "masks": ("", f"{MASKS}; draws only images with masks, and their outlines"),
         },
     ),
     "audit": (
@@ -83,7 +83,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "config": ("", f"{CONFIG}; for --invariance without --workdir: the encoder that config.model describes"),
             "masks": ("", MASKS),
             "workdir": ("", RUN),
-            "data": ("", f"images for --invariance; default: the run's own: {DATA}"),
+            "data": ("", f"images for --invariance (default: the run's own): {DATA}"),
             "out": ("audit", "folder for a table and a figure"),
             "images": (200, "number of images"),
         },
