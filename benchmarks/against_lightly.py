@@ -28,14 +28,13 @@ import numpy as np
 from methods import add, rows
 
 from ssl_jax.augment import PRESETS
-from ssl_jax.config import Config, Data, Model, View, resolve
+from ssl_jax.config import Config, Data, Model, View, load_config, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import interval, knn_predict, metrics, paired
 from ssl_jax.models import normalization
 from ssl_jax.models.resnet import ARCHITECTURES
 from ssl_jax.run import read_lines
-from ssl_jax.settings import load_config
 from ssl_jax.train import Setup, set_up
 
 HERE = Path(__file__).resolve().parent

@@ -24,12 +24,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ssl_jax.config import Data, Finetune, method_names, resolve
+from ssl_jax.config import Data, Finetune, load_config, method_names, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import finetune, interval, knn_predict, linear_probe, metrics, nested_subset, predict
 from ssl_jax.parallel import make_mesh
-from ssl_jax.settings import load_config
 from ssl_jax.train import init_state, make_step, set_up
 
 RESULTS = Path(__file__).resolve().parent / "results"

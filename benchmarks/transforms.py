@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 from methods import add, pretrain, rows
 
-from ssl_jax.config import Data, resolve
+from ssl_jax.config import Data, load_config, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import interval, linear_probe, metrics, paired
 from ssl_jax.report.figures import STYLE, _save
-from ssl_jax.settings import load_config
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Each transform with the strength that it has in the preset natural, and what takes it out of that preset.

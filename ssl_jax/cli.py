@@ -1,4 +1,4 @@
-"""The command line: `ssl-jax COMMAND --flag=value ...`. Parsing only; the work is done in `commands`."""
+"""The command line: `ssl-jax COMMAND --flag=value ...`. It only parses; `commands` does the work."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,43 +6,43 @@ from typing import Any
 
 from ssl_jax.errors import UserError, unknown
 
-CONFIG = "config file, name[:argument] or path/to/file.py[:argument]; then --config.section.key=value"
-RUN = "run folder, made by `ssl-jax pretrain`"
+CONFIG = "config: NAME[:ARGUMENT] or FILE.py[:ARGUMENT]; change options with --config.SECTION.KEY=VALUE"
+RUN = "run folder, written by `ssl-jax pretrain`"
 OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # take --config.key=value without a --config
-DATA = "folder of images or with CheXpert's tables, .csv or .npz file, fashion_mnist, or tfds:NAME"
-MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png), or table of boxes (path,left,top,right,bottom,class)"
+DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
+MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png) or table of boxes (path,left,top,right,bottom,class)"
 
-# command: (one line, {flag: (default, help)}); a default of ... marks a flag that must be given
+# command: (one line, {flag: (default, help)}); the default ... marks a required flag
 COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "pretrain": (
-        "train an encoder (the same command continues an interrupted run)",
+        "train an encoder; the same command continues an interrupted run",
         {
             "config": (..., CONFIG),
-            "workdir": (..., "run folder to make or to continue"),
-            "cluster": (False, "join the hosts of a TPU pod (SLURM, Open MPI and GKE are noticed without it)"),
+            "workdir": (..., "run folder to create or continue"),
+            "cluster": (False, "join the hosts of a TPU pod; SLURM, Open MPI and GKE are detected without it"),
         },
     ),
     "evaluate": (
-        "judge an encoder: kNN, linear probe or fine-tuning, on all or few labels",
+        "evaluate an encoder: kNN, linear probe or fine-tuning, on all or few labels",
         {
             "workdir": (..., RUN),
             "protocol": ("knn", "knn, linear or finetune"),
-            "labels": (0, "labels per draw; 0: all"),
-            "seeds": (1, "draws of the labels"),
-            "data": ("", f"labelled data, if not the run's own: {DATA}"),
-            "test": ("", "test data; default: the data's test split, else 20 % held out"),
+            "labels": (0, "number of labels to train with; 0: all"),
+            "seeds": (1, "number of draws of the labels"),
+            "data": ("", f"labelled data (default: the run's own): {DATA}"),
+            "test": ("", "test data; default: the test split of the data, or 20 % held out"),
         },
     ),
     "study": (
-        "compare methods over label counts and seeds (can be stopped and continued)",
+        "compare methods over label counts and seeds; the same command continues an interrupted study",
         {
             "config": (..., CONFIG),
-            "workdir": (..., "study folder to make or to continue"),
-            "cells": ("", "K/N: only share K of N of the cells, K from 1 to N; 0/N: only the pretraining"),
+            "workdir": (..., "study folder to create or continue"),
+            "cells": ("", "K/N: run only the K-th of N parts; 0/N: only pretrain"),
         },
     ),
     "finetune": (
-        "train a classifier from labelled images, starting from an encoder",
+        "train a classifier on labelled images, starting from an encoder",
         {
             "workdir": (..., RUN),
             "data": (..., f"labelled data: {DATA}"),
@@ -52,70 +52,73 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         },
     ),
     "predict": (
-        "class probabilities for images",
+        "write class probabilities for images",
         {
-            "workdir": (..., "classifier folder, made by `ssl-jax finetune`"),
+            "workdir": (..., "classifier folder, written by `ssl-jax finetune`"),
             "data": (..., DATA),
             "out": (..., ".csv file to write"),
         },
     ),
     "embed": (
-        "embeddings for images, with their file names",
+        "write embeddings of images, with their file names",
         {"workdir": (..., RUN), "data": (..., DATA), "out": (..., ".npz, .csv or .parquet file to write")},
     ),
     "views": (
-        "a picture of what a config's transforms do to your images",
+        "draw what a config's transforms do to your images",
         {
             "config": (..., CONFIG),
             "out": ("views.png", ".png file to write"),
             "images": (6, "number of images"),
-            "masks": ("", f"{MASKS}; outlines are drawn, of images that have some"),
+            "masks": ("", f"{MASKS}; draws only images with masks, and their outlines"),
         },
     ),
     "audit": (
-        "choose transforms: what they do to lesions (--lesions), or what an encoder ignores (--invariance)",
+        "check transforms: whether they cut lesions off (--lesions), what an encoder ignores (--invariance)",
         {
-            "lesions": (False, "how often views of a --config lose a lesion; needs --masks"),
-            "invariance": (False, "how far transforms move the embeddings of --workdir, and whether it shows them"),
-            "config": ("", f"{CONFIG}; for --invariance without --workdir: random or imported weights (config.model)"),
+            "lesions": (False, "how often the views of --config lose a lesion; needs --masks"),
+            "invariance": (
+                False,
+                "how far transforms move the embeddings of --workdir",
+            ),
+            "config": ("", f"{CONFIG}; for --invariance without --workdir: the encoder that config.model describes"),
             "masks": ("", MASKS),
             "workdir": ("", RUN),
-            "data": ("", f"for --invariance, images, if not the run's own: {DATA}"),
-            "out": ("audit", "folder for a table and a picture"),
+            "data": ("", f"images for --invariance (default: the run's own): {DATA}"),
+            "out": ("audit", "folder for a table and a figure"),
             "images": (200, "number of images"),
         },
     ),
     "report": (
-        "one self-contained HTML page about a run or a study",
+        "write one self-contained HTML page about a run or a study",
         {"workdir": (..., "run or study folder"), "out": ("", ".html file; default: report.html in the folder")},
     ),
     "plan": (
-        "predict memory, speed and hours of a run on a TPU slice, from its program compiled here",
+        "predict memory, speed and hours of a run on a TPU slice by compiling it here",
         {
             "config": (..., CONFIG),
-            "topology": ("", "slice: version and sides, such as v5e:4x8 or v5p:2x2x4"),
-            "sweep": ("", "several slices with commas between: a table"),
-            "images": (0, "images in the data set, if it is not on this machine"),
-            "classes": (0, "and their classes, 0 without labels"),
+            "topology": ("", "slice: version and shape, such as v5e:4x8 or v5p:2x2x4"),
+            "sweep": ("", "several slices, separated by commas, to compare in a table"),
+            "images": (0, "number of images, if the data are not on this machine"),
+            "classes": (0, "number of classes of these; 0: no labels"),
             "out": ("", "folder for a table and a figure"),
         },
     ),
     "phantom": (
-        "draw chest radiographs with known findings, in CheXpert's layout, to try things out on",
+        "generate chest radiographs with known findings, in CheXpert's layout, for trying things out",
         {
-            "out": (..., "folder to make, or to finish"),
-            "patients": (10_000, "training patients, about two images each"),
-            "seed": (0, "random seed; patient i of a seed is always the same"),
+            "out": (..., "folder to create or finish"),
+            "patients": (10_000, "number of training patients, with about two images each"),
+            "seed": (0, "random seed; patient i is always the same for a seed"),
             "size": (128, "side of the images, px"),
-            "test": (300, "test images, with clean labels"),
+            "test": (300, "number of test images, with clean labels"),
         },
     ),
-    "methods": ("list the methods: name, one line, source, needs", {}),
+    "methods": ("list the methods with their sources and what data they need", {}),
 }
 
 
 def usage(command: str | None = None) -> str:
-    """Help of one command, or of all."""
+    """Help for one command, or for all."""
     if command is None:
         lines = "\n".join(f"  {name:10} {line}" for name, (line, _) in COMMANDS.items())
         return (
@@ -131,8 +134,34 @@ def usage(command: str | None = None) -> str:
         shown.append("  --config.finetune.KEY=VALUE changes how classifiers are trained")
     if command in OVERRIDES:
         shown.append("  --config.data.KEY=VALUE changes how the data are read")
-    needed = " ".join(f"--{n}=..." for n, (d, _) in flags.items() if d is ...)
-    return "\n".join([f"usage: ssl-jax {command} {needed}", f"\n{line}\n", *shown])
+    if _takes_options(command):
+        from ssl_jax.config import SECTIONS
+
+        shown.append(f"\n  --help=SECTION lists options: config, {', '.join(SECTIONS)} or a method's name")
+    required = " ".join(f"--{n}=..." for n, (d, _) in flags.items() if d is ...)
+    return "\n".join([f"usage: ssl-jax {command} {required}".rstrip(), f"\n{line}\n", *shown])
+
+
+def option_help(topic: str) -> str:
+    """The options of a section or method, each with type or choices, range, default and meaning."""
+    from ssl_jax.config import SECTIONS, describe, method_module, method_names, recipe
+
+    lines, section = [], topic
+    if topic not in ("config", *SECTIONS):
+        if topic not in (methods := method_names()) and "." not in topic:
+            raise unknown("--help", topic, ["config", *SECTIONS, *methods])
+        module, section = method_module(topic), "method"
+        lines = [" ".join((module.__doc__ or topic).partition("\n\n")[0].split())]
+        settings = ", ".join(f"{key}={value!r}" for key, value in recipe(topic).items())
+        lines += [f"Recipe: {settings}"] * bool(settings) + [""]
+    for option in describe(topic):
+        key = option.name if section == "config" else f"{section}.{option.name}"
+        lines += [f"--config.{key}: {option.allowed} (default {option.default})", f"    {option.help}"]
+    return "\n".join(lines)
+
+
+def _takes_options(command: str) -> bool:
+    return command in OVERRIDES or "config" in COMMANDS[command][1]
 
 
 def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -144,8 +173,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
         kinds: dict[type, Any] = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer}
         define = kinds.get(type(default), flags.DEFINE_string)
         define(name, None if default is ... else default, text, flag_values=values)
-    overrides = _overrides(argv)
-    rest = [a for a in argv if a not in overrides]
+    overrides, rest = _overrides(argv)
     try:
         left = values([f"ssl-jax {command}", *rest])[1:]
     except flags.UnrecognizedFlagError as error:
@@ -160,31 +188,36 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     return {name: values[name].value for name in table}, overrides
 
 
-def _overrides(argv: Sequence[str]) -> list[str]:
-    """The --config.key=value arguments; "--config.key value" is joined."""
-    found, items = [], iter(argv)
-    for item in items:
-        if item.startswith("--config."):
-            found.append(item)
-            if "=" not in item:
-                raise UserError(f"{item}: value missing; allowed: {item}=VALUE")
-    return found
+def _overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the options among argv as --config.key=value, all other arguments); "--config.key value" is joined."""
+    overrides, rest, items = [], [], list(argv)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--config."):
+            rest.append(item)
+        elif "=" in item:
+            overrides.append(item)
+        elif items and not items[0].startswith("--"):
+            overrides.append(f"{item}={items.pop(0)}")
+        else:
+            raise UserError(f"{item}: value missing; allowed: {item}=VALUE")
+    return overrides, rest
 
 
-def _tell_warnings() -> None:
-    """The library's warnings (a file that is skipped, say) as plain lines on stderr."""
+def _print_warnings() -> None:
+    """Prints the library's warnings (a skipped file, for example) as plain lines on stderr."""
     import logging
 
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs a traceback for what we tell in one line
+    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs a traceback where we print one line
     log, handler = logging.getLogger("ssl_jax"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("ssl-jax: %(message)s"))
     log.handlers, log.propagate = [handler], False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code. A user's mistake is one line on stderr and code 2."""
+    """Runs one command and returns its exit code. A user's mistake prints one line to stderr and returns 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -197,21 +230,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise unknown("command", argv[0], COMMANDS)
-        if any(a in ("-h", "--help") for a in argv[1:]):
-            print(usage(argv[0]))
-            return 0
+        for argument in argv[1:]:
+            if argument in ("-h", "--help"):
+                print(usage(argv[0]))
+                return 0
+            if argument.startswith("--help="):
+                if not _takes_options(argv[0]):
+                    raise UserError(f"{argument}: `ssl-jax {argv[0]}` takes no options of config; allowed: --help")
+                print(option_help(argument.removeprefix("--help=")))
+                return 0
         values, overrides = parse(argv[0], argv[1:])
         from ssl_jax import commands
-        from ssl_jax.settings import load_config
+        from ssl_jax.config import load_config
 
-        _tell_warnings()
+        _print_warnings()
         commands.start_jax()
         if values.get("config"):
             values["config"] = load_config(values["config"], overrides)
         elif argv[0] in OVERRIDES:
             values["overrides"] = overrides
         elif overrides:
-            raise UserError(f"{overrides[0]}: `ssl-jax {argv[0]}` takes no config")
+            raise UserError(f"{overrides[0]}: `ssl-jax {argv[0]}` takes no options of config")
         work: Callable[..., None] = getattr(commands, argv[0])
         work(**values)
     except UserError as error:

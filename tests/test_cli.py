@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ssl_jax import cli
-from ssl_jax.config import method_names
+from ssl_jax.config import TOP_LEVEL, default, method_names
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,7 +193,14 @@ MISTAKES = [
     (["pretrain", "--config=pretrain", "--wrkdir=W"], "did you mean '--workdir'?"),
     ([*PRETRAIN, "--config.optim.lrr=1"], "--config.optim='lrr': unknown"),
     ([*PRETRAIN, "--config.train.batch=x"], "--config.train.batch=x"),
-    ([*PRETRAIN, "--config.augment.preset=chestxray"], "did you mean 'chest_xray'?"),
+    ([*PRETRAIN, "--config.train.batch", "x"], "--config.train.batch=x"),
+    ([*PRETRAIN, "--config.train.batch", "--config.train.keep=1"], "--config.train.batch: value missing"),
+    ([*PRETRAIN, "--config.train.batch"], "--config.train.batch: value missing; allowed: --config.train.batch=VALUE"),
+    ([*PRETRAIN, "--config.optim.schedule=cosin"], "config.optim.schedule='cosin': unknown; did you mean 'cosine'?"),
+    ([*PRETRAIN, "--config.data.name=no.source"], "config.data.name='no.source': cannot be imported"),
+    (["pretrain", "--help=optimm"], "--help='optimm': unknown; did you mean 'optim'? available: "),
+    (["report", "--help=optim"], "--help=optim: `ssl-jax report` takes no options of config; allowed: --help"),
+    ([*PRETRAIN, "--config.data.name=synthetic", "--config.augment.preset=chestxray"], "did you mean 'chest_xray'?"),
     ([*PRETRAIN, "--config.data.name=folder", "--config.data.path=/no/such"], "/no/such"),
     ([*PRETRAIN, "--config.data.name=folder", "--config.data.path=EMPTY"], "no images"),
     ([*PRETRAIN, "--config.data.name=synthetic", "--config.train.batch=999999"], "larger"),
@@ -244,6 +251,28 @@ def test_help_of_every_command(capsys):
         assert all(f"--{flag}" in shown for flag in flags)
 
 
+def test_help_of_options(capsys):
+    """Every option that a config has is listed, with what is allowed, its default and what it means."""
+    for topic, section in (("optim", "optim"), ("augment", "augment"), ("moco", "method"), ("config", "")):
+        assert ssl_jax("pretrain", f"--help={topic}") == 0
+        shown = capsys.readouterr().out
+        values = default("moco")[section] if section else {key: None for key in TOP_LEVEL}
+        wanted = [f"--config.{section}.{key}: ".replace("..", ".") for key in values]
+        wanted = [key for key in wanted if key.split(".")[-1] not in ("name: ", "second: ", "local: ")]
+        assert all(key in shown for key in wanted)
+        assert topic != "optim" or "--config.optim.lr: float, 0 or more (default 0.06)\n    peak learning rate" in shown
+        assert topic != "moco" or "Recipe: optim.lr=0.03, optim.decay_all=True" in shown
+    assert ssl_jax("pretrain", "--help") == 0
+    assert "--help=SECTION" in capsys.readouterr().out
+
+
+def test_an_option_may_be_two_arguments():
+    argv = ["--config=pretrain", "--config.optim.lr", "-0.1", "--config.train.batch=8", "--workdir", "W"]
+    values, overrides = cli.parse("pretrain", argv)
+    assert overrides == ["--config.optim.lr=-0.1", "--config.train.batch=8"]
+    assert (values["config"], values["workdir"]) == ("pretrain", "W")
+
+
 def test_scripts_at_the_top():
     for script, command in (("train.py", "pretrain"), ("eval.py", "evaluate")):
         done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
@@ -260,7 +289,7 @@ def test_the_wheel_holds_code_and_configs(tmp_path):
     wanted = {f"ssl_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "ssl_jax").rglob("*.py")}
     assert wanted <= set(names)
-    code = "from ssl_jax.settings import find_config; print(find_config('pretrain:byol'))"
+    code = "from ssl_jax.config import find_config; print(find_config('pretrain:byol'))"
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "installed")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "installed")

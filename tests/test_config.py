@@ -2,9 +2,20 @@ import json
 
 import pytest
 
-from ssl_jax.config import default, differences, from_json, merge, method_names, resolve, to_json, to_steps
+from ssl_jax.config import (
+    default,
+    differences,
+    find_config,
+    from_json,
+    load_config,
+    merge,
+    method_names,
+    override,
+    resolve,
+    to_json,
+    to_steps,
+)
 from ssl_jax.errors import UserError
-from ssl_jax.settings import find_config, load_config, override
 
 
 def test_every_method_resolves_and_survives_json():
@@ -12,6 +23,14 @@ def test_every_method_resolves_and_survives_json():
         config = resolve(default(name))
         again = resolve(from_json(json.loads(json.dumps(to_json(config)))))
         assert again == config
+
+
+def test_a_run_of_an_earlier_version_is_read():
+    """Its config.json lacks the options that came later: they are at their defaults."""
+    config = resolve(override(default("moco"), ["--config.optim.lr=0.5"]))
+    saved = json.loads(json.dumps(to_json(config)))
+    del saved["log"], saved["on_collapse"], saved["train"]["profile"], saved["method"]["head"]
+    assert resolve(from_json(saved)) == config
 
 
 def test_view_overrides_survive_json_and_resolve():
@@ -35,6 +54,15 @@ def test_view_overrides_survive_json_and_resolve():
         (("train", "batch", 0), r"config.train.batch=0: allowed: 1 or more"),
         (("train", "duration", "3 weeks"), r'config.train.duration=.3 weeks.: allowed: "10 epochs"'),
         (("optim", "lr", -1.0), r"config.optim.lr=-1.0: allowed: 0 or more"),
+        (("optim", "warmup", "soon"), r"config.optim.warmup='soon': allowed: \"10 epochs\""),
+        (("data", "name", "foldr"), r"config.data.name='foldr': unknown; did you mean 'folder'"),
+        (("data", "channels", 2), r"config.data.channels=2: unknown; available: 0, 1, 3"),
+        (("model", "name", "resnet19"), r"config.model.name='resnet19': unknown; did you mean 'resnet1?8'"),
+        (("model", "width", 0.0), r"config.model.width=0.0: allowed: more than 0"),
+        (("augment", "hue", 0.7), r"config.augment.hue=0.7: allowed: 0 to 0.5"),
+        (("finetune", "sensitivity", 0.0), r"config.finetune.sensitivity=0.0: allowed: more than 0, at most 1"),
+        (("study", "labels", (10, 0)), r"config.study.labels=0: allowed: 1 or more"),
+        (("study", "test", {"uncertain": "one"}), r"config.study.test.uncertain='one': unknown; did you mean 'ones'"),
     ],
 )
 def test_bad_values_are_one_line(change, message):
@@ -44,6 +72,28 @@ def test_bad_values_are_one_line(change, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve(config)
     assert "\n" not in str(caught.value)
+
+
+def test_bad_values_of_top_level_options():
+    config = default("byol")
+    config.on_collapse = "stopp"
+    with pytest.raises(UserError, match=r"config.on_collapse='stopp': unknown; did you mean 'stop'"):
+        resolve(config)
+    config = default("byol")
+    config.optimm = 3
+    with pytest.raises(UserError, match=r"config='optimm': unknown; did you mean 'optim'"):
+        resolve(config)
+
+
+@pytest.mark.parametrize(("old", "new"), [("byol", "moco"), ("looc", "dino"), ("simclr", "mae"), ("mae", "simclr")])
+def test_a_flag_for_the_method_brings_its_options_and_its_recipe(old, new):
+    flag = f"--config.method.name={new}"
+    assert resolve(override(default(old), [flag])) == resolve(default(new))
+    config = default(old)
+    config.optim.lr, config.data.name = 7.0, "synthetic"
+    changed = override(config, [flag, "--config.optim.b2=0.5"])
+    assert (changed.optim.lr, changed.optim.b2, changed.data.name) == (7.0, 0.5, "synthetic")
+    assert changed.method.to_dict() == default(new).method.to_dict() and config.method.name == old
 
 
 def test_unknown_key_in_a_config_file():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ssl_jax import config as configs
-from ssl_jax.settings import override
+from ssl_jax.config import override
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "configuration.md").read_text()
@@ -19,13 +19,15 @@ def test_page_is_up_to_date():
 
 
 def test_every_key_is_there_with_a_meaning():
-    rows = re.findall(r"^\| `(\w+\.\w+)` \| `.+` \| `.*` \| (.*) \|$", PAGE, flags=re.M)
-    assert not [key for key, meaning in rows if not meaning.strip()]
-    found = {key for key, _ in rows}
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*) \| `(.*)` \| (.*) \|$", PAGE, flags=re.M)
+    assert not [row for row in rows if not all(cell.strip() for cell in row)]
+    found = {key for key, *_ in rows}
     for method in configs.method_names():
         made = configs.default(method).to_dict()
-        wanted = {f"{section}.{key}" for section, values in made.items() if section != "on_collapse" for key in values}
+        top = {key for key, value in made.items() if not isinstance(value, dict)}
+        wanted = top | {f"{section}.{key}" for section in made.keys() - top for key in made[section]}
         assert wanted - found == {"method.name", "augment.second", "augment.local"}
+        assert top == set(configs.TOP_LEVEL)
 
 
 @pytest.mark.parametrize("example", re.findall(r"`(--config\.\S+?=(?:\"[^\"]*\"|[^\s`]+))`", PAGE))

@@ -33,7 +33,7 @@ def test_the_method_of_contributing_trains(tmp_path, monkeypatch):
 def test_commands_in_the_docs_parse(page):
     """Each `ssl-jax ...` line of a shell block names a command, flags and config keys that exist."""
     from ssl_jax import cli
-    from ssl_jax.settings import load_config
+    from ssl_jax.config import load_config
 
     text = (ROOT / page).read_text()
     blocks = re.findall(r"```(?:sh|console|)\n(.*?)```", text, re.DOTALL)

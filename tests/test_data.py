@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ssl_jax import registry
 from ssl_jax.config import Data
-from ssl_jax.data import SOURCES, Source, fashion_mnist, open_source, order, stream
+from ssl_jax.data import Source, fashion_mnist, open_source, order, stream
 from ssl_jax.errors import UserError
 
 TFDS = Path(__file__).parent / "data" / "tfds"
@@ -40,7 +41,7 @@ def test_import_is_light():
 
 
 def test_unknown_source_and_split():
-    fails(Data(name="foldr"), "config.data.name='foldr'", "did you mean 'folder'", *SOURCES)
+    fails(Data(name="foldr"), "config.data.name='foldr'", "did you mean 'folder'", *registry.names("source"))
     fails(Data(name="synthetic", split="tset"), "config.data.split='tset'", "available: all, test, train")
 
 
@@ -364,5 +365,5 @@ def test_synthetic_errors():
 def test_every_source_module_is_listed():
     folder = Path(fashion_mnist.__file__).parent
     modules = {path.stem for path in folder.glob("*.py") if "\ndef read(data: Data) -> Source:" in path.read_text()}
-    assert modules == set(SOURCES)
+    assert modules == set(registry.own_names("source"))
     assert isinstance(open_source(Data(name="synthetic")), Source)

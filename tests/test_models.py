@@ -10,6 +10,7 @@ import pytest
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
 from ssl_jax.models import build_encoder, linear, mlp
+from ssl_jax.models.build import build
 from ssl_jax.models.layers import network as network_of
 from ssl_jax.models.resnet import ResNet, basic
 
@@ -175,7 +176,7 @@ def test_images_are_normalised_inside():
 
 
 def test_initial_values():
-    network = build_encoder(Model(name="resnet_thin"), 1, 28, zero_init=True)
+    network = build(Model(name="resnet_thin"), 1, 28, zero_init=True)
     params, stats = network.init(jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32))
     for block in (params[f"layer{stage}_{i}"] for stage in (1, 2, 3) for i in (0, 1)):
         assert (block["bn1"]["scale"] == 1).all() and (block["bn2"]["scale"] == 0).all()

@@ -99,4 +99,4 @@ def test_mistakes(photos):
     )
     fails("config.data.pairs='deep': allowed for a folder: folder", name="folder", path=str(photos), pairs="deep")
     fails("has no two images of one object", name="csv", path=str(photos / "table.csv"), pairs="path")
-    fails("fashion_mnist knows no objects", name="fashion_mnist", pairs="object")
+    fails("synthetic does not say which images show one object", name="synthetic", pairs="object")

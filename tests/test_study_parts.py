@@ -10,11 +10,10 @@ from PIL import Image
 from toy_study import toy_config, toy_run, toy_tables
 
 from ssl_jax import cli, run, study
-from ssl_jax.config import Data, Study, resolve
+from ssl_jax.config import Data, Study, load_config, resolve
 from ssl_jax.data import phantom
 from ssl_jax.encoder import export, load_encoder, random_encoder
 from ssl_jax.errors import UserError
-from ssl_jax.settings import load_config
 
 SETTINGS = Study(arms={"a": {}, "b": {}, "c": {}}, labels=(10, 20, 50), seeds=4)
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 import jax
 import jax.numpy as jnp
 
+from ssl_jax import fields
 from ssl_jax.augment import ops
 from ssl_jax.augment.presets import PRESETS
 from ssl_jax.config import Augment, View
@@ -46,11 +47,11 @@ def resolve_views(augment: Augment, count: int, size: int, local: bool = False) 
     """
     if augment.preset not in PRESETS:
         raise unknown("config.augment.preset", augment.preset, PRESETS)
-    fields = [f.name for f in dataclasses.fields(View)]
+    known = [f.name for f in dataclasses.fields(View)]
     for path, changes in (("", augment.override), (".second", augment.second), (".local", augment.local)):
         for key in changes:
-            if key not in fields:
-                raise unknown(f"config.augment{path}", key, fields)
+            if key not in known:
+                raise unknown(f"config.augment{path}", key, known)
     if augment.local_views < 0 or augment.local_views and not local:
         raise UserError(f"config.augment.local_views={augment.local_views}: allowed: 0" + " or more" * local)
     views = []
@@ -73,13 +74,7 @@ def _check(view: View, path: str) -> None:
         if not valid:
             raise UserError(f"{path}.{key}={getattr(view, key)!r}: allowed: {allowed}")
 
-    for key in ("flip", "perspective", "perspective_prob", "jitter_prob", "gray", "blur", "solarize", "translate"):
-        need(key, 0 <= getattr(view, key) <= 1, "0 to 1")
-    for key in ("brightness", "contrast", "saturation", "solarize_threshold"):
-        need(key, getattr(view, key) >= 0, "0 or more")
-    need("hue", 0 <= view.hue <= 0.5, "0 to 0.5")
-    need("rotate", 0 <= view.rotate <= 180, "0 to 180")
-    need("shear", 0 <= view.shear < 90, "0 to less than 90")
+    fields.check(view, path)
     need("size", view.size >= 1, "1 or more")
     for key in ("crop_scale", "crop_ratio", "blur_sigma", "zoom"):
         value = getattr(view, key)

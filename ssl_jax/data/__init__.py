@@ -1,53 +1,43 @@
 """Images in, uint8 batches out: one module per source, one order for data in memory and on disk.
 
-A source is a module of this folder whose name is `config.data.name`; it holds `read(data: config.Data) -> Source`.
+A source is a module with a function `read(data: config.Data) -> Source`. `config.data.name` is the name of a module of
+this folder, an entry point of an installed package, or an import path (see `ssl_jax.registry`).
 """
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-from ssl_jax.config import CHOICES, Data
+from ssl_jax import fields, registry
+from ssl_jax.config import Data
 from ssl_jax.data.source import Source
 from ssl_jax.data.stream import Partners, order, stream
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import UserError
 
-__all__ = ["SOURCES", "Partners", "Source", "open_source", "order", "phantom", "stream"]
-
-SOURCES = ("chexpert", "csv", "factors", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
-
-PAIRED = ("chexpert", "csv", "folder", "npz")
+__all__ = ["Partners", "Source", "open_source", "order", "phantom", "stream"]
 
 
 def open_source(data: Data, split: str | None = None) -> Source:
-    """The images that `data` names, nothing decoded yet.
+    """The images that `data` names, none of them decoded yet.
 
-    split: train, test, all, or another part the data have; None: data.split. Without a test part "test" means the
-        validation part, and without either it is an error: the caller holds images out with `Source.take`.
+    split: train, test, all, or another part of the data; None: data.split. Without a test part, "test" means the
+        validation part; without either it is an error, and the caller holds images out with `Source.take`.
     Raises UserError, one line, for whatever is missing, malformed or unreadable.
     """
-    if data.name not in SOURCES:
-        raise unknown("config.data.name", data.name, SOURCES)
-    if data.pairs and data.name not in PAIRED:
-        raise UserError(
-            f"config.data.pairs={data.pairs!r}: {data.name} knows no objects; allowed: {', '.join(PAIRED)} data"
-        )
-    for name in ("uncertain", "blank", "frontal"):  # of a study's test data, and of a Data made in Python, too
-        if getattr(data, name) not in CHOICES[f"data.{name}"]:
-            raise unknown(f"config.data.{name}", getattr(data, name), map(str, CHOICES[f"data.{name}"]))
-    module = importlib.import_module(f"ssl_jax.data.{data.name}")
-    return module.read(dataclasses.replace(data, split=split or data.split))
+    module = registry.find("source", data.name)
+    # Of a Data made in Python; `channels` may be any number that the encoder was trained with.
+    fields.check(dataclasses.replace(data, channels=0), "config.data")
+    source = module.read(dataclasses.replace(data, split=split or data.split))
+    if data.pairs and source.objects is None:
+        raise UserError(f"config.data.pairs={data.pairs!r}: {data.name} does not say which images show one object")
+    return source
 
 
 def phantom(data: Data) -> dict[str, Any] | None:
-    """What phantom.json in the folder of the data, or around it, says, which a generator of phantom images writes.
-
-    None where there is none.
-    """
+    """The contents of phantom.json, which generated images have in their folder or the one above; None without it."""
     path = Path(data.path)
-    found = [
-        place / "phantom.json" for place in (path, path.parent) if data.path and (place / "phantom.json").is_file()
-    ]
-    return json.loads(found[0].read_text()) if found else None
+    for folder in (path, path.parent) if data.path else ():
+        if (folder / "phantom.json").is_file():
+            return json.loads((folder / "phantom.json").read_text())
+    return None
