@@ -32,9 +32,9 @@ from ssl_jax.config import Config, Data, Model, View, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import interval, knn_predict, metrics, paired
+from ssl_jax.files import read_lines
 from ssl_jax.models import normalization
 from ssl_jax.models.resnet import ARCHITECTURES
-from ssl_jax.run import read_lines
 from ssl_jax.settings import load_config
 from ssl_jax.trainer import Setup, set_up
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import run
+from ssl_jax import files
 from ssl_jax.encoder import rebuild
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import Classifier
@@ -22,8 +22,8 @@ def save_classifier(folder: Path, classifier: Classifier, about: dict[str, Any])
     weights["fc.weight"] = np.asarray(classifier.params["head"]["w"]).T
     weights["fc.bias"] = np.asarray(classifier.params["head"]["b"])
     packed = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in weights.items()})
-    run.write_bytes(folder / "classifier.safetensors", packed)
-    run.write_json(folder / "classifier.json", about)
+    files.write_bytes(folder / "classifier.safetensors", packed)
+    files.write_json(folder / "classifier.json", about)
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:

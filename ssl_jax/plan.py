@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ssl_jax import parallel, run, trainer
+from ssl_jax import files, parallel, trainer
 from ssl_jax.config import Config, Data
 from ssl_jax.data import open_source
 from ssl_jax.errors import UserError, unknown
@@ -405,7 +405,7 @@ def command(config: Config, topology: str, sweep: str, images: int, classes: int
                 )
     if out:
         rows = [as_row(one) for one in made]
-        run.write_csv(Path(out) / "plan.csv", list(rows[0]), [list(row.values()) for row in rows])
+        files.write_csv(Path(out) / "plan.csv", list(rows[0]), [list(row.values()) for row in rows])
         scaling([one for one in made if one.fits], Path(out) / "plan.png")
         print(f"table and figure: {out}")
     return made

@@ -9,9 +9,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from ssl_jax import run
 from ssl_jax.config import Config, Data, default, from_json, resolve
 from ssl_jax.errors import UserError, unknown
+from ssl_jax.run_folder import RunFolder
 
 
 def find_config(spec: str) -> tuple[Path, list[str]]:
@@ -57,8 +57,8 @@ def override(config: Any, overrides: Sequence[str]) -> Any:
 def settings_of(folder: Path, overrides: Sequence[str], read: Mapping[str, Any] | None = None) -> Config:
     """The run's config with overrides; the defaults for an exported encoder that has no run folder, or a classifier,
     with what it says of how images are read."""
-    found = (folder / "config.json").is_file()
-    config = from_json(run.read_config(folder)) if found else default()
+    found = RunFolder(folder).config.is_file()
+    config = from_json(RunFolder(folder).read_config()) if found else default()
     config.data.update(read or {})
     return resolve(override(config, overrides))
 

@@ -29,9 +29,10 @@ from ssl_jax.evaluate.finetuning import finetune, predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.subsets import labelled, nested_subset
+from ssl_jax.files import write_json, write_npz
 from ssl_jax.report.summary import write_all, write_tables
 from ssl_jax.report.tables import Cell, Row
-from ssl_jax.run import write_json, write_npz
+from ssl_jax.run_folder import RunFolder, StudyFolder
 
 if TYPE_CHECKING:
     from ssl_jax.data.source import Source
@@ -157,7 +158,7 @@ def run_study(
     byte for byte.
     """
     study, workdir = config.study, Path(workdir)
-    if (workdir / "checkpoints").exists():
+    if RunFolder(workdir).checkpoints.exists():
         raise UserError(f"--workdir={workdir}: holds a pretraining run; allowed: a new folder, or that of a study")
     arms, places = arms_of(config), plan(study, part)
     labelled_part(train, train, "config.data")
@@ -174,7 +175,7 @@ def run_study(
         encoder, digest = encoders.of(place)
         given = drawn.at(place)
         key = judge.key(place, digest, drawn.draws[place.labels, place.seed], given)
-        path = workdir / "cells" / place.arm / str(place.labels) / f"{place.seed}.json"
+        path = StudyFolder(workdir).cell(*place)
         cell = _finished(path, key)
         if cell is None:
             cell, scores = judge.run(place, encoder, digest, given)
@@ -330,13 +331,13 @@ def _save(path: Path, cell: Cell, scores: np.ndarray, indices: np.ndarray) -> No
 def _write_about(config: Config, workdir: Path, train: "Source", test: "Source", test_labels: np.ndarray) -> None:
     labels, groups = np.asarray(train.labels), np.arange(len(test)) if test.groups is None else test.groups
     truth = {"labels": test_labels, "classes": np.array(train.classes)}
-    write_npz(workdir / "test.npz", **truth, names=np.array(test.names), groups=groups)
+    write_npz(StudyFolder(workdir).test, **truth, names=np.array(test.names), groups=groups)
     share = dict(zip(train.classes, _shares(labels, len(train.classes)), strict=True))
     about: dict[str, Any] = {"classes": train.classes, "share": share}
     about |= {"train_images": len(train), "test_images": len(test), "phantom": phantom(config.data)}
     about |= {"pretrainings": min(config.study.pretrainings, config.study.seeds), "seeds": config.study.seeds}
-    write_json(workdir / "config.json", to_json(config))
-    write_json(workdir / "study.json", about)
+    write_json(StudyFolder(workdir).config, to_json(config))
+    write_json(StudyFolder(workdir).about, about)
 
 
 def _shares(labels: np.ndarray, classes: int) -> list[float]:

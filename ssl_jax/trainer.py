@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssl_jax import checkpoint, parallel, run
+from ssl_jax import checkpoint, parallel
 from ssl_jax.augment import make_views
 from ssl_jax.augment import resolve as resolve_views
 from ssl_jax.collapse import embedding_std, rank_me
@@ -31,6 +31,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.multilabel import rank
 from ssl_jax.evaluate.subsets import labelled
+from ssl_jax.files import Lines, read_json
 from ssl_jax.gradient import make_gradient
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Method, RunInfo
@@ -38,6 +39,7 @@ from ssl_jax.models import resolve_conv
 from ssl_jax.network import Network
 from ssl_jax.parallel import batch_sharding, make_mesh, replicated, state_sharding
 from ssl_jax.progress import Progress
+from ssl_jax.run_folder import RunFolder
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
 REQUEUE = 75  # exit code after SIGTERM or SIGINT: "try again later" (EX_TEMPFAIL), for schedulers
@@ -215,21 +217,21 @@ def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
     with contextlib.ExitStack() as held:
 
         def finished() -> bool:
-            return run.read_json(workdir / "encoder" / "encoder.json").get("step") == total
+            return RunFolder(workdir).finished(total)
 
         def enter() -> None:
             # A finished run is only read: tasks of one study that start together all want its encoder.
-            held.enter_context(run.lock(workdir, shared=finished()))
-            run.start(workdir, config)
+            held.enter_context(RunFolder(workdir).lock(shared=finished()))
+            RunFolder(workdir).start(config)
 
         parallel.run_on_main(enter)
 
         def look() -> dict[str, Any]:
             done = finished()
             # How convolutions are written changes the last bits: a continued run keeps what it began with.
-            conv = run.read_json(workdir / "environment.json").get("conv") or resolve_conv(config.model.conv)
+            conv = read_json(RunFolder(workdir).environment).get("conv") or resolve_conv(config.model.conv)
             if not done:
-                run.record_environment(workdir, conv=conv)
+                RunFolder(workdir).record_environment(conv=conv)
             return {"done": done, "conv": conv}
 
         found = parallel.run_on_main(look)
@@ -262,11 +264,11 @@ class _Loop:
     def run(self) -> Encoder:
         config, total = self.config, self.setup.steps
         say = functools.partial(print, flush=True) if parallel.is_main_process() else lambda _: None
-        restored = checkpoint.restore_latest(self.workdir / "checkpoints", self.state, say)
+        restored = checkpoint.restore_latest(RunFolder(self.workdir).checkpoints, self.state, say)
         self.state = self.state if restored is None else restored
         start = self.saved = int(self.state.step)
-        self.metrics = run.Lines(self.out / "metrics.jsonl", start)
-        self.timing = run.Lines(self.out / "timing.jsonl", start)
+        self.metrics = Lines(RunFolder(self.out).metrics, start)
+        self.timing = Lines(RunFolder(self.out).timing, start)
         if start < total:
             self._sheet()
             title = f"{config.method_name} {config.model.name}"
@@ -281,7 +283,7 @@ class _Loop:
                 for number, handler in previous.items():
                     signal.signal(number, handler)
         encoder = self._encoder(total)
-        export(self.out / "encoder", encoder)
+        export(RunFolder(self.out).encoder, encoder)
         return encoder
 
     def _steps(self, start: int, total: int) -> None:
@@ -328,7 +330,7 @@ class _Loop:
             if step % save_every == 0 or last or stopped:
                 self._check()
                 began = time.monotonic()
-                checkpoint.save(self.workdir / "checkpoints", step, self.state, config.train.keep)
+                checkpoint.save(RunFolder(self.workdir).checkpoints, step, self.state, config.train.keep)
                 self.saved = step
                 marked += time.monotonic() - began
             if stopped and not last:
@@ -411,7 +413,7 @@ class _Loop:
             else "broken input (mean, std) or initial weights"
         )
         good = (
-            f"last good checkpoint: step {self.saved} in {self.workdir}/checkpoints"
+            f"last good checkpoint: step {self.saved} in {RunFolder(self.workdir).checkpoints}"
             if self.saved
             else "no checkpoint yet"
         )
@@ -471,7 +473,7 @@ class _Loop:
     def _sheet(self) -> None:
         from ssl_jax.report.sheet import view_sheet
 
-        out = self.out / "views.png"
+        out = RunFolder(self.out).views
         if not out.exists():
             chosen = np.random.default_rng(self.config.train.seed).permutation(len(self.source))[:6]
             view_sheet(np.stack([self.source.load(int(i)) for i in chosen]), self.setup.views, out)

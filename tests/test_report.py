@@ -12,9 +12,9 @@ from PIL import Image
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.scores import metrics
+from ssl_jax.files import write_json
 from ssl_jax.report import plots
 from ssl_jax.report.html import Sample, _map, _neighbours, write_report
-from ssl_jax.run import write_json
 
 CLASSES = ["bag & <b>belt</b>", "cost $5", "coat"]
 

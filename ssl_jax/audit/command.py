@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from ssl_jax import run
+from ssl_jax import files
 from ssl_jax.config import Config, Data, resolve
 from ssl_jax.data import Source, open_source, phantom
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, started_from
 from ssl_jax.errors import UserError
+from ssl_jax.run_folder import RunFolder
 from ssl_jax.settings import data_of, settings_of
 
 LEAST = 8  # images for the audit of an encoder
@@ -82,7 +83,7 @@ def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, S
         encoder, folder = load_encoder(workdir), Path(workdir)
         settings = config or settings_of(folder, ())
         if not config and not data:
-            run.read_config(folder)  # or there is no run, and nothing says which images
+            RunFolder(folder).read_config()  # or there is no run, and nothing says which images
         wanted = data_of(data, "--data", settings.data) if data else settings.data
         name = f"{encoder.about.get('method', 'encoder')} ({folder.name})"
         return encoder, open_source(encoder.data(wanted)), f"{name}, on {kind(wanted)}images"
@@ -109,7 +110,7 @@ def _folder(out: str) -> Path:
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
     shown = [[f"{v:.5g}" if isinstance(v, float) else v for v in map(row.get, rows[0])] for row in rows]
-    run.write_csv(path, list(rows[0]), shown)
+    files.write_csv(path, list(rows[0]), shown)
 
 
 def _print_lesions(rows: Sequence[Row]) -> None:

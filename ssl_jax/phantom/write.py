@@ -14,9 +14,9 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from ssl_jax.errors import UserError
+from ssl_jax.files import write_bytes, write_csv
 from ssl_jax.phantom.draw import draw
 from ssl_jax.phantom.patients import OBSERVATIONS, Patient, Study, make_patient
-from ssl_jax.run import write_bytes, write_csv
 
 COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *OBSERVATIONS)
 FOLDERS = ("train", "valid")

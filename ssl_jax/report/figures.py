@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.run import write_bytes
+from ssl_jax.files import write_bytes
 
 METRIC_NAMES = {
     "top1": "Top-1 accuracy",

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl_jax.files import read_json, write_bytes
 from ssl_jax.report import figures
 from ssl_jax.report.tables import (
     Cell,
@@ -21,7 +22,6 @@ from ssl_jax.report.tables import (
     write_csv,
     write_results,
 )
-from ssl_jax.run import read_json, write_bytes
 
 PHANTOM = (
     "The images are phantoms: drawn by a program, which knows nothing of disease. The numbers tell how the methods do "

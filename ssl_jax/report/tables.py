@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import run
+from ssl_jax import files
 from ssl_jax.evaluate.scores import interval, paired
 from ssl_jax.evaluate.uncertainty import bootstrap_weights, percentiles
 
@@ -198,7 +198,7 @@ def write_results(path: Path, cells: Sequence[Cell]) -> None:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     shown = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    run.write_csv(path, list(rows[0]), shown)
+    files.write_csv(path, list(rows[0]), shown)
 
 
 def table(rows: Sequence[Row], key: str, form: str, arms: Sequence[str]) -> str:
@@ -234,6 +234,7 @@ def _shown(row: Mapping[str, Any], key: str, half: str, form: str) -> str:
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(
-        ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(x) + " |" for x in lines)]
-    )
+    """A Markdown table; every column but the first is right-aligned."""
+    rows = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    rows.insert(1, ["---", *["---:"] * (len(head) - 1)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
