@@ -320,7 +320,7 @@ def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> Non
     drawn = resolve_views(resolved.augment, 2, min(source.shape[:2]))
     preset = resolved.augment.preset
     title = f"{kind(resolved.data)}images, preset {preset}{', changed' * bool(resolved.augment.changes())}"
-    loaded = np.stack([source.load(i) for i in chosen])
+    loaded = source.load_many(chosen)
     view_sheet(loaded, drawn, Path(out), seed=seed, outlines=outlines, title=title)
     print(f"views: {out}")
 

@@ -25,7 +25,8 @@ from ssl_jax.augment import make_views
 from ssl_jax.augment import resolve as resolve_views
 from ssl_jax.collapse import embedding_std, rank_me
 from ssl_jax.config import Config, View, method_module, to_steps
-from ssl_jax.data import Partners, open_source, order, stream
+from ssl_jax.data import batches as host_batches
+from ssl_jax.data import open_source
 from ssl_jax.encoder import Encoder, build, describe, export, load_encoder, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.knn import knn_predict
@@ -192,19 +193,10 @@ def batches(config: Config, source: Any, mesh: Any, start: int, stop: int, gathe
 
     Each process makes the rows of its own devices only.
     """
-    size, seed, rows = config.train.batch, config.train.seed, parallel.local_rows(mesh, config.train.batch)
-    if gather:
-        partners = None if source.objects is None else Partners(source.objects)
-        for step in range(start, stop):
-            index = order(seed, len(source), size, step)
-            batch = {"index": index[rows].astype(np.int32)}
-            if partners:
-                batch["partner"] = partners(seed, index, step)[rows].astype(np.int32)
-            yield parallel.global_batch(mesh, size, rows, batch)
-    else:
-        options: Any = {"batch": size, "seed": seed, "workers": config.data.workers, "rows": rows}
-        for batch in stream(source, start=start, stop=stop, **options):
-            yield parallel.global_batch(mesh, size, rows, {**batch, "index": batch["index"].astype(np.int32)})
+    size, rows = config.train.batch, parallel.local_rows(mesh, config.train.batch)
+    options: Any = {"seed": config.train.seed, "workers": config.data.workers, "decode": not gather}
+    for batch in host_batches(source, batch=size, start=start, stop=stop, rows=rows, **options):
+        yield parallel.global_batch(mesh, size, rows, batch)
 
 
 def fit(config: Config, workdir: Path, source: Any = None) -> Encoder:
@@ -447,7 +439,7 @@ class _Loop:
             chosen = chosen[:queries]
         else:
             truth = np.asarray(labels)[chosen]
-        images = np.stack([self.source.load(int(i)) for i in chosen])
+        images = self.source.load_many(chosen)
 
         def evaluate() -> dict[str, float]:
             features = self._encoder(0).embed(images)
@@ -476,7 +468,7 @@ class _Loop:
         out = RunFolder(self.out).views
         if not out.exists():
             chosen = np.random.default_rng(self.config.train.seed).permutation(len(self.source))[:6]
-            view_sheet(np.stack([self.source.load(int(i)) for i in chosen]), self.setup.views, out)
+            view_sheet(self.source.load_many(chosen), self.setup.views, out)
 
 
 def in_memory(config: Config, source: Any) -> bool:

@@ -44,9 +44,9 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
     console.print(f"{len(found)} lesions in {count} images of {len(source)}", highlight=False)
     if outside:
         console.print(f"{outside} more lie outside of the square that is read of their image", highlight=False)
-    loaded = {lesion.image: source.load(lesion.image) for lesion in found}
+    indices, places = np.unique([lesion.image for lesion in found], return_inverse=True)
     with console.status("") as status:
-        rows = audit(np.stack([loaded[lesion.image] for lesion in found]), found, views, seed, status.update)
+        rows = audit(source.load_many(indices)[places], found, views, seed, status.update)
     changes = ", ".join(f"{key}={value}" for key, value in resolved.augment.changes().items())
     name = resolved.augment.preset + (f" with {changes}" if changes else "")
     title = f"What transforms do to {len(found)} {kind(resolved.data)}lesions. Config ({name}) {verdict(rows)}"
@@ -67,7 +67,7 @@ def invariance(config: ConfigDict | None, workdir: str, data: str, out: str, ima
     if min(images, len(source)) < LEAST:
         raise UserError(f"--images={images} of {len(source)}: allowed: {LEAST} or more")
     chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:images])
-    loaded = np.stack([source.load(int(i)) for i in chosen])
+    loaded = source.load_many(chosen)
     with Console(stderr=True).status("") as status:
         rows = audit(encoder, loaded, log=status.update)
     _write(folder / "invariance.csv", rows)

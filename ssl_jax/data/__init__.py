@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax.config import CHOICES, Data
-from ssl_jax.data.source import Source
-from ssl_jax.data.stream import Partners, order, stream
+from ssl_jax.data.source import Partners, Source, batches, order
 from ssl_jax.errors import UserError, unknown
 
-__all__ = ["SOURCES", "Partners", "Source", "open_source", "order", "phantom", "stream"]
+__all__ = ["SOURCES", "Partners", "Source", "batches", "open_source", "order", "phantom"]
 
 SOURCES = ("chexpert", "csv", "factors", "fashion_mnist", "folder", "npz", "synthetic", "tfds")
 

@@ -93,7 +93,7 @@ def note(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Markdown as HTML: tables, lists and paragraphs. Its title is dropped, as the page has one; the rest is escaped."""
+    """Tables, lists and paragraphs of Markdown as escaped HTML, without the title, which the page has already."""
     from markdown_it import MarkdownIt
 
     body = text.split("\n", 1)[-1] if text.startswith("# ") else text
