@@ -305,7 +305,7 @@ def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> Non
     from ssl_jax.audit.command import kind
     from ssl_jax.audit.masks import find_lesions, open_masks
     from ssl_jax.augment import resolve as resolve_views
-    from ssl_jax.report.sheet import view_sheet
+    from ssl_jax.augment.sheet import view_sheet
 
     resolved, count = resolve(config), max(1, images)
     seed = resolved.train.seed

@@ -463,7 +463,7 @@ class _Loop:
         return evaluate
 
     def _sheet(self) -> None:
-        from ssl_jax.report.sheet import view_sheet
+        from ssl_jax.augment.sheet import view_sheet
 
         out = RunFolder(self.out).views
         if not out.exists():

@@ -223,7 +223,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys, flags, text, message):
 
 def test_outlines_follow_the_view(tmp_path):
     """On a sheet the outline of a mask lies around the lesion of each view, flipped views among them."""
-    from ssl_jax.report.sheet import _moved
+    from ssl_jax.augment.sheet import _moved
 
     images, masks = discs(2, 24)
     views = resolve(Augment("none", {"flip": 1.0, "rotate": 20.0}), 1, 24)

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from ssl_jax.augment import resolve
+from ssl_jax.augment.sheet import describe, view_sheet
 from ssl_jax.config import Augment
 from ssl_jax.errors import UserError
-from ssl_jax.report.sheet import describe, view_sheet
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

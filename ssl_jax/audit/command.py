@@ -29,10 +29,10 @@ def kind(data: Data) -> str:
 
 def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
     """Writes out/lesions.csv and out/lesions.png; prints the table and the verdict on the config; returns the rows."""
+    from ssl_jax.audit.figures import lesion_curves
     from ssl_jax.audit.lesions import audit, verdict
     from ssl_jax.audit.masks import find_lesions, open_masks
     from ssl_jax.augment import resolve as resolve_views
-    from ssl_jax.report.audit import lesion_curves
 
     resolved, folder = resolve(config), _folder(out)
     source = open_source(resolved.data)
@@ -59,8 +59,8 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
 
 def invariance(config: ConfigDict | None, workdir: str, data: str, out: str, images: int) -> list[Row]:
     """Writes out/invariance.csv and out/invariance.png; prints the table; returns the rows."""
+    from ssl_jax.audit.figures import profile
     from ssl_jax.audit.invariance import audit
-    from ssl_jax.report.audit import profile
 
     folder = _folder(out)
     encoder, source, name = _subject(resolve(config) if config else None, workdir, data)

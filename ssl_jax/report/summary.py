@@ -43,7 +43,7 @@ def write_all(workdir: Path, cells: Sequence[Cell], baseline: str) -> list[Row]:
     cells, about = _sorted(cells), read_json(workdir / "study.json")
     rows, metric, share = write_tables(workdir, cells, baseline), main_metric(cells), about["share"]
     arms = list(dict.fromkeys(c["arm"] for c in cells))
-    of = "Phantoms: " if about["phantom"] else ""
+    prefix = "Phantoms: " if about["phantom"] else ""
     by_class = "recall" if metric == "top1" else "auc"
     gains, patients = class_gains(cells, baseline, by_class), _patients(workdir, cells, baseline)
     gains.sort(key=lambda g: (arms.index(g["arm"]), g["labels"], about["classes"].index(g["class"])))
@@ -53,9 +53,9 @@ def write_all(workdir: Path, cells: Sequence[Cell], baseline: str) -> list[Row]:
         write_csv(workdir / "patients.csv", patients)
         words = _in_words(workdir, cells, rows, baseline, patients)
         write_bytes(workdir / "summary.md", words.encode())
-    figures.curve(rows, workdir / "curve.png", baseline=baseline, metric=metric, of=of)
+    figures.curve(rows, workdir / "curve.png", baseline=baseline, metric=metric, prefix=prefix)
     path = workdir / "gain_by_class.png"
-    figures.gain_by_class(gains, path, baseline=baseline, metric=by_class, share=share, of=of)
+    figures.gain_by_class(gains, path, baseline=baseline, metric=by_class, share=share, prefix=prefix)
     return rows
 
 

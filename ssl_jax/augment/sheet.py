@@ -13,7 +13,7 @@ from ssl_jax.augment import geometry, make_views, render
 from ssl_jax.augment.views import blur_kernel
 from ssl_jax.config import View
 from ssl_jax.errors import UserError
-from ssl_jax.report.figures import COLORS
+from ssl_jax.plotting import COLORS
 
 GAP = 0.06  # between cells; a cell is 1 wide
 
