@@ -27,11 +27,11 @@ SHOWN = (
 
 
 def first_with(name: str) -> Patient:
-    """The first patient in whose first study the finding is plain and few others are."""
+    """The first patient in whose first exam the finding is plain and few others are."""
     for number in range(1, 10_000):
         patient = make_patient(0, 0, number)
-        study = patient.studies[0]
-        if study.margin[name] > 0.4 and sum(study.truth.values()) <= 3:
+        exam = patient.exams[0]
+        if exam.margin[name] > 0.4 and sum(exam.truth.values()) <= 3:
             return patient
     raise LookupError(name)
 
@@ -40,7 +40,7 @@ def main() -> None:
     figure, axes = plt.subplots(2, len(SHOWN), figsize=(16, 4.6), squeeze=False)
     for name, (above, below) in zip(SHOWN, axes.T, strict=True):
         patient = first_with(name)
-        made = draw(patient, patient.studies[0], 1, 128)
+        made = draw(patient, patient.exams[0], 1, 128)
         for ax in (above, below):
             ax.imshow(made.image, cmap="gray", vmin=0, vmax=255)
             ax.axis("off")

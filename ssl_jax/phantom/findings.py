@@ -1,5 +1,5 @@
-"""What each finding adds to a chest. Every function returns the change of density, float32 [size, size]: what a mask is
-made of. `amount` grows with the margin above the threshold: 0 nothing, 0.5 at the threshold, about 1 plainly there.
+"""What each finding adds to a chest. Every function returns the change of density, float32 [size, size], from which
+the mask follows. `amount` grows with the margin: 0 is nothing, 0.5 at the threshold, about 1 plainly visible.
 """
 
 from collections.abc import Callable
@@ -97,7 +97,7 @@ def lung_lesion(chest: Chest, amount: float, rng: np.random.Generator) -> np.nda
 
 
 def pneumothorax(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """Air between wall and lung: no vessels, darker, and the thin edge of the lung, which is denser for it."""
+    """Air between wall and lung: darker, without vessels, bounded by the thin edge of the lung, which is denser."""
     left = bool(rng.random() < 0.5)
     top = chest.person["top"]
     down = np.clip((chest.canvas.y - top) / np.float32(rng.uniform(0.7, 1.3)), 0, 1)
@@ -153,7 +153,7 @@ DRAW: dict[str, Draw] = {
     "Pleural Other": pleural_other,
     "Fracture": fracture,
 }
-# Drawn faintly below the threshold too: how fast the amount grows with the margin; 0.5 is the threshold.
+# Findings that are drawn faintly below the threshold, too: how fast the amount grows with the margin.
 GRADED = {"Edema": 0.6, "Pleural Effusion": 0.4, "haze": 0.6}
 
 
