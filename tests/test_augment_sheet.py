@@ -22,12 +22,12 @@ def test_sheet_shows_originals_and_views(tmp_path, channels):
         assert (shown == colour).all(1).mean() > 0.1
 
 
-def test_sheet_refuses_what_is_no_picture(tmp_path):
+def test_sheet_must_be_a_png(tmp_path):
     views = resolve(Augment("none"), 1, 8)
     images = np.zeros((1, 8, 8, 1), np.uint8)
     with pytest.raises(UserError, match=r"is a folder; allowed: the path of a \.png file"):
         view_sheet(images, views, tmp_path)
-    with pytest.raises(UserError, match="x.txt: not a picture"):
+    with pytest.raises(UserError, match="x.txt: not a .png file"):
         view_sheet(images, views, tmp_path / "x.txt")
 
 
