@@ -150,16 +150,16 @@ def from_array(
     if not len(images):
         raise UserError(f"{where}: no images")
     _, height, width, channels = images.shape
-    wanted = data.channels or channels
-    if wanted != channels and {wanted, channels} != {1, 3}:
-        raise UserError(f"config.data.channels={wanted}: {where} has {channels}; allowed: 0 or {channels}")
-    shape = (data.size or height, data.size or width, wanted)
+    new_channels = data.channels or channels
+    if new_channels != channels and {new_channels, channels} != {1, 3}:
+        raise UserError(f"config.data.channels={data.channels}: {where} has {channels}; allowed: 0 or {channels}")
+    shape = (data.size or height, data.size or width, new_channels)
     unchanged = shape == images.shape[1:]
 
     def load(index: int) -> np.ndarray:
         if unchanged:
             return images[index]
-        return convert(images[index], data.size, wanted)
+        return convert(images[index], data.size, new_channels)
 
     return Source(
         [str(i) for i in range(len(images))],

@@ -292,7 +292,7 @@ def batches(
         of `Partners`, if it has objects. `workers` threads of grain decode about two batches ahead.
     decode=False, for images that lie in memory: nothing is read; with objects also "partner" int32 [B], their indices.
 
-    rows: the places in the batch that are wanted, such as those of this process; None: all.
+    rows: the places in the batch to return, such as those of this process; None: all.
     """
     rows = np.arange(batch) if rows is None else rows
     partners = None if source.objects is None else Partners(source.objects)
@@ -300,10 +300,10 @@ def batches(
     @functools.lru_cache(maxsize=4)  # each piece of a step asks for it
     def indices(step: int) -> dict[str, np.ndarray]:
         index = order(seed, len(source), batch, step)
-        wanted = {"index": index[rows].astype(np.int32)}
+        at = {"index": index[rows].astype(np.int32)}
         if partners:
-            wanted["partner"] = partners(seed, index, step)[rows].astype(np.int32)
-        return wanted
+            at["partner"] = partners(seed, index, step)[rows].astype(np.int32)
+        return at
 
     if not decode:
         yield from (dict(indices(step)) for step in range(start, stop))
@@ -332,7 +332,7 @@ def _decode_ahead(
     def load(position: int) -> dict[str, np.ndarray]:
         step, piece = divmod(position, pieces)
         part = slice(piece * PIECE, (piece + 1) * PIECE)
-        return {names[key]: source.load_many(wanted[part]) for key, wanted in indices(step).items()}
+        return {names[key]: source.load_many(at[part]) for key, at in indices(step).items()}
 
     indices(start)  # an impossible batch is an error here, not in a thread
     positions = grain.MapDataset.range(start * pieces, stop * pieces)

@@ -104,11 +104,11 @@ def pneumothorax(chest: Chest, amount: float, rng: np.random.Generator) -> np.nd
     gap = (0.08 + 0.24 * amount) * (1 - down**2)
     apex = chest.canvas.y - np.float32(top + 0.1 + 0.45 * amount * rng.uniform(0.4, 1))  # the lung sinks from the top
     beyond = np.minimum(chest.wall - 0.02 - gap, apex)  # negative in the air
-    here = (chest.left == left) & (gap > 0.02)
+    region = (chest.left == left) & (gap > 0.02)
     edge = soft_step(0.010 - np.abs(beyond), 0.016)
     air = soft_step(-beyond, 0.02)
     collapsed = soft_step(beyond, 0.02) * 0.06
-    return here * chest.lung * (0.18 * edge + collapsed - air * (0.16 + 0.9 * chest.vessels))
+    return region * chest.lung * (0.18 * edge + collapsed - air * (0.16 + 0.9 * chest.vessels))
 
 
 def pleural_other(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
@@ -137,8 +137,8 @@ def fracture(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarra
     gap = 1 - soft_step(0.018 - np.abs(outward), 0.012) * near
     lens = (0.13 + 0.08 * amount) * np.exp(-(((chest.canvas.y - y) / np.float32(0.14)) ** 2))
     bruise = soft_step(lens - 0.02 - chest.wall, 0.03)
-    here = soft_step(chest.wall, 0.03) * (chest.left == (side > 0))
-    return moved * gap - ribs(chest) + (0.3 + 0.25 * amount) * bruise * here
+    region = soft_step(chest.wall, 0.03) * (chest.left == (side > 0))
+    return moved * gap - ribs(chest) + (0.3 + 0.25 * amount) * bruise * region
 
 
 DRAW: dict[str, Draw] = {

@@ -76,9 +76,9 @@ pre { background: var(--card); padding: .8rem; border-radius: 6px; font-size: .8
 
 
 def page(title: str, subtitle: str, verdict: str, sections: Sequence[tuple[str, str]]) -> str:
-    shown = [(f"s{i}", name, body) for i, (name, body) in enumerate(sections) if body]
-    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in shown)
-    bodies = "".join(f'<section id="{a}"><h2>{escape(name)}</h2>{body}</section>' for a, name, body in shown)
+    present = [(f"s{i}", name, body) for i, (name, body) in enumerate(sections) if body]
+    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in present)
+    bodies = "".join(f'<section id="{a}"><h2>{escape(name)}</h2>{body}</section>' for a, name, body in present)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

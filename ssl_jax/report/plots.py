@@ -34,19 +34,19 @@ def scatter(points: np.ndarray, groups: np.ndarray | None, names: Sequence[str],
     """Inline SVG of points [N, 2], coloured by group [N], an index into names, or -1 for none."""
     import matplotlib
 
-    shown = groups if groups is not None and len(names) <= MAX_GROUPS else np.full(len(points), -1)
+    visible = groups if groups is not None and len(names) <= MAX_GROUPS else np.full(len(points), -1)
     colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
 
     def draw(figure):
         axes = figure.subplots()
         style = {"linestyle": "", "marker": "o", "markersize": 3.4, "markeredgewidth": 0, "alpha": 0.75}
-        axes.plot(*points[shown < 0].T, color=colors[0] if groups is None else "#8a8f98", **style)
-        for group in np.unique(shown[shown >= 0]):
-            axes.plot(*points[shown == group].T, color=colors[group], label=names[group], **style)
+        axes.plot(*points[visible < 0].T, color=colors[0] if groups is None else "#8a8f98", **style)
+        for group in np.unique(visible[visible >= 0]):
+            axes.plot(*points[visible == group].T, color=colors[group], label=names[group], **style)
         axes.set_xlabel(axis_names[0])
         axes.set_ylabel(axis_names[1])
         axes.tick_params(labelbottom=False, labelleft=False, length=0)
-        if (shown >= 0).any():
+        if (visible >= 0).any():
             legend = axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8)
             for text in legend.get_texts():
                 text.set_parse_math(False)  # a "$" in a class name is a dollar
@@ -60,12 +60,12 @@ def thumbnail(image: np.ndarray, side: int = 96) -> str:
 
     picture = Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
     picture.thumbnail((side, side))
-    packed = io.BytesIO()
+    buffer = io.BytesIO()
     if max(picture.size) > 48:
-        picture.save(packed, "JPEG", quality=85)
-        return data_uri(packed.getvalue(), "jpeg")
-    picture.save(packed, "PNG")
-    return data_uri(packed.getvalue(), "png")
+        picture.save(buffer, "JPEG", quality=85)
+        return data_uri(buffer.getvalue(), "jpeg")
+    picture.save(buffer, "PNG")
+    return data_uri(buffer.getvalue(), "png")
 
 
 def heat(shares: np.ndarray) -> str:
@@ -75,9 +75,9 @@ def heat(shares: np.ndarray) -> str:
     pixels = np.empty((*shares.shape, 4), np.uint8)
     pixels[..., :3] = (37, 99, 235)
     pixels[..., 3] = np.round(255 * np.clip(shares, 0, 1))
-    packed = io.BytesIO()
-    Image.fromarray(pixels).save(packed, "PNG")
-    return data_uri(packed.getvalue(), "png")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return data_uri(buffer.getvalue(), "png")
 
 
 def data_uri(content: bytes, kind: str) -> str:
