@@ -187,7 +187,7 @@ def _health(last: Mapping[str, Any]) -> tuple[str, str]:
     if last["loss"] is None or std is None:
         return "broken", "The last loss is not a finite number. Lower the learning rate or clip the gradient."
     if last.get("collapsed"):
-        return "collapsed", f"The embedding has collapsed: {last['collapsed']}."
+        return "collapsed", f"The run shows a collapse: {last['collapsed']}."
     spread = f"its standard deviation over a batch is {std:.2g}, where 0 means that all images look alike and about 1 "
     spread += "that every direction is used"
     if std < STD_COLLAPSED:
