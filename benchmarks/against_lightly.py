@@ -32,9 +32,10 @@ from ssl_jax.config import Config, Data, Model, View, load_config, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import interval, knn_predict, metrics, paired
+from ssl_jax.files import read_lines
 from ssl_jax.models import normalization
 from ssl_jax.models.resnet import ARCHITECTURES
-from ssl_jax.run import read_lines
+from ssl_jax.run_folder import RunFolder
 from ssl_jax.train import Setup, set_up
 
 HERE = Path(__file__).resolve().parent
@@ -160,8 +161,8 @@ class Bench:
         command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config=methods_fashion_mnist:{method}"]
         wall = self.start([*command, f"--workdir={folder}", *flags(method, seed, self.args)])
         images = self.args.images // self.args.batch * self.args.batch
-        epochs = [images / line["images_per_s"] for line in read_lines(folder / "timing.jsonl")]
-        loss = read_lines(folder / "metrics.jsonl")[-1]["loss"]
+        epochs = [images / line["images_per_s"] for line in read_lines(RunFolder(folder).timing)]
+        loss = read_lines(RunFolder(folder).metrics)[-1]["loss"]
         return result(epochs, wall) | {"knn": self.judge(load_encoder(folder)), "loss": loss, "step_s": ""}
 
     def lightly(self, method: str, seed: int) -> dict:

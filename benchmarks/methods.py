@@ -29,6 +29,7 @@ from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import finetune, interval, knn_predict, linear_probe, metrics, nested_subset, predict
 from ssl_jax.parallel import make_mesh
+from ssl_jax.run_folder import RunFolder
 from ssl_jax.train import init_state, make_step, set_up
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -43,7 +44,7 @@ FLOORS = ("random weights", "random ViT", "from scratch")
 
 def pretrain(method: str, seed: int, settings: dict, workdir: Path, config: str = "methods_fashion_mnist") -> dict:
     """One run. Minutes of all its cores together and memory are those of its whole process, compiling included."""
-    if not (workdir / "encoder" / "encoder.json").exists():
+    if not RunFolder(workdir).finished():
         shutil.rmtree(workdir, ignore_errors=True)  # what an interrupted process left: its minutes would be missing
     command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config={config}:{method}"]
     command += [f"--workdir={workdir}", f"--config.train.seed={seed}"]

@@ -25,7 +25,8 @@ from ssl_jax.config import Data, load_config, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import interval, linear_probe, metrics, paired
-from ssl_jax.report.figures import STYLE, _save
+from ssl_jax.plotting import save
+from ssl_jax.report.figures import STYLE
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Each transform with the strength that it has in the preset natural, and what takes it out of that preset.
@@ -185,7 +186,7 @@ def figure(path: Path, examples: int, title: str) -> None:
             axes.tick_params(length=0)
             axes.set_title(method)
         drawn.suptitle(title, x=0.01, ha="left", fontsize=11)
-        _save(drawn, path.with_suffix(".png"))
+        save(drawn, path.with_suffix(".png"))
 
 
 def main() -> None:

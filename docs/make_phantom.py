@@ -27,11 +27,11 @@ SHOWN = (
 
 
 def first_with(name: str) -> Patient:
-    """The first patient in whose first study the finding is plain and few others are."""
+    """The first patient in whose first exam the finding is plain and few others are."""
     for number in range(1, 10_000):
         patient = make_patient(0, 0, number)
-        study = patient.studies[0]
-        if study.margin[name] > 0.4 and sum(study.truth.values()) <= 3:
+        exam = patient.exams[0]
+        if exam.margin[name] > 0.4 and sum(exam.truth.values()) <= 3:
             return patient
     raise LookupError(name)
 
@@ -40,12 +40,12 @@ def main() -> None:
     figure, axes = plt.subplots(2, len(SHOWN), figsize=(16, 4.6), squeeze=False)
     for name, (above, below) in zip(SHOWN, axes.T, strict=True):
         patient = first_with(name)
-        made = draw(patient, patient.studies[0], 1, 128)
+        phantom = draw(patient, patient.exams[0], 1, 128)
         for ax in (above, below):
-            ax.imshow(made.image, cmap="gray", vmin=0, vmax=255)
+            ax.imshow(phantom.image, cmap="gray", vmin=0, vmax=255)
             ax.axis("off")
         above.set_title(name, fontsize=10)
-        below.contour(made.masks[name], [0.5], colors="red", linewidths=0.8)
+        below.contour(phantom.masks[name], [0.5], colors="red", linewidths=0.8)
     figure.suptitle("Phantom radiographs, drawn, 128 px; below, the masks", fontsize=11)
     figure.tight_layout(pad=0.3, rect=(0, 0, 1, 0.98))
     figure.savefig(OUT, dpi=80, pil_kwargs={"quality": 85})

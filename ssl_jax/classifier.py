@@ -1,4 +1,4 @@
-"""A fine-tuned classifier on disk: classifier.safetensors, under torchvision's names, and classifier.json."""
+"""A fine-tuned classifier on disk: classifier.safetensors, with torchvision's names, and classifier.json."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import run
+from ssl_jax import files
 from ssl_jax.encoder import rebuild
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import Classifier
@@ -18,16 +18,16 @@ def save_classifier(folder: Path, classifier: Classifier, about: dict[str, Any])
     from ssl_jax.models import to_torch
 
     weights = to_torch(classifier.params["encoder"], classifier.stats)
-    # torchvision's names for the classifying layer.
+    # torchvision's names for the classification layer.
     weights["fc.weight"] = np.asarray(classifier.params["head"]["w"]).T
     weights["fc.bias"] = np.asarray(classifier.params["head"]["b"])
-    packed = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in weights.items()})
-    run.write_bytes(folder / "classifier.safetensors", packed)
-    run.write_json(folder / "classifier.json", about)
+    content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in weights.items()})
+    files.write_bytes(folder / "classifier.safetensors", content)
+    files.write_json(folder / "classifier.json", about)
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
-    """(classifier, what classifier.json says of it)."""
+    """(classifier, the content of classifier.json)."""
     import safetensors.numpy
 
     path = folder / "classifier.json"
@@ -42,7 +42,7 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
 
 
 def probabilities(scores: np.ndarray, multilabel: bool) -> np.ndarray:
-    """float64 [N, K] of logits [N, K]: rows that sum to 1, or of several labels an image each by itself."""
+    """float64 [N, K] from logits [N, K]: a softmax over classes or, if multilabel, a sigmoid per class."""
     from scipy.special import expit, softmax
 
     scores = np.asarray(scores, np.float64)

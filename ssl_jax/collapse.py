@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+STD_COLLAPSED = 0.01  # `embedding_std` below which the embedding counts as collapsed
+
 
 def embedding_std(features: jax.Array) -> jax.Array:
     """Standard deviation of the L2-normalised embeddings [N, D], a scalar: about 1 is healthy, 0 is collapse.

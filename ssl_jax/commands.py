@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ssl_jax import run
+from ssl_jax import files
 from ssl_jax.config import Config, method_module, method_names, resolve
 from ssl_jax.data import Source, open_source
 from ssl_jax.data import phantom as phantom_of
 from ssl_jax.data.labelled import Labelled, labelled_part
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder
 from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
+from ssl_jax.run_folder import RunFolder, StudyFolder
 from ssl_jax.settings import data_of, settings_of
 
 PROTOCOLS = ("knn", "linear", "finetune")
@@ -54,7 +55,7 @@ def pretrain(config: ConfigDict, workdir: str, cluster: bool = False) -> Encoder
     folder = Path(workdir)
     encoder = fit(resolve(config), folder)
     if parallel.is_main_process():
-        print(f"encoder: {folder / 'encoder'}\nreport:  {write_report(folder)}")
+        print(f"encoder: {RunFolder(folder).encoder}\nreport:  {write_report(folder)}")
     return encoder
 
 
@@ -96,11 +97,11 @@ def evaluate(
         "mean": {k: interval([m[k] for m in each])[0] for k in numbers},
         "interval": {k: interval([m[k] for m in each])[1] if seeds > 1 else None for k in numbers},
     }
-    out = folder / "evaluation" / f"{protocol}-{labels or 'all'}"
+    out = RunFolder(folder).evaluation / f"{protocol}-{labels or 'all'}"
     more = {} if held.source.groups is None else {"groups": held.source.groups}
     names = np.array(held.source.names)
-    run.write_npz(out.with_suffix(".npz"), scores=np.stack(scores), labels=held.labels, names=names, **more)
-    run.write_json(out.with_suffix(".json"), made)
+    files.write_npz(out.with_suffix(".npz"), scores=np.stack(scores), labels=held.labels, names=names, **more)
+    files.write_json(out.with_suffix(".json"), made)
     print(f"{protocol}, {labels or 'all'} labels, {seeds} draw{'s' * (seeds > 1)}, {what}:")
     for name in numbers:
         half = made["interval"][name]
@@ -166,10 +167,10 @@ def study(config: ConfigDict, workdir: str, cells: str = "") -> None:
 
     resolved, folder, part = resolve(config), Path(workdir), _part(cells)
     needed = of.pretrainings(resolved)  # a mistake in any arm is told before the first one trains
-    with run.lock(folder, shared=part is not None):
-        run.record_environment(folder)
-        homes = {(arm, i): folder / "pretrain" / (f"{arm}-{i + 1}" if i else arm) for arm, i in needed}
-        unfinished = [home for home in homes.values() if not (home / "encoder" / "encoder.json").is_file()]
+    with StudyFolder(folder).lock(shared=part is not None):
+        StudyFolder(folder).record_environment()
+        homes = {(arm, i): StudyFolder(folder).pretraining(arm, i).path for arm, i in needed}
+        unfinished = [home for home in homes.values() if not RunFolder(home).finished()]
         if part and part[0] and unfinished:
             print(f"ssl-jax: {unfinished[0]}: not pretrained yet; first run the same with --cells=0/{part[1]}")
             raise SystemExit(REQUEUE)
@@ -198,7 +199,7 @@ def study(config: ConfigDict, workdir: str, cells: str = "") -> None:
         given: Any = {"get_encoder": get_encoder, "train": train, "test": test, "part": part}
         of.run_study(resolved, folder, **given, log=functools.partial(print, flush=True))
         if not part:
-            print((folder / "summary.md").read_text())
+            print(StudyFolder(folder).summary_md.read_text())
             print(f"report: {write_report(folder)}")
 
 
@@ -246,7 +247,7 @@ def finetune(
         _write_predictions(folder / "test.csv", held.source, scores, classes, source.multilabel)
         more: Any = {"groups": held.source.groups, "thresholds": about.get("thresholds", {})}
         about["test"] = judge(scores, held.labels, classes, **more)
-        run.write_json(folder / "classifier.json", about)
+        files.write_json(folder / "classifier.json", about)
     for name, value in {**about["chosen"], **about.get("test", {})}.items():
         if isinstance(value, float):
             print(f"  {name:20} {value:.4g}")
@@ -283,10 +284,10 @@ def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> N
     features, names = encoder.embed(source.arrays()), source.names
     columns = ["file", *(f"e{i}" for i in range(features.shape[1]))]
     if path.suffix == ".npz":
-        run.write_npz(path, embeddings=features, names=np.array(names))
+        files.write_npz(path, embeddings=features, names=np.array(names))
     elif path.suffix == ".csv":
         rows = [[name, *(f"{v:.7g}" for v in f)] for name, f in zip(names, features, strict=True)]
-        run.write_csv(path, columns, rows, end="\r\n")
+        files.write_csv(path, columns, rows, end="\r\n")
     else:
         try:
             import pyarrow
@@ -296,7 +297,7 @@ def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> N
         packed = io.BytesIO()
         table = pyarrow.table([names, *features.T.copy()], names=columns)
         pyarrow.parquet.write_table(table, packed)
-        run.write_bytes(path, packed.getvalue())
+        files.write_bytes(path, packed.getvalue())
     print(f"{len(features)} embeddings of {features.shape[1]} dimensions: {out}")
 
 
@@ -304,7 +305,7 @@ def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> Non
     from ssl_jax.audit.command import kind
     from ssl_jax.audit.masks import find_lesions, open_masks
     from ssl_jax.augment import resolve_views
-    from ssl_jax.report.sheet import view_sheet
+    from ssl_jax.augment.sheet import view_sheet
 
     resolved, count = resolve(config), max(1, images)
     seed = resolved.train.seed
@@ -319,7 +320,7 @@ def views(config: ConfigDict, out: str, images: int = 6, masks: str = "") -> Non
     drawn = resolve_views(resolved.augment, 2, min(source.shape[:2]))
     preset = resolved.augment.preset
     title = f"{kind(resolved.data)}images, preset {preset}{', changed' * bool(resolved.augment.changes())}"
-    loaded = np.stack([source.load(i) for i in chosen])
+    loaded = source.load_many(chosen)
     view_sheet(loaded, drawn, Path(out), seed=seed, outlines=outlines, title=title)
     print(f"views: {out}")
 
@@ -443,7 +444,7 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
         columns["predicted"] = [classes[i] for i in odds.argmax(axis=1)]
     # Every digit: rounded, probabilities near 0 and 1 would tie, and their AUC and thresholds would not be the same.
     rows = [[*about, *p] for *about, p in zip(*columns.values(), odds.tolist(), strict=True)]
-    run.write_csv(path, [*columns, *classes], rows, end="\r\n")
+    files.write_csv(path, [*columns, *classes], rows, end="\r\n")
 
 
 def _readable(encoder: Encoder, data: str, config: Config) -> Source:

@@ -13,9 +13,10 @@ import numpy as np
 from ssl_jax.augment import center_view
 from ssl_jax.config import Config, Data, Model
 from ssl_jax.errors import UserError
+from ssl_jax.files import write_bytes, write_json
 from ssl_jax.models import build_encoder, from_torch, normalization, to_torch
 from ssl_jax.network import Network
-from ssl_jax.run import write_bytes, write_json
+from ssl_jax.run_folder import RunFolder
 
 
 class Encoder(NamedTuple):
@@ -88,10 +89,10 @@ def load_encoder(path: str | Path) -> Encoder:
     Raises UserError if there is none, or if the weights do not fit the architecture in encoder.json.
     """
     folder = Path(path)
-    folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
+    folder = RunFolder(path).encoder if RunFolder(path).encoder.is_dir() else folder
     if not (folder / "encoder.json").is_file():
-        unfinished = (folder / "checkpoints").is_dir()
-        hint = "the run has not finished; run its pretrain command again" if unfinished else "allowed: a run folder"
+        unfinished = RunFolder(path).checkpoints.is_dir()
+        hint = "the run has not ended; run its pretrain command again" if unfinished else "allowed: a run folder"
         raise UserError(f"{path}: no encoder.json; {hint}")
     about = json.loads((folder / "encoder.json").read_text())
     return rebuild(about, folder / "encoder.safetensors")
@@ -121,8 +122,8 @@ def started_from(network: Network, init: str) -> Network:
     """`network` with the weights of an exported encoder as its initial ones (config.model.init)."""
     path = Path(init)
     if path.is_dir():
-        names = ("encoder/encoder.safetensors", "encoder.safetensors")
-        path = next((path / name for name in names if (path / name).exists()), path)
+        exported = RunFolder(path).encoder / "encoder.safetensors"
+        path = exported if exported.exists() else path / "encoder.safetensors"
     if not path.is_file():
         raise UserError(f"config.model.init={init!r}: not found; allowed: a run folder or a .safetensors file")
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ssl_jax import hlo, parallel, run
+from ssl_jax import files, hlo, parallel
 from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source
 from ssl_jax.errors import UserError, unknown
@@ -424,7 +424,7 @@ def command(config: Config, topology: str, sweep: str, images: int, classes: int
         print(comparison(plans))
     if out:
         rows = [table_row(plan) for plan in plans]
-        run.write_csv(Path(out) / "plan.csv", list(rows[0]), [list(row.values()) for row in rows])
+        files.write_csv(Path(out) / "plan.csv", list(rows[0]), [list(row.values()) for row in rows])
         scaling([plan for plan in plans if plan.fits], Path(out) / "plan.png")
         print(f"table and figure: {out}")
     return plans

@@ -1,4 +1,4 @@
-"""What a person sees while a run works: one live line on a terminal, plain lines elsewhere."""
+"""Progress of a run: one live line on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Progress:
-    """Shows step, loss, speed, waiting and time left. Use as a context; `say` prints a line that stays."""
+    """Shows step, loss, speed, waiting and time left. A context manager; `say` prints a line that stays."""
 
     def __init__(self, total: int, start: int, title: str, unit: str = "steps", note: str = "", quiet: bool = False):
         from rich.console import Console
@@ -18,7 +18,7 @@ class Progress:
         self.total, self.title, self.quiet = total, title, quiet
         self.console = Console(stderr=True)
         self.bar = None
-        self.began, self.first, self.said = time.monotonic(), start, 0.0
+        self.began, self.first, self.last_line = time.monotonic(), start, 0.0
         if sys.stderr.isatty() and not quiet:
             columns = [
                 TextColumn("{task.description}"),
@@ -51,24 +51,24 @@ class Progress:
         note = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         if self.bar:
             self.bar.update(self.task, completed=step, note=note)
-        elif time.monotonic() - self.said > 10 or step == self.total:  # a log file needs no line a second
-            self.said = time.monotonic()
-            left = (self.said - self.began) / max(step - self.first, 1) * (self.total - step)
+        elif time.monotonic() - self.last_line > 10 or step == self.total:  # a log file needs few lines
+            self.last_line = time.monotonic()
+            left = (self.last_line - self.began) / max(step - self.first, 1) * (self.total - step)
             self.say(f"{self.title} {step}/{self.total}  {note}  left {_clock(left)}")
 
 
 @contextlib.contextmanager
 def counting(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows how far a long piece of work is: use as a context, call what it gives with (done, total)."""
-    with contextlib.ExitStack() as shown:
+    """A context manager that shows the progress of a long task; call the function that it yields with (done, total)."""
+    with contextlib.ExitStack() as stack:
         bars: list[Progress] = []
 
-        def tell(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             if not bars:
-                bars.append(shown.enter_context(Progress(total, 0, title, unit)))
+                bars.append(stack.enter_context(Progress(total, 0, title, unit)))
             bars[0].update(done, {})
 
-        yield tell
+        yield update
 
 
 def _clock(seconds: float) -> str:

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssl_jax import registry, run
+from ssl_jax import registry
 from ssl_jax.config import Config, Data, default, from_json, override, resolve
 from ssl_jax.errors import UserError
+from ssl_jax.run_folder import RunFolder
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".npz": "npz"}
 
@@ -17,7 +18,8 @@ def settings_of(folder: Path, overrides: Sequence[str], read: Mapping[str, Any] 
 
     read: options of config.data that a classifier was trained with.
     """
-    config = from_json(run.read_config(folder)) if (folder / "config.json").is_file() else default()
+    saved = RunFolder(folder)
+    config = from_json(saved.read_config()) if saved.config.is_file() else default()
     config.data.update(read or {})
     return resolve(override(config, overrides))
 

@@ -31,9 +31,10 @@ from ssl_jax.evaluate.finetuning import finetune, predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.subsets import nested_subset
+from ssl_jax.files import write_json, write_npz
 from ssl_jax.report.summary import write_all, write_tables
 from ssl_jax.report.tables import Cell, Row
-from ssl_jax.run import write_json, write_npz
+from ssl_jax.run_folder import RunFolder, StudyFolder
 
 VERSION = 2  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
 SHORT = {"top1": "top-1", "macro_auc": "macro AUC"}  # names of scores in the log
@@ -154,7 +155,7 @@ def run_study(
     figures at the end. A study that is killed and restarted, or run in parts, writes the same tables, byte for byte.
     """
     study, workdir = config.study, Path(workdir)
-    if (workdir / "checkpoints").exists():
+    if RunFolder(workdir).checkpoints.exists():
         raise UserError(f"--workdir={workdir}: holds a pretraining run; choose a new folder or the folder of a study")
     arms, cell_ids = arms_of(config), list_cells(study, part)
     labelled_part(train, train, "config.data")
@@ -171,7 +172,7 @@ def run_study(
         encoder, digest = encoders.of(cell_id)
         examples, indices = subsets.of(cell_id), subsets.draws[cell_id.labels, cell_id.seed]
         key = evaluator.key(cell_id, digest, indices, examples)
-        path = workdir / "cells" / cell_id.arm / str(cell_id.labels) / f"{cell_id.seed}.json"
+        path = StudyFolder(workdir).cell(*cell_id)
         cell = _load(path, key)
         if cell is None:
             cell, scores = evaluator.run(cell_id, encoder, digest, examples)
@@ -329,7 +330,7 @@ def _save(path: Path, cell: Cell, scores: np.ndarray, indices: np.ndarray) -> No
 def _write_metadata(config: Config, workdir: Path, train: Source, test: Source, test_labels: np.ndarray) -> None:
     groups = np.arange(len(test)) if test.groups is None else test.groups
     arrays = {"labels": test_labels, "classes": np.array(train.classes), "names": np.array(test.names)}
-    write_npz(workdir / "test.npz", **arrays, groups=groups)
+    write_npz(StudyFolder(workdir).test, **arrays, groups=groups)
     shares = _shares(np.asarray(train.labels), len(train.classes))
     metadata = {
         "classes": train.classes,
@@ -340,8 +341,8 @@ def _write_metadata(config: Config, workdir: Path, train: Source, test: Source, 
         "pretrainings": min(config.study.pretrainings, config.study.seeds),
         "seeds": config.study.seeds,
     }
-    write_json(workdir / "config.json", to_json(config))
-    write_json(workdir / "study.json", metadata)
+    write_json(StudyFolder(workdir).config, to_json(config))
+    write_json(StudyFolder(workdir).about, metadata)
 
 
 def _shares(labels: np.ndarray, classes: int) -> list[float]:

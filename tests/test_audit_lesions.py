@@ -161,7 +161,7 @@ def test_a_mask_is_cut_and_resized_like_its_image(tmp_path):
     with pytest.raises(UserError, match="no lesion for any of 1 images"):
         find_lesions(source, open_masks(str(tmp_path / "masks"), source, data), 1, seed=0)
     Image.fromarray(np.ones((15, 15), np.uint8)).save(tmp_path / "masks" / "a.b.png")
-    with pytest.raises(UserError, match=r"a\.b\.png: 15 x 15 px, the image 60 x 30; allowed: the image's size"):
+    with pytest.raises(UserError, match=r"a\.b\.png: 15 x 15 px, but the image has 60 x 30; allowed: the image's size"):
         open_masks(str(tmp_path / "masks"), source, data)(0)
 
 
@@ -197,7 +197,7 @@ MISTAKES = [
     (["--lesions", "--masks=BOXES"], BOXES + "sub/0.png,1,2,x,4\n", "(line 2): could not convert string to float: 'x'"),
     (["--lesions", "--masks=BOXES"], BOXES + "sub/0.png,1,2,3,4\nsub/1.png,5,1,3,4\n", "(line 3): left=5 top=1"),
     (["--lesions", "--masks=BOXES"], BOXES + "sub/0.png,1,2,3\n", "(line 2): 4 values; the header has 5"),
-    (["--lesions", "--masks=BOXES"], BOXES + "other.png,1,2,3,4\n", "'other.png' and all other paths are none of"),
+    (["--lesions", "--masks=BOXES"], BOXES + "other.png,1,2,3,4\n", "no path is that of an image, such as 'other.png'"),
     (["--lesions", "--masks=EMPTY"], None, "no lesion for any of 2 images; for 'sub/0.png'"),
     (["--lesions", "--masks=EMPTY", "--out=BOXES"], BOXES, "boxes.csv: is a file; allowed: a folder"),
     (["--lesions", "--masks=EMPTY", "--images=0"], None, "--images=0: allowed: 1 or more"),
@@ -223,7 +223,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys, flags, text, message):
 
 def test_outlines_follow_the_view(tmp_path):
     """On a sheet the outline of a mask lies around the lesion of each view, flipped views among them."""
-    from ssl_jax.report.sheet import _moved
+    from ssl_jax.augment.sheet import _moved
 
     images, masks = discs(2, 24)
     views = resolve_views(Augment("none", {"flip": 1.0, "rotate": 20.0}), 1, 24)

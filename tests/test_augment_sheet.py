@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from ssl_jax.augment import resolve_views
+from ssl_jax.augment.sheet import describe, view_sheet
 from ssl_jax.config import Augment
 from ssl_jax.errors import UserError
-from ssl_jax.report.sheet import describe, view_sheet
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -27,7 +27,7 @@ def test_sheet_refuses_what_is_no_picture(tmp_path):
     images = np.zeros((1, 8, 8, 1), np.uint8)
     with pytest.raises(UserError, match=r"is a folder; allowed: the path of a \.png file"):
         view_sheet(images, views, tmp_path)
-    with pytest.raises(UserError, match="x.txt: not a picture"):
+    with pytest.raises(UserError, match="x.txt: not a .png file"):
         view_sheet(images, views, tmp_path / "x.txt")
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ssl_jax import registry
 from ssl_jax.config import Data
-from ssl_jax.data import Source, fashion_mnist, open_source, order, stream
+from ssl_jax.data import Source, batches, fashion_mnist, open_source, order
 from ssl_jax.errors import UserError
 
 TFDS = Path(__file__).parent / "data" / "tfds"
@@ -75,40 +75,40 @@ def test_order_batch_too_large():
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_stream_equals_memory(numbered, workers):
+def test_batches_from_disk_equal_memory(numbered, workers):
     source = open_source(Data(name="folder", path=str(numbered), size=8))
     images = source.arrays()
     start, stop = 2, 11  # from the middle of an epoch of 4 steps, over two of its ends
-    batches = list(stream(source, batch=5, seed=7, start=start, stop=stop, workers=workers))
-    assert len(batches) == stop - start
-    for step, batch in zip(range(start, stop), batches):
+    decoded = list(batches(source, batch=5, seed=7, start=start, stop=stop, workers=workers))
+    assert len(decoded) == stop - start
+    for step, batch in zip(range(start, stop), decoded):
         index = order(7, 23, 5, step)
         np.testing.assert_array_equal(batch["index"], index)
         np.testing.assert_array_equal(batch["image"], images[index])
         np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], index)
-        assert batch["image"].dtype == np.uint8 and batch["index"].dtype == np.int64 and "label" not in batch
+        assert batch["image"].dtype == np.uint8 and batch["index"].dtype == np.int32 and "label" not in batch
 
 
-def test_stream_has_labels_and_stops_early():
+def test_batches_have_labels_and_stop_early():
     source = open_source(Data(name="synthetic", path="classes=3,n=40", size=8))
-    batches = stream(source, batch=4, seed=0, start=5, stop=1_000_000, workers=2)
-    batch = next(batches)
-    batches.close()
+    endless = batches(source, batch=4, seed=0, start=5, stop=1_000_000, workers=2)
+    batch = next(endless)
+    endless.close()
     np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
     assert batch["label"].dtype == np.int32
 
 
-def test_stream_reports_a_user_error_from_its_threads(numbered):
+def test_batches_report_a_user_error_from_its_threads(numbered):
     source = open_source(Data(name="folder", path=str(numbered)))
     (numbered / "04.png").unlink()
     with pytest.raises(UserError, match=r"04.png': No such file or directory; it was there at the start"):
-        list(stream(source, batch=23, seed=0, start=0, stop=1, workers=2))
+        list(batches(source, batch=23, seed=0, start=0, stop=1, workers=2))
 
 
-def test_stream_batch_too_large(numbered):
+def test_batches_larger_than_the_data(numbered):
     source = open_source(Data(name="folder", path=str(numbered)))
     with pytest.raises(UserError, match=r"config.train.batch=24"):
-        next(iter(stream(source, batch=24, seed=0, start=0, stop=1, workers=2)))
+        next(iter(batches(source, batch=24, seed=0, start=0, stop=1, workers=2)))
 
 
 def test_take():
@@ -304,9 +304,9 @@ def test_tfds_by_name_without_labels(monkeypatch):
     assert open_source(Data(name="tfds", path="tiny_photos:1.0.0")).shape == (224, 224, 3)
 
 
-def test_tfds_stream():
+def test_tfds_batches():
     source = open_source(Data(name="tfds", path=str(TFDS / "tiny_squares" / "1.0.0")))
-    for batch in stream(source, batch=3, seed=0, start=1, stop=5, workers=2):
+    for batch in batches(source, batch=3, seed=0, start=1, stop=5, workers=2):
         np.testing.assert_array_equal(batch["image"], source.arrays()[batch["index"]])
         np.testing.assert_array_equal(batch["label"], numbers(batch["image"]) % 3)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ssl_jax.config import Data
-from ssl_jax.data import cache, image, open_source, stream
+from ssl_jax.data import batches, cache, images, open_source
 from ssl_jax.errors import UserError
 
 
@@ -48,8 +48,8 @@ def decoded(monkeypatch):
         calls.append(1)
         return real(*args)
 
-    real = image.decode
-    monkeypatch.setattr(image, "decode", counted)
+    real = images.decode
+    monkeypatch.setattr(images, "decode", counted)
     return calls
 
 
@@ -68,12 +68,12 @@ def test_same_images_as_without_and_decoded_once(photos, decoded):
     assert (store(photos) / "images.u8").stat().st_size == 30 * 8 * 8
 
 
-def test_both_engines_of_the_stream(photos, decoded):
+def test_both_engines_of_the_batches(photos, decoded):
     opened(photos)
     source = opened(photos)
-    batches = list(stream(source, batch=7, seed=1, start=0, stop=4, workers=2))
+    decoded_batches = list(batches(source, batch=7, seed=1, start=0, stop=4, workers=2))
     memory = source.arrays()
-    for batch in batches:
+    for batch in decoded_batches:
         np.testing.assert_array_equal(batch["image"], memory[batch["index"]])
     assert len(decoded) == 30
 
@@ -153,15 +153,15 @@ def test_killed_while_filling(photos, decoded, monkeypatch):
     """SIGKILL after 8 of 30 images: those are not decoded again."""
     code = f"""
 import os, signal
-from ssl_jax.data import cache, image, open_source
+from ssl_jax.data import cache, images, open_source
 from ssl_jax.config import Data
-cache.GROUP, real = 4, image.decode
+cache.GROUP, real = 4, images.decode
 def decode(content, *rest, calls=[]):
     calls.append(1)
     if len(calls) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(content, *rest)
-image.decode = decode
+images.decode = decode
 open_source({data(photos, workers=1)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL

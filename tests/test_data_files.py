@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ssl_jax.config import Data
-from ssl_jax.data import open_source, stream
+from ssl_jax.data import batches, open_source
 from ssl_jax.data.source import printable
 from ssl_jax.errors import UserError
 
@@ -280,7 +280,7 @@ def test_damaged_files_are_replaced_alike_by_both_engines(damaged, caplog):
         np.testing.assert_array_equal(images[i], images[j])
     fresh = open_source(data)  # has found none of them yet
     seen = set()
-    for batch in stream(fresh, batch=4, seed=1, start=2, stop=10, workers=3):
+    for batch in batches(fresh, batch=4, seed=1, start=2, stop=10, workers=3):
         np.testing.assert_array_equal(batch["image"], images[batch["index"]])
         seen.update(batch["index"].tolist())
     assert {i: j for i, j in source.replaced.items() if i in seen} == fresh.replaced
@@ -294,7 +294,7 @@ def test_too_many_damaged_files_found_later(damaged):
     words = "20 files unreadable", "config.data.max_bad_share=0.2", "and"
     fails(folder(damaged, max_bad_share=0.2), *words)
     with pytest.raises(UserError, match=r"[56] of 20 files unreadable.*allowed: .*=0.2$"):  # two threads read at a time
-        list(stream(open_source(folder(damaged, max_bad_share=0.2)), batch=17, seed=0, start=0, stop=1, workers=2))
+        list(batches(open_source(folder(damaged, max_bad_share=0.2)), batch=17, seed=0, start=0, stop=1, workers=2))
 
 
 @pytest.mark.parametrize("cut", [0, 900])  # not an image at all; one that ends early

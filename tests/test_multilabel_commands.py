@@ -16,8 +16,8 @@ from ssl_jax.config import default, method_module, resolve, to_json
 from ssl_jax.data import Source
 from ssl_jax.encoder import export, random_encoder
 from ssl_jax.errors import UserError
+from ssl_jax.files import write_json
 from ssl_jax.methods.base import RunInfo
-from ssl_jax.run import write_json
 from ssl_jax.testing.tiny import set_up, tiny_config
 
 CLASSES = ["top", "middle", "bottom", "never"]

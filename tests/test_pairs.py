@@ -6,7 +6,7 @@ from PIL import Image
 
 from ssl_jax import train
 from ssl_jax.config import Data
-from ssl_jax.data import Partners, open_source, order, stream
+from ssl_jax.data import Partners, batches, open_source, order
 from ssl_jax.errors import UserError
 from ssl_jax.testing.tiny import tiny_config
 
@@ -55,10 +55,16 @@ def test_partners_show_the_same_object(photos, kind):
 def test_disk_and_memory_give_the_same_pairs(photos):
     opened = source(photos, "folder")
     images, partners = opened.arrays(), Partners(opened.objects)
-    for step, batch in enumerate(stream(opened, batch=4, seed=5, start=0, stop=4, workers=2)):
+    for step, batch in enumerate(batches(opened, batch=4, seed=5, start=0, stop=4, workers=2)):
         index = order(5, 6, 4, step)
         np.testing.assert_array_equal(batch["image"], images[index])
         np.testing.assert_array_equal(batch["pair"], images[partners(5, index, step)])
+    rows = np.array([1, 3])
+    for step, batch in enumerate(batches(opened, batch=4, seed=5, start=0, stop=4, rows=rows, decode=False)):
+        index = order(5, 6, 4, step)
+        assert batch.keys() == {"index", "partner"}
+        np.testing.assert_array_equal(batch["index"], index[rows])
+        np.testing.assert_array_equal(batch["partner"], partners(5, index, step)[rows])
 
 
 @pytest.mark.parametrize("engine", ["memory", "disk"])

@@ -36,16 +36,16 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def many():
-    """Studies of 4,000 patients, not drawn."""
-    return [study for n in range(4000) for study in make_patient(0, TRAIN, n).studies]
+    """Exams of 4,000 patients, not drawn."""
+    return [exam for n in range(4000) for exam in make_patient(0, TRAIN, n).exams]
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Images at 64 px of 700 studies that are as good as independent, with what is there (0 or 1) [700, 14]."""
+    """Images at 64 px of 700 exams that are as good as independent, with what is there (0 or 1) [700, 14]."""
     patients = [make_patient(5, VALID, n) for n in range(700)]
-    images = np.stack([draw(p, p.studies[0], 1, 64).image for p in patients])
-    return images, np.array([[p.studies[0].truth[name] for name in OBSERVATIONS] for p in patients])
+    images = np.stack([draw(p, p.exams[0], 1, 64).image for p in patients])
+    return images, np.array([[p.exams[0].truth[name] for name in OBSERVATIONS] for p in patients])
 
 
 # Layout
@@ -64,8 +64,8 @@ def test_layout_is_chexperts(folder):
         assert len(listed) == len(lines)
         assert listed == {str(p.relative_to(folder)) for p in (folder / part).rglob("*.jpg")}
         for row in rows(folder, part):
-            _, _, patient, study, view = row["Path"].split("/")
-            assert patient[:7] == "patient" and len(patient) == 12 and study[:5] == "study" and view[:4] == "view"
+            _, _, patient, exam, view = row["Path"].split("/")
+            assert patient[:7] == "patient" and len(patient) == 12 and exam[:5] == "study" and view[:4] == "view"
             assert (
                 row["Frontal/Lateral"] == "Frontal"
                 and row["AP/PA"] in ("AP", "PA")
@@ -140,26 +140,26 @@ def test_command_with_processes_gives_the_same_files(folder, tmp_path, monkeypat
 
 def test_a_patient_does_not_depend_on_the_others():
     patient = make_patient(7, TRAIN, 123)
-    image = draw(patient, patient.studies[0], 1, 64).image
+    image = draw(patient, patient.exams[0], 1, 64).image
     make_patient(7, TRAIN, 5)
     again = make_patient(7, TRAIN, 123)
-    np.testing.assert_array_equal(image, draw(again, again.studies[0], 1, 64).image)
+    np.testing.assert_array_equal(image, draw(again, again.exams[0], 1, 64).image)
     for other in (make_patient(8, TRAIN, 123), make_patient(7, VALID, 123), make_patient(7, TRAIN, 124)):
-        assert (draw(other, other.studies[0], 1, 64).image != image).mean() > 0.5
+        assert (draw(other, other.exams[0], 1, 64).image != image).mean() > 0.5
 
 
 def test_images_of_a_patient_are_alike_but_not_equal():
-    patient = next(p for p in (make_patient(0, TRAIN, n) for n in range(50)) if len(p.studies) > 1)
-    a, b = (draw(patient, study, 1, 64).image.astype(float) for study in patient.studies[:2])
+    patient = next(p for p in (make_patient(0, TRAIN, n) for n in range(50)) if len(p.exams) > 1)
+    a, b = (draw(patient, exam, 1, 64).image.astype(float) for exam in patient.exams[:2])
     others = [make_patient(0, TRAIN, n) for n in range(100, 130)]
-    strange = [draw(p, p.studies[0], 1, 64).image.astype(float) for p in others]
+    strange = [draw(p, p.exams[0], 1, 64).image.astype(float) for p in others]
     between = np.median([np.corrcoef(a.ravel(), s.ravel())[0, 1] for s in strange])
     assert (a != b).any() and np.corrcoef(a.ravel(), b.ravel())[0, 1] > between
 
 
 def test_size_changes_resolution_alone():
     patient = make_patient(2, TRAIN, 1)
-    small, large = (draw(patient, patient.studies[0], 1, size).image.astype(float) for size in (64, 128))
+    small, large = (draw(patient, patient.exams[0], 1, size).image.astype(float) for size in (64, 128))
     halved = large.reshape(64, 2, 64, 2).mean((1, 3))
     assert np.corrcoef(small.ravel(), halved.ravel())[0, 1] > 0.97
 
@@ -169,12 +169,12 @@ def test_size_changes_resolution_alone():
 
 def test_frequencies_are_as_told(many):
     for name, (share, _) in DRAWN.items():
-        found = np.mean([study.margin[name] > 0 for study in many])
+        found = np.mean([exam.margin[name] > 0 for exam in many])
         assert abs(found - share) < 0.025, name
 
 
 def test_labels_have_chexperts_shares(many):
-    """Positive and uncertain reports, % of studies: https://arxiv.org/abs/1901.07031, table 1."""
+    """Positive and uncertain reports, % of exams: https://arxiv.org/abs/1901.07031, table 1."""
     table = {
         "Enlarged Cardiomediastinum": (4.8, 5.4),
         "Cardiomegaly": (12.3, 3.5),
@@ -191,7 +191,7 @@ def test_labels_have_chexperts_shares(many):
         "Support Devices": (56.4, 0.5),
     }
     for name, shares in table.items():
-        labels = np.array([study.labels[name] for study in many])
+        labels = np.array([exam.labels[name] for exam in many])
         for value, share in zip((1, -1), shares, strict=True):
             assert abs((labels == value).mean() * 100 - share) < 2.5, (name, value)
         assert np.isnan(labels).mean() > 0.25 and (labels == 0).any()
@@ -206,7 +206,7 @@ def test_labels_are_noisy_and_hedge_near_the_threshold(many):
 
 
 def test_findings_go_together_as_they_do_in_life(many):
-    found = {name: np.array([study.truth[name] for study in many]) for name in OBSERVATIONS}
+    found = {name: np.array([exam.truth[name] for exam in many]) for name in OBSERVATIONS}
 
     def risk(a, b):
         return found[a][found[b] == 1].mean() / found[a][found[b] == 0].mean()
@@ -232,10 +232,10 @@ def test_nothing_can_be_read_off_brightness_or_contrast(drawn):
 
 
 def test_nothing_can_be_read_off_order_or_name(many):
-    """Neighbours in the table know no more of each other than chance: the first study of each patient, by number."""
-    first = [make_patient(0, TRAIN, n).studies[0] for n in range(2000)]
+    """Neighbours in the table know no more of each other than chance: the first exam of each patient, by number."""
+    first = [make_patient(0, TRAIN, n).exams[0] for n in range(2000)]
     for name in OBSERVATIONS:
-        found = np.array([study.truth[name] for study in first])
+        found = np.array([exam.truth[name] for exam in first])
         assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.1
         assert abs(roc_auc_score(found, np.arange(len(found))) - 0.5) < 0.06 + 0.4 / np.sqrt(found.sum())
 
@@ -258,7 +258,7 @@ def test_raw_pixels_are_far_from_enough(drawn):
 def with_and_without(name, size):
     """A patient with this finding alone, plainly, and without any: what each image shows, before noise."""
     patient = make_patient(1, VALID, 17)
-    none = dataclasses.replace(patient.studies[0], margin=dict.fromkeys(DRAWN, -3.0))
+    none = dataclasses.replace(patient.exams[0], margin=dict.fromkeys(DRAWN, -3.0))
     one = dataclasses.replace(none, margin={**none.margin, name: 1.0})
     return draw(patient, one, 1, size), draw(patient, none, 1, size)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ssl_jax import run
 from ssl_jax.checkpoint import steps
+from ssl_jax.files import read_lines
 from ssl_jax.train import REQUEUE
 
 # One process and two have other threads, so other rounding. At a larger rate it decides, once in a while, on which side
@@ -53,7 +53,7 @@ def finish(processes):
 
 
 def losses(workdir):
-    return [line["loss"] for line in run.read_lines(workdir / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_lines(workdir / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_mistake_is_told_once(tmp_path):
     (tmp_path / "full" / "note.txt").write_text("mine")
     both = finish(start(tmp_path / "full", 2, 2))
     assert [code for code, *_ in both] == [2, 2], both
-    assert "not empty and no run folder" in both[0][2] and "not empty" not in both[1][2]
+    assert "not empty and not a run folder" in both[0][2] and "not empty" not in both[1][2]
 
 
 def test_half_of_what_names_a_job(tmp_path, monkeypatch):

@@ -12,19 +12,19 @@ from PIL import Image
 from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.scores import metrics
+from ssl_jax.files import write_json
 from ssl_jax.report import plots
 from ssl_jax.report.html import Sample, _map, _neighbours, write_report
-from ssl_jax.run import write_json
 
 CLASSES = ["bag & <b>belt</b>", "cost $5", "coat"]
 
 
 def make_run(folder, *, labels=True, std=0.9, path="no/such/folder", **data):
     """A run folder as training leaves it, without its encoder."""
-    made = configs.default("byol")
-    made.data.name, made.data.path, made.optim.lr = data.get("name", "folder"), path, 0.123
-    made.augment.second.blur = 0.77
-    write_json(folder / "config.json", configs.to_json(configs.resolve(made)))
+    config = configs.default("byol")
+    config.data.name, config.data.path, config.optim.lr = data.get("name", "folder"), path, 0.123
+    config.augment.second.blur = 0.77
+    write_json(folder / "config.json", configs.to_json(configs.resolve(config)))
     lines = []
     for i in range(1, 41):
         line = {"step": 10 * i, "epoch": i / 10, "loss": 4 / i, "grad_norm": 1.0, "embedding_std": std, "lr": 0.1}
@@ -74,8 +74,8 @@ def test_page_holds_what_the_run_did_and_needs_nothing_else(tmp_path):
     page = write_report(folder)
     assert page == folder / "report.html"
     markup, text = page.read_text(), text_of(page)
-    assert "4 epochs (400 steps of batch 256)" in text and "The run is not finished" in text
-    assert "loss 0.1 " not in text and "0.1 loss at first 4" in text
+    assert "trained for 4 epochs (400 steps with a batch of 256)" in text and "The run has not reached its" in text
+    assert "loss 0.1 " not in text and "0.1 loss 4 at the start" in text
     assert "80.0 % kNN accuracy" in text and "The embedding is healthy" in text
     assert markup.count("<svg") == 6
     assert "config.optim.lr 0.123 0.45" in text and "config.augment.second.blur 0.77" in text
@@ -91,8 +91,9 @@ def test_confusion_is_that_of_the_newest_evaluation(tmp_path):
     add_evaluation(folder)
     os.utime(folder / "evaluation" / "knn-30.json", (1, 1))
     text = text_of(write_report(folder))
-    assert "0.6612 ± 0.0200" in text and "2 draws of labels together" in text
-    # Class, test images, recall, precision, F1, taken for: class 2 always went to class 0, which halves its precision.
+    assert "0.6612 ± 0.0200" in text and "sum over 2 draws of labels." in text
+    # Class, test images, recall, precision, F1, mistaken for: class 2 is always predicted as class 0, whose precision
+    # is halved.
     assert "bag & <b>belt</b> 10 100.0 % 50.0 % 66.7 % 0.7500 –" in text
     assert "coat 10 0.0 % – 0.0 % 0.5000 bag & <b>belt</b> (100.0 %)" in text
 
@@ -106,7 +107,7 @@ def test_several_labels_an_image_have_a_table_instead(tmp_path):
     write_json(path, {**json.loads(path.read_text()), "per_seed": [each] * 2, "mean": {"macro_auc": 0.75}})
     page = write_report(folder)
     assert "Classes" in sections(page) and "Confusion" not in sections(page)
-    # Class, known, positives, AUC, average precision: of two positives one is above the only negative.
+    # Class, labelled, positive, AUC, average precision: of two positives one is above the only negative.
     assert "bag & <b>belt</b> 3 2 0.5000 0.8333 cost $5 2 1 1.0000 1.0000 coat 2 0 – –" in text_of(page)
 
 
@@ -117,7 +118,7 @@ def test_names_are_escaped(tmp_path):
     assert "<b>belt" not in markup and "<i>x" not in markup and "&lt;i&gt;x&lt;/i&gt; &amp; y" in markup
 
 
-def test_collapse_and_broken_losses_are_said_in_words(tmp_path):
+def test_collapse_and_broken_losses_are_stated(tmp_path):
     assert "The embedding has collapsed" in text_of(write_report(make_run(tmp_path / "a", std=0.001)))
     assert "The embedding is narrow" in text_of(write_report(make_run(tmp_path / "c", std=0.05)))
     folder = make_run(tmp_path / "b")
@@ -149,22 +150,22 @@ def test_many_classes_become_a_picture(tmp_path):
 def test_finished_run_shows_its_images_as_long_as_they_are_there(tmp_path):
     from ssl_jax.encoder import encoder_metadata, export, random_encoder
 
-    made = configs.default("simclr")
-    made.data.name, made.data.path, made.data.size = "synthetic", "classes=3,n=30", 16
-    made.model.name, made.model.width = "resnet_thin", 0.25
-    config = configs.resolve(made)
+    settings = configs.default("simclr")
+    settings.data.name, settings.data.path, settings.data.size = "synthetic", "classes=3,n=30", 16
+    settings.model.name, settings.model.width = "resnet_thin", 0.25
+    config = configs.resolve(settings)
     encoder = random_encoder(config.model, 16, 3, seed=0)
     export(tmp_path / "encoder", encoder._replace(about=encoder_metadata(config, 16, 3, 10)))
     write_json(tmp_path / "config.json", configs.to_json(config))
     page = write_report(tmp_path)
     assert {"Nearest neighbours", "Embedding map"} <= set(sections(page))
-    assert page.read_text().count('class="strip"') == 3 and "30 training images; colours: classes" in text_of(page)
+    assert page.read_text().count('class="strip"') == 3 and "30 training images, coloured by class." in text_of(page)
     assert "30 images of classes=3" in text_of(page)
 
-    made.data.name, made.data.path = "folder", str(tmp_path / "gone")
-    write_json(tmp_path / "config.json", configs.to_json(configs.resolve(made)))
+    settings.data.name, settings.data.path = "folder", str(tmp_path / "gone")
+    write_json(tmp_path / "config.json", configs.to_json(configs.resolve(settings)))
     page = write_report(tmp_path)
-    assert "Left out, as is the embedding map" in text_of(page) and str(tmp_path / "gone") in text_of(page)
+    assert "Not shown, nor is the embedding map" in text_of(page) and str(tmp_path / "gone") in text_of(page)
     assert "Embedding map" not in sections(page)
 
 
@@ -189,7 +190,7 @@ def test_neighbours_are_the_nearest(labels, channels, size):
         assert markup.count('class="same"') == 18 and 'class="other"' not in markup
 
 
-def test_few_images_are_said_to_be_too_few():
+def test_too_few_images():
     assert "too few" in _neighbours(sample(n=3)) and "too few" in _map(sample(n=2))
 
 
@@ -218,7 +219,7 @@ def test_long_curves_are_averaged_in_blocks():
 
 def test_study_folder(tmp_path):
     make_run(tmp_path / "pretrain" / "byol")
-    assert "No result yet" in text_of(write_report(tmp_path))
+    assert "No results yet" in text_of(write_report(tmp_path))
     config = configs.to_json(configs.resolve(configs.default("byol")))
     config["study"]["arms"] = {"byol": {"optim": {"lr": 0.1}}, "scratch": {}}
     config["study"]["test"]["split"] = "val"
@@ -231,12 +232,14 @@ def test_study_folder(tmp_path):
     for name in ("curve", "gain_by_class"):
         Image.new("RGB", (60, 20)).save(tmp_path / f"{name}.png")
     page = write_report(tmp_path)
-    pictures = ["Score against labels", "Gain by class"]
+    pictures = ["Score by number of labels", "Gain by class"]
     assert sections(page) == ["Result", *pictures, "All metrics", "Pretraining of byol", "Configuration"]
     text = text_of(page)
-    assert "byol, scratch on fashion_mnist (train): finetune with 50, 100, 250, 1,000 labels, 5 draws" in text
-    assert "tested on fashion_mnist (val). 1,200 and 300 images." in text
+    assert "byol, scratch: finetune with 50, 100, 250, 1,000 labels of fashion_mnist (train), 5 draws each" in text
+    assert "tested on fashion_mnist (val). 1,200 training and 300 test images." in text
     assert "Label-efficiency study on phantom images" in text and text.count("Phantoms: ") == 2
     assert "Top-1 & <more>. arm 50 labels 1,000 labels <byol> 70.1 ± 0.5 – byol: better." in text
-    assert "<byol> 50 0.7012" in text and "byol on a resnet18" in text and "config.study.arms.byol.optim.lr 0.1" in text
+    assert (
+        "<byol> 50 0.7012" in text and "byol with a resnet18" in text and "config.study.arms.byol.optim.lr 0.1" in text
+    )
     assert page.read_text().count("data:image/png") == 2

@@ -13,7 +13,7 @@ from toy_study import ARMS, NAMES, toy_config, toy_run, toy_sources, toy_tables
 
 from ssl_jax import study
 from ssl_jax.config import Data
-from ssl_jax.data.source import from_array
+from ssl_jax.data.images import from_array
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import metrics, nested_subset
 from ssl_jax.report.tables import class_gains, summarise, verdicts
@@ -170,9 +170,9 @@ def test_summary_pairs_the_seeds_that_both_arms_have():
     [
         ({0: 0.6, 1: 0.69, 2: 0.66}, "better, the interval lies above zero."),
         ({0: 0.4, 1: 0.51, 2: 0.44}, "worse, the interval lies below zero."),
-        ({0: 0.4, 1: 0.7, 2: 0.56}, "no difference shown, the interval holds zero."),
-        ({0: 0.6}, "on one seed, which supports nothing."),
-        ({7: 0.6}, "nothing to pair."),
+        ({0: 0.4, 1: 0.7, 2: 0.56}, "no difference shown, the interval includes zero."),
+        ({0: 0.6}, "on a single seed, which shows nothing."),
+        ({7: 0.6}, "no seed in common."),
     ],
 )
 def test_verdicts(mine, word):

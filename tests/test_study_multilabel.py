@@ -159,7 +159,10 @@ def test_rare_classes_that_gain_more():
 
 @pytest.mark.parametrize(
     ("low", "word"),
-    [(0.01, "better, both intervals lie above zero."), (-0.01, "which other patients may not repeat: the second int")],
+    [
+        (0.01, "better, both intervals lie above zero."),
+        (-0.01, "which may not hold for other patients: the second int"),
+    ],
 )
 def test_a_gain_must_hold_for_other_patients(low, word):
     row = {"arm": "ssl", "labels": 9, "metric": "macro_auc", "difference": 0.05, "difference_half": 0.02}

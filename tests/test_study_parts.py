@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 from toy_study import toy_config, toy_run, toy_tables
 
-from ssl_jax import cli, run, study
+from ssl_jax import cli, study
 from ssl_jax.config import Data, Study, load_config, resolve
 from ssl_jax.data import phantom
 from ssl_jax.encoder import export, load_encoder, random_encoder
 from ssl_jax.errors import UserError
+from ssl_jax.run_folder import RunFolder, StudyFolder
 
 SETTINGS = Study(arms={"a": {}, "b": {}, "c": {}}, labels=(10, 20, 50), seeds=4)
 
@@ -103,7 +104,7 @@ def test_figures_and_words_say_phantom(tmp_path):
         patch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **_: titles.update([text.split()[0]]))
         toy_run(config, tmp_path / "study")
     assert titles["Phantoms:"] == 3  # two titles of the curve, one of the gains
-    assert "about patients they tell nothing" in (tmp_path / "study" / "summary.md").read_text()
+    assert "they say nothing about patients" in (tmp_path / "study" / "summary.md").read_text()
     assert json.loads((tmp_path / "study" / "study.json").read_text())["phantom"]["seed"] == 3
 
 
@@ -126,8 +127,8 @@ def get_config():
 
 def _untrained(config, workdir, source):
     """In place of train.fit: what it leaves behind, without the training."""
-    with run.lock(workdir):
-        run.start(workdir, config)
+    with RunFolder(workdir).lock():
+        RunFolder(workdir).start(config)
         size, channels = source.shape[0], source.shape[2]
         export(workdir / "encoder", random_encoder(config.model, size, channels, config.train.seed))
         return load_encoder(workdir)
@@ -144,12 +145,12 @@ def test_tasks_of_an_array_share_a_folder(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*args, "--cells=1/2"])
     assert stopped.value.code == 75 and "first run the same with --cells=0/2" in capsys.readouterr().out
-    with run.lock(folder / "pretrain" / "simclr"):  # a task pretrains this one; the other is left
+    with StudyFolder(folder).pretraining("simclr").lock():  # a task pretrains this one; the other is left
         assert cli.main([*args, "--cells=0/2"]) == 0
     assert "simclr: left to the process that is working on it" in capsys.readouterr().out
     assert {p.name for p in (folder / "pretrain").iterdir() if (p / "encoder").is_dir()} == {"simclr-2"}
     assert cli.main([*args, "--cells=0/2"]) == 0 and cli.main([*args, "--cells=1/2"]) == 0
-    with run.lock(folder, shared=True):  # another task at work: it may go on beside us, but not be summed up
+    with StudyFolder(folder).lock(shared=True):  # another task at work: it may go on beside us, but not be summed up
         assert cli.main([*args, "--cells=2/2"]) == 0
         assert cli.main([*args]) == 2
     assert "another process is working in this folder" in capsys.readouterr().err

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import parallel, run, train
+from ssl_jax import parallel, train
 from ssl_jax.checkpoint import read_metadata, steps
 from ssl_jax.errors import UserError
+from ssl_jax.files import read_lines
 from ssl_jax.report import html
+from ssl_jax.run_folder import RunFolder
 from ssl_jax.testing.tiny import Images, tiny_config, tiny_encoder
 from ssl_jax.train.step import device_store
 
@@ -51,7 +53,7 @@ def wait_for(process, workdir, count, what="metrics"):
     """Until the run has written `count` lines, or saved a checkpoint of at least that step."""
     end = time.monotonic() + 200
     while time.monotonic() < end and process.poll() is None:
-        lines = len(run.read_lines(Path(workdir) / "metrics.jsonl"))
+        lines = len(read_lines(Path(workdir) / "metrics.jsonl"))
         if (lines if what == "metrics" else max([0, *steps(Path(workdir) / "checkpoints")])) >= count:
             return
         time.sleep(0.005)
@@ -77,7 +79,7 @@ def test_run_folder_holds_everything(uninterrupted):
     names = {p.name for p in uninterrupted.iterdir()}
     files = {"config.json", "environment.json", "metrics.jsonl", "timing.jsonl", "checkpoints", "encoder", "views.png"}
     assert files | {"report.html"} <= names
-    lines = run.read_lines(uninterrupted / "metrics.jsonl")
+    lines = read_lines(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
     assert [line["step"] for line in lines if {"knn_accuracy", "rank_me"} <= set(line)] == [10, 20, 30, 40, 50, 60]
     assert json.loads((uninterrupted / "environment.json").read_text())["conv"] in ("native", "patches")
@@ -142,7 +144,7 @@ def test_a_run_goes_on_with_fewer_devices(tmp_path):
     assert done.returncode == 0 and f"from step {saved}" in done.stderr, done.stderr
     assert finish(tmp_path / "one", *flags, **on(1)).returncode == 0
     found, wanted = (
-        [line["loss"] for line in run.read_lines(tmp_path / name / "metrics.jsonl")] for name in ("run", "one")
+        [line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("run", "one")
     )
     assert len(found) == 20
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
@@ -159,7 +161,7 @@ def test_second_run_of_a_finished_one_changes_nothing(uninterrupted):
 
 def test_a_finished_run_can_be_read_by_many_at_once(uninterrupted):
     """Tasks of a study start together, and each loads the same encoders."""
-    with run.lock(uninterrupted, shared=True):
+    with RunFolder(uninterrupted).lock(shared=True):
         done = finish(uninterrupted)
     assert done.returncode == 0, done.stderr
 
@@ -173,13 +175,13 @@ def test_another_config_in_the_same_folder_is_refused(uninterrupted):
 
 def test_a_run_that_never_began_may_be_corrected(tmp_path):
     """A mistake found before the first step (a warm-up too long, say) does not bind the folder to its config."""
-    run.start(tmp_path / "run", tiny_config("simclr"))
+    RunFolder(tmp_path / "run").start(tiny_config("simclr"))
     right = dataclasses.replace(tiny_config("simclr"), train=dataclasses.replace(tiny_config("simclr").train, batch=8))
-    run.start(tmp_path / "run", right)
-    assert run.read_config(tmp_path / "run")["train"]["batch"] == 8
+    RunFolder(tmp_path / "run").start(right)
+    assert RunFolder(tmp_path / "run").read_config()["train"]["batch"] == 8
     (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="train.batch: 8 -> "):
-        run.start(tmp_path / "run", tiny_config("simclr"))
+        RunFolder(tmp_path / "run").start(tiny_config("simclr"))
 
 
 def test_two_processes_in_one_folder(tmp_path):
@@ -239,7 +241,7 @@ def test_loss_not_finite_stops_with_step_cause_and_checkpoint(tmp_path):
         UserError, match=r"step \d+: loss is (nan|inf).*likely cause: a learning rate too high.*checkpoint"
     ):
         train.fit(config, tmp_path / "run", source, tiny_encoder())
-    assert all(line["loss"] is not None for line in run.read_lines(tmp_path / "run" / "metrics.jsonl"))
+    assert all(line["loss"] is not None for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_non_finite_steps_are_left_out_with_everything_they_touched():
@@ -263,7 +265,7 @@ def test_collapse_is_told_in_words(tmp_path, capsys):
     config = tiny_config("simclr", train__duration="60 steps", eval__every="30 steps")
     train.fit(config, tmp_path / "run", source, tiny_encoder())
     assert "collapsed: embedding std" in capsys.readouterr().err
-    lines = run.read_lines(tmp_path / "run" / "metrics.jsonl")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["rank_me"] for line in lines if "rank_me" in line] == pytest.approx([1, 1], abs=1e-3)
     assert "all images get almost the same embedding" in [line for line in lines if "loss" in line][-1]["collapsed"]
     assert "The run shows a collapse: embedding std" in html.write_report(tmp_path / "run").read_text()
@@ -279,7 +281,7 @@ def test_several_labels_an_image_are_watched(tmp_path):
     source.labels[5, 1] = source.labels[7] = np.nan
     config = tiny_config("simclr", train__duration="20 steps", eval__every="20 steps", data__engine="disk")
     train.fit(config, tmp_path / "run", source, tiny_encoder())
-    lines = run.read_lines(tmp_path / "run" / "metrics.jsonl")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     probe = [line["probe_loss"] for line in lines if "loss" in line]
     assert probe[0] == pytest.approx(np.log(2)) and np.log(2) > probe[10] > probe[-1]  # it starts at zero: p is 1/2
     assert [line["step"] for line in lines if line.get("knn_auc", 0) > 0.9] == [20]
@@ -292,7 +294,7 @@ def test_workdir_that_is_something_else(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
-    for name, message in (("file", "cannot be made|is a file"), ("full", "not empty and no run folder")):
+    for name, message in (("file", "cannot be created|is a file"), ("full", "not empty and not a run folder")):
         with pytest.raises(UserError, match=message):
             train.fit(tiny_config("simclr"), tmp_path / name, Images(), tiny_encoder())
     assert (tmp_path / "full" / "thesis.tex").read_text() == "x"

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from ssl_jax.errors import UserError
-from ssl_jax.run import read_lines
+from ssl_jax.files import read_lines
 from ssl_jax.train import writers
 from ssl_jax.train.writers import Background, JsonLines, open_writers
 

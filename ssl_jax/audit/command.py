@@ -1,4 +1,4 @@
-"""`ssl-jax audit`: reads the data, calls an audit, writes its table and picture."""
+"""`ssl-jax audit`: reads the data, runs an audit, writes its table and figure."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,28 +10,29 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from ssl_jax import run
+from ssl_jax import files
 from ssl_jax.config import Config, Data, resolve
 from ssl_jax.data import Source, open_source, phantom
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, started_from
 from ssl_jax.errors import UserError
+from ssl_jax.run_folder import RunFolder
 from ssl_jax.settings import data_of, settings_of
 
-LEAST = 8  # images for the audit of an encoder
+MIN_IMAGES = 8  # for the audit of an encoder
 Row = dict[str, Any]
 
 
 def kind(data: Data) -> str:
-    """ "phantom " for drawn radiographs, which every figure made of them has to say; else nothing."""
+    """ "phantom " for drawn radiographs, as every figure made from them has to say; otherwise nothing."""
     return "phantom " if phantom(data) else ""
 
 
 def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
-    """Writes out/lesions.csv and out/lesions.png; prints the table and the verdict on the config; returns the rows."""
+    """Writes out/lesions.csv and out/lesions.png, prints the table and the verdict, and returns the rows."""
+    from ssl_jax.audit.figures import lesion_curves
     from ssl_jax.audit.lesions import audit, verdict
     from ssl_jax.audit.masks import find_lesions, open_masks
     from ssl_jax.augment import resolve_views
-    from ssl_jax.report.audit import lesion_curves
 
     resolved, folder = resolve(config), _folder(out)
     source = open_source(resolved.data)
@@ -40,12 +41,12 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
     found, outside = find_lesions(source, open_masks(masks, source, resolved.data), images, seed)
     count = len({lesion.image for lesion in found})
     console = Console(stderr=True)
-    console.print(f"{len(found)} lesions in {count} images of {len(source)}", highlight=False)
+    console.print(f"{len(found)} lesions in {count} of {len(source)} images", highlight=False)
     if outside:
-        console.print(f"{outside} more lie outside of the square that is read of their image", highlight=False)
-    loaded = {lesion.image: source.load(lesion.image) for lesion in found}
+        console.print(f"{outside} more lie outside the square that is cut from their image", highlight=False)
+    indices, places = np.unique([lesion.image for lesion in found], return_inverse=True)
     with console.status("") as status:
-        rows = audit(np.stack([loaded[lesion.image] for lesion in found]), found, views, seed, status.update)
+        rows = audit(source.load_many(indices)[places], found, views, seed, status.update)
     changes = ", ".join(f"{key}={value}" for key, value in resolved.augment.changes().items())
     name = resolved.augment.preset + (f" with {changes}" if changes else "")
     title = f"What transforms do to {len(found)} {kind(resolved.data)}lesions. Config ({name}) {verdict(rows)}"
@@ -57,16 +58,16 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
 
 
 def invariance(config: ConfigDict | None, workdir: str, data: str, out: str, images: int) -> list[Row]:
-    """Writes out/invariance.csv and out/invariance.png; prints the table; returns the rows."""
+    """Writes out/invariance.csv and out/invariance.png, prints the table, and returns the rows."""
+    from ssl_jax.audit.figures import profile
     from ssl_jax.audit.invariance import audit
-    from ssl_jax.report.audit import profile
 
     folder = _folder(out)
     encoder, source, name = _subject(resolve(config) if config else None, workdir, data)
-    if min(images, len(source)) < LEAST:
-        raise UserError(f"--images={images} of {len(source)}: allowed: {LEAST} or more")
-    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:images])
-    loaded = np.stack([source.load(int(i)) for i in chosen])
+    if min(images, len(source)) < MIN_IMAGES:
+        raise UserError(f"--images={images} of {len(source)}: allowed: {MIN_IMAGES} or more")
+    sample = np.sort(np.random.default_rng(0).permutation(len(source))[:images])
+    loaded = source.load_many(sample)
     with Console(stderr=True).status("") as status:
         rows = audit(encoder, loaded, log=status.update)
     _write(folder / "invariance.csv", rows)
@@ -77,19 +78,19 @@ def invariance(config: ConfigDict | None, workdir: str, data: str, out: str, ima
 
 
 def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, Source, str]:
-    """(encoder, images, what they are): of a run folder or, by a config alone, with random or with imported weights."""
+    """(encoder, images, description): of a run folder; with a config alone, with random or imported weights."""
     if workdir:
         encoder, folder = load_encoder(workdir), Path(workdir)
         settings = config or settings_of(folder, ())
         if not config and not data:
-            run.read_config(folder)  # or there is no run, and nothing says which images
-        wanted = data_of(data, "--data", settings.data) if data else settings.data
+            RunFolder(folder).read_config()  # fails without a run, as nothing else says which images
+        images = data_of(data, "--data", settings.data) if data else settings.data
         name = f"{encoder.about.get('method', 'encoder')} ({folder.name})"
-        return encoder, open_source(encoder.data(wanted)), f"{name}, on {kind(wanted)}images"
+        return encoder, open_source(encoder.data(images)), f"{name}, on {kind(images)}images"
     if config is None:
         raise UserError("--workdir: missing; allowed: a run folder, or --config for random or imported weights")
-    wanted = data_of(data, "--data", config.data) if data else config.data
-    source = open_source(wanted)
+    images = data_of(data, "--data", config.data) if data else config.data
+    source = open_source(images)
     size, channels = config.augment.override.get("size") or min(source.shape[:2]), source.shape[2]
     encoder = random_encoder(config.model, size, channels, config.train.seed)
     name = f"{config.model.name} with random weights"
@@ -97,7 +98,7 @@ def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, S
         imported = started_from(encoder.network, config.model.init)
         params, stats = imported.init(jax.random.key(0), jax.numpy.zeros((1, size, size, channels)))
         encoder, name = encoder._replace(params=params, stats=stats), Path(config.model.init).name
-    return encoder, source, f"{name}, on {kind(wanted)}images"
+    return encoder, source, f"{name}, on {kind(images)}images"
 
 
 def _folder(out: str) -> Path:
@@ -109,15 +110,15 @@ def _folder(out: str) -> Path:
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
     shown = [[f"{v:.5g}" if isinstance(v, float) else v for v in map(row.get, rows[0])] for row in rows]
-    run.write_csv(path, list(rows[0]), shown)
+    files.write_csv(path, list(rows[0]), shown)
 
 
 def _print_lesions(rows: Sequence[Row]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("transform", "strength", "measure", "lost", "worst class", "lost there", "disagree"):
-        words = column in ("transform", "measure", "worst class")
-        width = None if column == "worst class" else len(column) + 2  # where it is narrow, a long name is cut
-        table.add_column(column, justify="left" if words else "right", no_wrap=True, min_width=width)
+        is_text = column in ("transform", "measure", "worst class")
+        width = None if column == "worst class" else len(column) + 2  # long names are cut on a narrow terminal
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True, min_width=width)
     for row in (r for r in rows if r["class"] == "all"):
         same = ("transform", "strength", "measure")
         classes = [r for r in rows if r["class"] != "all" and all(r[k] == row[k] for k in same)]
@@ -126,8 +127,8 @@ def _print_lesions(rows: Sequence[Row]) -> None:
         shares = f"{row['lost']:.1%}", worst["class"], f"{worst['lost']:.1%}", f"{row['disagree']:.1%}"
         table.add_row(row["transform"], strength, row["measure"], *shares)
     Console().print(table)
-    print("lost: views that keep less than half of a lesion's area or contrast; disagree: pairs of which one does")
-    print("*: in the config")
+    print("lost: views that keep less than half of a lesion's area or contrast; disagree: pairs in which one view does")
+    print("*: strength of the config")
 
 
 def _print_invariance(rows: Sequence[Row]) -> None:

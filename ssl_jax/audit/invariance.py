@@ -1,13 +1,13 @@
-"""What does an encoder ignore, and what does it still see? Each transform alone, at growing strength.
+"""What does an encoder ignore, and what does it still see? Each transform alone, at increasing strength.
 
-moved      how far a transform moves the embedding: cosine distance between embed(image) and embed(transformed image),
-           divided by the mean distance between different images. 0: ignored; 1: as far as to another image.
-readable   how well the transform's parameters (angle, box, factor, whether flipped, ...) can be read from frozen
-           embeddings by a linear model, on images it has not seen. 1: exactly, 0: not at all. Parameters: R2 of a
-           ridge regression; yes or no: accuracy of a logistic regression, where 0 is the more frequent answer's.
+moved      how far a transform moves the embedding: the cosine distance between embed(image) and embed(transformed
+           image), relative to the mean distance between different images. 0: ignored; 1: as far as to another image.
+readable   how well a linear model predicts the transform's parameters (angle, box, factor, whether flipped, ...) from
+           frozen embeddings of unseen images. 1: exactly; 0: not at all. Numbers: R2 of a ridge regression. Yes or no:
+           accuracy of a logistic regression, where always giving the more frequent answer counts as 0.
 
-The two are not the same: an embedding that hardly moves may still move in one direction that tells the parameter.
-That views make an encoder blind to what they change is the starting point of https://arxiv.org/abs/2008.05659 (LooC).
+The two differ: an embedding that hardly moves may still move in a direction that reveals the parameter. That views make
+an encoder blind to what they change is the starting point of LooC, https://arxiv.org/abs/2008.05659.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ from ssl_jax.encoder import Encoder
 from ssl_jax.evaluate.linear import linear_probe
 
 BATCH = 256
-DRAWS = 4  # of each image, from which parameters are read
-HELD_OUT = 0.25  # of the images, on which reading is judged
-SWITCHES = ("flip", "gray", "solarize")  # of which only yes or no can be read
+DRAWS = 4  # views of each image from which parameters are read
+HELD_OUT = 0.25  # share of the images on which reading is scored
+SWITCHES = ("flip", "gray", "solarize")  # transforms without a parameter: applied or not
 RIDGE = tuple(10.0**k for k in range(-1, 6))
 Row = dict[str, Any]
 
@@ -38,21 +38,21 @@ def audit(
     log: Callable[[str], None] = lambda line: None,
     transforms: Sequence[str] = (),
 ) -> list[Row]:
-    """Rows of transform and strength, as it is drawn with this number in `config.augment`.
+    """Rows of transform x strength; the strength is a number of `config.augment`.
 
-    images: uint8 [N, H, W, C], N >= 8. transforms: names in `ladder.TRANSFORMS`; (): all that do anything.
+    images: uint8 [N, H, W, C], N >= 8. transforms: names in `ladder.TRANSFORMS`; (): all that have an effect.
 
-    Each row: transform, strength, unit, moved, half (of the 95 % interval over images), readable (of the transform as
-    it is drawn at its strongest; the same in all its rows).
+    Each row: transform, strength, unit, moved, half (half the width of its 95 % interval over images), readable (at the
+    greatest strength; the same in all rows of a transform).
     """
     images = np.asarray(images)
     base = encoder.embed(images)
     apart = between(base)
     rows = []
-    wanted = transforms_for(images.shape[3])
-    for name in transforms or wanted:
+    available = transforms_for(images.shape[3])
+    for name in transforms or available:
         log(name)
-        transform = wanted[name]
+        transform = available[name]
         can_read = readable(encoder, images, transform, name, seed)
         for step, strength in enumerate(transform.strengths):
             embedded, _ = embed_transformed(encoder, images, alone(transform, strength, encoder.size), seed + step)
@@ -69,9 +69,9 @@ def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def between(features: np.ndarray) -> float:
-    """Mean cosine distance between different rows of [N, D]; tiny rather than 0 where all are the same."""
+    """Mean cosine distance between different rows of [N, D]; tiny rather than 0 if all are equal."""
     unit, n = _unit(features), len(features)
-    total = np.square(unit.sum(axis=0)).sum()  # of all cosines, each row's own among them
+    total = np.square(unit.sum(axis=0)).sum()  # of all cosines, including each row with itself
     return max(1 - (total - n) / (n * (n - 1)), 1e-9)
 
 
@@ -85,15 +85,15 @@ def embed_transformed(encoder: Encoder, images: np.ndarray, view: View, seed: in
     drawn = draw_many(view, len(images), seed, (images.shape[1], images.shape[2]))
     parts = []
     for start in range(0, len(images), BATCH):
-        chosen = np.arange(start, start + BATCH) % len(images)  # full batches: one compilation
-        of_batch = jax.tree.map(lambda array, chosen=chosen: array[chosen], drawn)
-        views = render_each(images[chosen], of_batch, bare(view))
+        index = np.arange(start, start + BATCH) % len(images)  # full batches: one compilation
+        of_batch = jax.tree.map(lambda array, index=index: array[index], drawn)
+        views = render_each(images[index], of_batch, bare(view))
         parts.append(encoder.embed(views, BATCH))
     return np.concatenate(parts)[: len(images)], drawn
 
 
 def readable(encoder: Encoder, images: np.ndarray, transform: Transform, name: str, seed: int) -> float:
-    """How well the parameters of `transform` at its strongest can be read from the embedding: see above."""
+    """How well the parameters of `transform`, at its greatest strength, can be read from the embedding: see above."""
     view = alone(transform, transform.strengths[-1], encoder.size)
     if name in SWITCHES:
         changes: dict[str, Any] = {name: 0.5}
@@ -107,9 +107,9 @@ def readable(encoder: Encoder, images: np.ndarray, transform: Transform, name: s
 
 
 def read(features: np.ndarray, targets: np.ndarray, held: np.ndarray, switch: bool) -> float:
-    """Targets [N, P] from features [N, D] by a linear model: fitted where not `held`, judged where `held` (bool [N]).
+    """How well a linear model predicts targets [N, P] from features [N, D]; it is scored where `held` (bool [N]).
 
-    R2, cut at 0 and averaged over the targets; for a switch (P = 1, 0 or 1) accuracy above chance.
+    R2, clipped at 0 and averaged over the targets; for a switch (P = 1, 0 or 1), accuracy above chance.
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.metrics import r2_score

@@ -1,4 +1,4 @@
-"""Each transform alone, at growing strength: the views that both audits draw."""
+"""Each transform alone, at increasing strength: the views that both audits draw."""
 
 import functools
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from ssl_jax.config import View
 
 
 class Transform(NamedTuple):
-    """A transform with the strengths at which it is tried, weak first, in the numbers of `config.augment`.
+    """A transform and the strengths to try, weakest first, as numbers of `config.augment`.
 
-    changes:   strength -> what it switches on in a view that has nothing else on
-    strength:  view -> the strength that the view has it at; None where it is off
+    changes:   strength -> the options that switch it on in a view without other transforms
+    strength:  view -> the strength that the view uses; None if it is off
     key, unit: of the strength
-    moves:     whether it moves pixels rather than changing them in their places
-    colour:    whether it leaves images alone that don't have three channels
+    moves:     whether it moves pixels rather than changing their values
+    colour:    whether it affects only images with three channels
     """
 
     key: str
@@ -38,7 +38,7 @@ def _colour(key: str, *strengths: float, colour: bool = False) -> Transform:
     return Transform(key, "", strengths, lambda s: {key: s, "jitter_prob": 1.0}, strength, colour=colour)
 
 
-# The strengths go from hardly visible to beyond what presets use.
+# The strengths range from hardly visible to beyond the presets.
 TRANSFORMS: dict[str, Transform] = {
     "crop": Transform(
         "crop_scale",
@@ -102,17 +102,17 @@ TRANSFORMS: dict[str, Transform] = {
 
 
 def transforms_for(channels: int) -> dict[str, Transform]:
-    """Those that do anything to images of so many channels."""
+    """The transforms that affect images with this many channels."""
     return {name: t for name, t in TRANSFORMS.items() if channels == 3 or not t.colour}
 
 
 def alone(transform: Transform, strength: float, size: int) -> View:
-    """A view of `size` px with this transform and no other."""
+    """A view of `size` px with this transform only."""
     return View(size=size, **transform.changes(strength))
 
 
 def draw_many(view: View, count: int, seed: int, shape: tuple[int, int]) -> Parameters:
-    """`count` independent draws of a view's parameters for images of shape (H, W), each array [count, ...]."""
+    """`count` independent draws of a view's parameters for images of shape (H, W); each array is [count, ...]."""
     keys = jax.random.split(jax.random.key(seed), count)
     return jax.vmap(lambda key: draw(key, view, *shape))(keys)
 
@@ -124,11 +124,11 @@ def render_each(images: jax.Array, parameters: Parameters, bare: View) -> jax.Ar
 
 
 def bare(view: View) -> View:
-    """All that `render` reads of a view, so that views which differ in nothing else are compiled once."""
+    """A view with only what `render` reads of it, so that views which differ in the rest are compiled once."""
     return View(size=view.size, solarize_threshold=view.solarize_threshold)
 
 
 def in_numbers(parameters: Parameters) -> np.ndarray:
-    """Drawn parameters as float [N, P], without the order of the colour operations."""
+    """Parameters as float [N, P], without the order of the colour operations."""
     rows = [np.asarray(v, np.float32) for k, v in sorted(parameters.items()) if k != "order"]
     return np.concatenate([row.reshape(len(row), -1) for row in rows], axis=1)

@@ -1,11 +1,12 @@
 """Do the transforms keep the lesions? For each transform and strength, and for the views of a config as a whole.
 
-Two measures, each of a lesion (a mask) and a random view:
+Two measures of how much of a lesion (a mask) a random view keeps:
 
-area       share of the lesion's pixels from which the view draws (crop, rotation, perspective: what moves pixels)
-contrast   distance between the mean values inside the lesion and in a ring around it, divided by the same before
-           (jitter, blur, solarize: what changes pixels in their places). A factor for the whole image scales all
-           contrasts and leaves the lesion's shape to be seen; blur takes contrast from what is small.
+area       the share of the lesion's pixels from which the view draws, for transforms that move pixels (crop, rotation,
+           perspective)
+contrast   the distance between the mean values inside the lesion and in a ring around it, relative to the original
+           image, for transforms that change pixel values (jitter, blur, solarize). A factor for the whole image scales
+           all contrasts and leaves the shape of the lesion visible; blur reduces the contrast of what is small.
 """
 
 import functools
@@ -22,12 +23,12 @@ from ssl_jax.augment import appearance, geometry, render
 from ssl_jax.augment.views import Parameters
 from ssl_jax.config import View
 
-ENOUGH = 0.5  # of a lesion: a view that keeps less does not show it
-ALLOWED = 0.05  # share of views without the lesion, of the worst class, up to which a config passes
-MANY = 5  # lesions of a class that can decide whether a config passes
-AREA_DRAWS, CONTRAST_DRAWS = 256, 32  # of each view; all lesions are looked at in the same draws
-FAINT = 5 / 255  # contrast below which a lesion can't be told from its surroundings to begin with
-RING = 3  # width of the ring, px; or a quarter of the lesion's diameter, if that is more
+ENOUGH = 0.5  # share of a lesion; a view that keeps less does not show it
+ALLOWED = 0.05  # share of views that may lose the lesion, in the worst class, for a config to pass
+MANY = 5  # lesions that a class needs to decide whether a config passes
+AREA_DRAWS, CONTRAST_DRAWS = 256, 32  # of each view; all lesions see the same draws
+FAINT = 5 / 255  # contrast below which a lesion cannot be told from its surroundings in the original image
+RING = 3  # width of the ring, px; or a quarter of the lesion's diameter if that is larger
 ALL = "all"
 Row = dict[str, Any]
 Measure = Callable[[View, int], np.ndarray]  # (view, seed) -> share kept of each lesion in each draw [L, draws]
@@ -46,9 +47,9 @@ def audit(
     images: uint8 [L, H, W, C], the image of each of L lesions. views: two, as `augment.resolve_views` returns them.
     transforms: names in `ladder.TRANSFORMS`; (): all that do anything.
 
-    Rows: transform, strength, configured (whether `views` have it at this strength), measure ("area", "contrast"),
-    class (or "all"), lesions (how many could be measured), lost (share of views that keep less than half), disagree
-    (share of pairs of which one view keeps half and the other does not), kept (mean share).
+    Rows: transform, strength, configured (whether `views` use this strength), measure ("area", "contrast"), class (or
+    "all"), lesions (how many could be measured), lost (share of views that keep less than half), disagree (share of
+    pairs in which one view keeps half and the other does not), kept (mean share).
     """
     rows: list[Row] = []
     measures: dict[str, Measure] = {
@@ -63,29 +64,29 @@ def audit(
 
     for name in measures:
         measure("config", None, True, name, views)
-    wanted = transforms_for(images.shape[3])
-    del wanted["flip"]  # it moves a lesion and keeps all of it
-    for name in transforms or wanted:
+    available = transforms_for(images.shape[3])
+    del available["flip"]  # it moves a lesion, but keeps all of it
+    for name in transforms or available:
         log(name)
-        transform = wanted[name]
-        chosen = {s for s in map(transform.strength, views) if s is not None}
+        transform = available[name]
+        configured = {s for s in map(transform.strength, views) if s is not None}
         rising = transform.strengths[-1] > transform.strengths[0]
-        for strength in sorted({*transform.strengths, *chosen}, reverse=not rising):
+        for strength in sorted({*transform.strengths, *configured}, reverse=not rising):
             view = alone(transform, strength, views[0].size)
-            measure(name, strength, strength in chosen, "area" if transform.moves else "contrast", (view, view))
+            measure(name, strength, strength in configured, "area" if transform.moves else "contrast", (view, view))
     return rows
 
 
 def by_class(kept: Sequence[np.ndarray], names: Sequence[str]) -> list[Row]:
-    """Rows of all lesions and of each class, from the shares kept [L, draws] in the first and in the second view."""
+    """Rows of all lesions and of each class, from the shares kept [L, draws] in the first and the second view."""
     first, second = kept
     measured = np.isfinite(first).all(axis=1)
     rows = []
     for name in (ALL, *sorted(set(names))):
-        chosen = measured & (np.array([name in (ALL, n) for n in names]))
-        row: Row = {"class": name, "lesions": int(chosen.sum())}
-        if chosen.any():
-            a, b = first[chosen], second[chosen]
+        of_class = measured & np.array([name in (ALL, n) for n in names])
+        row: Row = {"class": name, "lesions": int(of_class.sum())}
+        if of_class.any():
+            a, b = first[of_class], second[of_class]
             row["lost"] = float(np.mean([(a < ENOUGH).mean(), (b < ENOUGH).mean()]))
             row["disagree"] = float(((a < ENOUGH) != (b < ENOUGH)).mean())
             row["kept"] = float(np.mean([a.mean(), b.mean()]))
@@ -94,21 +95,22 @@ def by_class(kept: Sequence[np.ndarray], names: Sequence[str]) -> list[Row]:
 
 
 def worst(rows: Sequence[Row]) -> Row:
-    """The row of the config as a whole with the largest share lost, over measures and classes of MANY or more lesions.
+    """The row with the largest share lost by the config as a whole, over measures and classes of MANY or more lesions.
 
-    Where no class has so many, over all.
+    If no class has that many, over all classes.
     """
-    given = [row for row in rows if row["transform"] == "config" and row["class"] != ALL]
-    return max([row for row in given if row["lesions"] >= MANY] or given, key=lambda row: row["lost"])
+    of_config = [row for row in rows if row["transform"] == "config" and row["class"] != ALL]
+    return max([row for row in of_config if row["lesions"] >= MANY] or of_config, key=lambda row: row["lost"])
 
 
 def verdict(rows: Sequence[Row]) -> str:
     """One sentence: whether the config keeps the lesions."""
     row = worst(rows)
-    what = "show less than half of it" if row["measure"] == "area" else "show it at less than half of its contrast"
-    word = "passes" if row["lost"] <= ALLOWED else "does not pass"
-    suffers = f"of the class that suffers most ({row['class']}), {row['lost']:.1%} of the views {what}"
-    return f"{word}: {suffers}; allowed: {ALLOWED:.0%}"
+    result = "passes" if row["lost"] <= ALLOWED else "does not pass"
+    loss = (
+        f"{row['lost']:.1%} of the views lose more than half of the {row['measure']} of {row['class']}, the worst class"
+    )
+    return f"{result}: {loss}; allowed: {ALLOWED:.0%}"
 
 
 # Area.
@@ -132,19 +134,19 @@ def kept_area(masks: np.ndarray, drawn: Parameters, view: View) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def seen_pixels(drawn: Parameters, view: View, shape: tuple[int, int]) -> jax.Array:
-    """From which pixels of an image of `shape` (H, W) does each of N views draw? bool [N, H, W].
+    """The pixels of an image of `shape` (H, W) from which each of N views draws, bool [N, H, W].
 
-    A view is linear in its image as long as pixels are only moved, so the gradient of the view's sum is the weight of
-    each pixel in it: no second description of where pixels go.
+    A view that only moves pixels is linear in its image, so the gradient of its sum is the weight of each pixel in it.
+    No second description of where pixels go is needed.
     """
 
     def weights(parameters):
-        gray = jnp.full((*shape, 1), 0.5)  # away from 0 and 1, where clipping would hide a weight
+        gray = jnp.full((*shape, 1), 0.5)  # away from 0 and 1, where clipping would hide weights
         return jax.grad(lambda image: render(image, parameters, view).sum())(gray)[..., 0]
 
     def seen(parameters):
         weight = weights(parameters)
-        return weight > 1e-3 * weight.max()  # rounding leaves traces of a neighbour
+        return weight > 1e-3 * weight.max()  # rounding leaves traces of neighbours
 
     return jax.lax.map(seen, drawn, batch_size=16)
 
@@ -177,7 +179,7 @@ class _Contrast:
 
 
 def ring(mask: np.ndarray) -> np.ndarray:
-    """The surroundings of a mask [H, W]: RING px wide or a quarter of the lesion's diameter, bool [H, W]."""
+    """The ring around a mask [H, W], RING px or a quarter of the lesion's diameter wide: bool [H, W]."""
     from scipy.ndimage import distance_transform_edt
 
     inside = mask > 0.5
@@ -188,7 +190,7 @@ def ring(mask: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=4)
 def _contrasts(images: jax.Array, inside: jax.Array, around: jax.Array, drawn: Parameters, view: View) -> jax.Array:
-    """Contrast float32 [L, N] of each lesion in the N views of its image; of the image as it is without parameters."""
+    """Contrast float32 [L, N] of each lesion in N views of its image; without parameters, in the image as it is."""
 
     def one(image, inner, outer, parameters):
         shown = render(image, parameters, view)

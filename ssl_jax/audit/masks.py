@@ -1,4 +1,4 @@
-"""Where the lesions of an image are: masks or boxes, brought into the pixels that the image is read in."""
+"""Where the lesions of an image are: masks or boxes, cropped and resized like the image."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from ssl_jax.data import Source
 from ssl_jax.data.table import read_table
 from ssl_jax.errors import UserError
 
-LESION = "lesion"  # the class where a mask or a box names none
+LESION = "lesion"  # the class of a mask or box that names none
 COLUMNS = ("path", "left", "top", "right", "bottom")  # of a table of boxes; "class" may follow
 Masks = Callable[[int], dict[str, np.ndarray]]  # index of an image -> class -> float32 [H, W] in [0, 1]
 
@@ -25,59 +25,59 @@ class Lesion(NamedTuple):
 
 
 def open_masks(where: str, source: Source, data: Data) -> Masks:
-    """A function from the index of an image of `source` (opened from `data`) to its masks, {} where there are none.
+    """A function from the index of an image of `source` (opened from `data`) to its masks, {} if it has none.
 
-    where: a folder with `<image path without ending>/<Class>.png`, or `<image path without ending>.png` for a lesion
-        of no class, of the image's size, black where nothing is; or a table (.csv, .tsv) of boxes with the columns
-        path, left, top, right, bottom (px of the image file; right and bottom lie just outside) and maybe class.
-        Paths are those of `source.names`.
+    where: a folder with `<image path without extension>/<Class>.png`, or `<image path without extension>.png` for a
+        lesion without a class, of the image's size and black where there is nothing; or a table (.csv, .tsv) of boxes
+        with the columns path, left, top, right, bottom (px of the image file; right and bottom lie just outside) and,
+        optionally, class. Paths are those of `source.names`.
 
-    Raises UserError for a table with a bad line, and later for a mask of another shape than its image.
+    Raises UserError for a table with a bad line, and later for a mask that has not the shape of its image.
     """
     path = Path(where).expanduser()
     if path.is_dir():
         return lambda index: _from_folder(path, source, index, data)
     if path.suffix.lower() not in (".csv", ".tsv") or not path.is_file():
-        found = "unknown ending" if path.is_file() else "not found"
-        raise UserError(f"--masks={where}: {found}; allowed: a folder of masks, or a .csv or .tsv file of boxes")
+        problem = "unknown file type" if path.is_file() else "not found"
+        raise UserError(f"--masks={where}: {problem}; allowed: a folder of masks, or a .csv or .tsv file of boxes")
     boxes = _read_boxes(path, where)
     if not boxes.keys() & {*source.names}:
         raise UserError(
-            f"--masks={where}: {next(iter(boxes), 'empty')!r} and all other paths are none of the images'; "
+            f"--masks={where}: no path is that of an image, such as {next(iter(boxes), 'empty')!r}; "
             f"allowed: paths such as {source.names[0]!r}"
         )
     return lambda index: _from_boxes(boxes, source, index, data)
 
 
 def find_lesions(source: Source, masks: Masks, images: int, seed: int) -> tuple[list[Lesion], int]:
-    """(lesions of `images` images with masks, drawn at random; how many others lie outside of the square that is read).
+    """(lesions of `images` random images with masks; how many others lie outside the square that is cut from an image).
 
     Raises UserError if no image has a mask.
     """
     lesions, outside, seen = list[Lesion](), 0, 0
     for index in map(int, np.random.default_rng(seed).permutation(len(source))):
-        found = masks(index)
-        if not found:
+        masks_of_image = masks(index)
+        if not masks_of_image:
             continue
         source.load(index)
-        if index in source.replaced:  # unreadable: what stands in for it has other lesions
+        if index in source.replaced:  # unreadable, and its stand-in has other lesions
             continue
         seen += 1
-        inside = [Lesion(index, name, mask) for name, mask in sorted(found.items()) if mask.max() > 0.5]
+        inside = [Lesion(index, name, mask) for name, mask in sorted(masks_of_image.items()) if mask.max() > 0.5]
         lesions += inside
-        outside += len(found) - len(inside)
+        outside += len(masks_of_image) - len(inside)
         if seen == images:
             break
     if not lesions:
         raise UserError(
-            f"--masks: no lesion for any of {len(source)} images; for {source.names[0]!r} this was looked for: "
+            f"--masks: no lesion for any of {len(source)} images; for {source.names[0]!r}, the mask would be "
             f"{Path(source.names[0]).with_suffix('')}/<Class>.png"
         )
     return lesions, outside
 
 
 def _from_folder(root: Path, source: Source, index: int, data: Data) -> dict[str, np.ndarray]:
-    from ssl_jax.data.image import decode
+    from ssl_jax.data.images import decode
 
     name = _below(source.names[index], data)
     files: dict[str, Path] = {}
@@ -96,34 +96,34 @@ def _from_folder(root: Path, source: Source, index: int, data: Data) -> dict[str
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: {error}") from error
         except Exception as error:
-            raise UserError(f"{file}: not readable as a mask ({error})") from error
+            raise UserError(f"{file}: cannot be read as a mask ({error})") from error
         size = size or full_size(source, index, data) or values.shape
         if abs(values.shape[0] * size[1] - values.shape[1] * size[0]) > max(size) + max(values.shape):
-            shapes = f"{values.shape[1]} x {values.shape[0]} px, the image {size[1]} x {size[0]}"
+            shapes = f"{values.shape[1]} x {values.shape[0]} px, but the image has {size[1]} x {size[0]}"
             raise UserError(f"{file}: {shapes}; allowed: the image's size")
         masks[lesion] = as_read(values > values.max() / 2, source.shape, str(file))
     return masks
 
 
 def _from_boxes(boxes: dict[str, list], source: Source, index: int, data: Data) -> dict[str, np.ndarray]:
-    found = boxes.get(source.names[index])
-    if not found:
+    boxes_of_image = boxes.get(source.names[index])
+    if not boxes_of_image:
         return {}
     size = full_size(source, index, data)
     if size is None and data.size:
-        raise UserError(f"config.data.size={data.size}: boxes are in px of the data as they are; allowed: 0")
+        raise UserError(f"config.data.size={data.size}: boxes are in px of the original images; allowed: 0")
     height, width = size or source.shape[:2]
     y, x = np.mgrid[:height, :width] + 0.5
     masks: dict[str, np.ndarray] = {}
-    for name, left, top, right, bottom in found:
+    for name, left, top, right, bottom in boxes_of_image:
         box = (x > left) & (x < right) & (y > top) & (y < bottom)
         masks[name] = masks.get(name, False) | box
     return {name: as_read(mask, source.shape, source.names[index]) for name, mask in masks.items()}
 
 
 def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """A mask bool [H, W] of a whole image, cut and resized as the image is when it is read: float32 [H, W]."""
-    from ssl_jax.data.image import convert
+    """A mask bool [H, W] of a whole image, cropped and resized as the image is when it is read: float32 [H, W]."""
+    from ssl_jax.data.images import convert
 
     height, width = shape[:2]
     if mask.shape != (height, width):
@@ -134,8 +134,8 @@ def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
 
 
 def full_size(source: Source, index: int, data: Data) -> tuple[int, int] | None:
-    """(height, width) of the image's file, before it is cut and resized; None where the data are not files."""
-    from ssl_jax.data.image import decode
+    """(height, width) of the image file, before cropping and resizing; None if the data are not files."""
+    from ssl_jax.data.images import decode
 
     folder = Path(data.path).expanduser()
     for root in (folder, folder.parent):
@@ -147,7 +147,7 @@ def full_size(source: Source, index: int, data: Data) -> tuple[int, int] | None:
 
 
 def _below(name: str, data: Data) -> Path:
-    """The path of an image below the folder of the data; an absolute one elsewhere without its root."""
+    """The path of an image relative to the folder of the data; an absolute path elsewhere loses its root."""
     path, folder = Path(name), Path(data.path).expanduser().absolute()
     if not path.is_absolute():
         return path
@@ -158,11 +158,11 @@ def _below(name: str, data: Data) -> Path:
 
 
 def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
-    """Path -> (class, left, top, right, bottom) of its boxes."""
+    """Image path -> (class, left, top, right, bottom) of its boxes."""
     table = read_table(path, f"--masks={where}")
     missing = [name for name in COLUMNS if table.find(name) is None]
     if missing:
-        raise UserError(f"--masks={where}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}, and class if known")
+        raise UserError(f"--masks={where}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}; optional: class")
     images, *corners = (table.column(table.find(name) or name) for name in COLUMNS)
     kind = table.find("class")
     names = table.column(kind) if kind else [""] * len(images)

@@ -11,11 +11,10 @@ from typing import Any
 
 from ssl_jax import fields, registry
 from ssl_jax.config import Data
-from ssl_jax.data.source import Source
-from ssl_jax.data.stream import Partners, order, stream
+from ssl_jax.data.source import Partners, Source, batches, order
 from ssl_jax.errors import UserError
 
-__all__ = ["Partners", "Source", "open_source", "order", "phantom", "stream"]
+__all__ = ["Partners", "Source", "batches", "open_source", "order", "phantom"]
 
 
 def open_source(data: Data, split: str | None = None) -> Source:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssl_jax.config import Data
-from ssl_jax.data.files import PARTS, File, from_files
+from ssl_jax.data.images import EXTENSIONS, PARTS, File, from_files
 from ssl_jax.data.source import Source, pick_parts, printable
 from ssl_jax.errors import UserError
 
@@ -44,8 +44,7 @@ def read(data: Data) -> Source:
 
 
 def _image_paths(root: Path) -> Iterator[tuple[str, ...]]:
-    """Image files below root as tuples of names. A folder that links lead to twice is read once."""
-    from ssl_jax.data.image import EXTENSIONS
+    """Image files below root as tuples of names. A folder that links reach twice is read once."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"{printable(error.filename)!r}: {error.strerror}") from error

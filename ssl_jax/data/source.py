@@ -1,39 +1,43 @@
-"""What every reader returns: images by index, with one rule for files that turn out to be unreadable."""
+"""What every reader returns: images by index, and their batches as a pure function of (seed, step).
 
+An image that turns out to be unreadable is replaced by another; training never depends on which was read first.
+"""
+
+import contextlib
+import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from ssl_jax.config import Data
 from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown
 
 log = logging.getLogger("ssl_jax")
+PIECE = 16  # images that grain hands over at a time; one at a time costs three times what reading a cached image does
 T = TypeVar("T")
 
 
 class Source:
-    """N images of one shape, decoded when asked for; safe to use from several threads.
+    """N images of one shape, decoded on demand; safe to use from several threads.
 
     names:    file names relative to the root (or the index, as text), printable
-    labels:   int32 [N], -1 where it is not known; several an image (multilabel): float32 [N, K] in [0, 1], NaN where
-              not known; None without any
+    labels:   int32 [N], -1 if unknown; multi-label: float32 [N, K] in [0, 1], NaN if unknown; None without labels
     classes:  name of each label, [] without labels
-    groups:   int64 [N], equal for images of one patient (or of another group that must not be split); None without
-    objects:  int [N], equal for images of the same object (config.data.pairs); None where nothing says so
+    groups:   int64 [N], equal for images of one patient (or another group that must not be split); None without groups
+    objects:  int [N], equal for images of the same object (config.data.pairs); None if the data do not say
     shape:    (H, W, C) of every image
-    skipped:  names of the files that could not be read, with the reason: those left out when the source was opened,
-              and those found since
+    skipped:  the files that could not be read, each with the reason: those left out when the source was opened, and
+              those that failed later
     replaced: index -> index of the image that stands in for it
 
-    An image that can't be decoded is replaced by the next readable one (of the same label, where there are labels; of
-    several an image, the one that differs in the fewest): a function of the files alone, so that every order of reading
-    gives the same images. If more than `max_bad_share` of all files are unreadable, UserError.
+    The next readable image stands in for one that cannot be decoded: one of the same label if there are labels, or the
+    one that differs in the fewest labels. This depends on the files alone, so every order of reading gives the same
+    images. UserError if more than `max_bad_share` of all files are unreadable.
     """
 
     def __init__(
@@ -51,8 +55,8 @@ class Source:
         max_bad_share: float = 0.0,
         workers: int = 2,
     ):
-        """load: index -> uint8 [H,W,C], or raises UnreadableError. labels: a function is called when they are first
-        needed. array: the images themselves, where they are in memory already."""
+        """load: index -> uint8 [H,W,C], or raises UnreadableError. labels: a function is called on first use.
+        array: the images themselves, if they are in memory already."""
         self.names, self.shape, self.classes, self.objects = list(names), shape, list(classes), objects
         self.groups = groups
         self.replaced: dict[int, int] = {}
@@ -76,7 +80,7 @@ class Source:
         return self._labels
 
     def forget_labels(self) -> None:
-        """For those who only look: any image may then stand in for one that is damaged."""
+        """Any image may now stand in for a damaged one: for callers that need no labels."""
         self._labels = None
 
     @property
@@ -84,15 +88,15 @@ class Source:
         return self.labels is not None and self.labels.ndim == 2
 
     def labels_as(self, classes: Sequence[str], where: str) -> np.ndarray:
-        """The labels as numbers of `classes`, int32 [N], -1 where not known; of several labels an image the columns of
-        `classes`, float32 [N, K], NaN where not known. UserError without labels, or if a class is not among them."""
+        """The labels as indices into `classes`, int32 [N], -1 if unknown; multi-label: a column for each of `classes`,
+        float32 [N, K], NaN if unknown. UserError without labels, or with a class that is not among `classes`."""
         if self.labels is None:
             raise UserError(
                 f"{where}: has no labels; allowed: data with class folders, a label column or a labels array"
             )
-        strange = [name for name in self.classes if name not in classes]
-        if strange:
-            raise unknown(f"{where}: class", strange[0], classes)
+        unexpected = [name for name in self.classes if name not in classes]
+        if unexpected:
+            raise unknown(f"{where}: class", unexpected[0], classes)
         numbers = np.array([list(classes).index(name) for name in self.classes], np.int32)
         if self.multilabel:
             columns = np.full((len(self), len(classes)), np.nan, np.float32)
@@ -105,7 +109,7 @@ class Source:
         return self._skipped + [self._bad[i] for i in sorted(self._bad)]
 
     def load(self, index: int) -> np.ndarray:
-        """Image `index`, uint8 [H,W,C], or the one that stands in for it. UserError if too many are unreadable."""
+        """Image `index`, uint8 [H,W,C], or its stand-in. UserError if too many images are unreadable."""
         for candidate in self._candidates(index):
             if candidate in self._bad:
                 continue
@@ -119,13 +123,17 @@ class Source:
             return image
         raise UserError(f"{self.names[index]!r}: unreadable, and no other image of its label to stand in for it")
 
+    def load_many(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The images at `indices`, uint8 [N,H,W,C], each as `load` returns it."""
+        return np.stack([self.load(int(i)) for i in indices])
+
     def _candidates(self, index: int) -> Iterator[int]:
         yield index
         others = np.roll(np.arange(len(self)), -index)[1:]
         if self.labels is not None:
             kinds = self.labels if self.labels.ndim == 1 else np.where(np.isnan(self.labels), -1, self.labels >= 0.5)
             differing = (kinds[others] != kinds[index]).reshape(len(others), -1).sum(axis=1)
-            # Few images agree in fourteen labels: those of the fewest differences come first.
+            # Hardly any two images agree in fourteen labels: those with the fewest differences come first.
             others = others[differing == 0] if kinds.ndim == 1 else others[np.argsort(differing, kind="stable")]
         yield from map(int, others)
 
@@ -156,28 +164,28 @@ class Source:
         return self._array
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Source":
-        """The source of these images alone, in this order; stand-ins come from among them."""
-        chosen = [int(i) for i in indices]
+        """A source of these images only, in this order; stand-ins come from among them."""
+        kept = [int(i) for i in indices]
 
         def labels() -> np.ndarray | None:
-            return None if self.labels is None else self.labels[chosen]
+            return None if self.labels is None else self.labels[kept]
 
         return Source(
-            [self.names[i] for i in chosen],
+            [self.names[i] for i in kept],
             self.shape,
-            lambda i: self._load(chosen[i]),
+            lambda i: self._load(kept[i]),
             labels=labels,
             classes=self.classes,
-            objects=None if self.objects is None else self.objects[chosen],
-            groups=None if self.groups is None else self.groups[chosen],
-            array=None if self._array is None else self._array[chosen],
+            objects=None if self.objects is None else self.objects[kept],
+            groups=None if self.groups is None else self.groups[kept],
+            array=None if self._array is None else self._array[kept],
             max_bad_share=self._max_bad_share,
             workers=self._workers,
         )
 
 
 def same_object(values: Sequence[object] | np.ndarray, where: str, pairs: str) -> np.ndarray:
-    """Source.objects from whatever names each image's object. UserError if no object has two images."""
+    """Source.objects from values that identify each image's object. UserError if no object has two images."""
     objects = np.unique(np.asarray(values), return_inverse=True)[1].reshape(-1)
     if np.bincount(objects).max() < 2:
         raise UserError(f"config.data.pairs={pairs!r}: {where} has no two images of one object")
@@ -185,7 +193,7 @@ def same_object(values: Sequence[object] | np.ndarray, where: str, pairs: str) -
 
 
 def printable(path: Path | str) -> str:
-    """A path of the file system as text that can be printed and written, even if its bytes are not UTF-8."""
+    """A file path as text that can be printed and saved, even if its bytes are not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
@@ -201,7 +209,7 @@ def check_bad_share(bad: Sequence[str], total: int, allowed: float) -> None:
 
 
 def pick_parts(parts: Mapping[str, T], split: str, where: str) -> list[T]:
-    """The parts ("train", "val", "test") of the data that `split` means, all of them for "all"."""
+    """The parts of the data ("train", "val", "test") that `split` stands for; "all": all of them."""
     if split == "all":
         return list(parts.values())
     if split in parts:
@@ -213,42 +221,128 @@ def pick_parts(parts: Mapping[str, T], split: str, where: str) -> list[T]:
     raise unknown("config.data.split", split, [*parts, "all"])
 
 
-def from_array(
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    classes: Sequence[str],
-    data: Data,
-    where: str,
-    objects: np.ndarray | None = None,
-) -> Source:
-    """A source of images uint8 [N,H,W] or [N,H,W,C] in memory, with data.limit, data.size and data.channels applied."""
-    images = images[..., None] if images.ndim == 3 else images
-    if labels is not None and len(labels) != len(images):
-        raise UserError(f"{where}: {len(labels)} labels for {len(images)} images; allowed: one each")
-    images, labels = images[: data.limit or None], None if labels is None else labels[: data.limit or None]
-    if not len(images):
-        raise UserError(f"{where}: no images")
-    _, height, width, channels = images.shape
-    wanted = data.channels or channels
-    if wanted != channels and {wanted, channels} != {1, 3}:
-        raise UserError(f"config.data.channels={wanted}: {where} has {channels}; allowed: 0 or {channels}")
-    shape = (data.size or height, data.size or width, wanted)
-    unchanged = shape == images.shape[1:]
+# Which images a step sees, and its batch.
 
-    def load(index: int) -> np.ndarray:
-        if unchanged:
-            return images[index]
-        from ssl_jax.data import image
 
-        return image.convert(images[index], data.size, wanted)
+def order(seed: int, examples: int, batch: int, step: int) -> np.ndarray:
+    """Indices int64 [batch] of the images in `step`. Nothing is stored, so steps can be asked for in any order.
 
-    return Source(
-        [str(i) for i in range(len(images))],
-        shape,
-        load,
-        labels=None if labels is None else labels.astype(np.float32 if labels.ndim == 2 else np.int32),
-        classes=classes,
-        objects=None if objects is None else same_object(objects[: data.limit or None], where, data.pairs),
-        array=images if unchanged else None,
-        workers=data.workers,
-    )
+    Epoch `step // (examples // batch)` is a permutation of all images; those left over after the last full batch are
+    not used in that epoch. Raises UserError if the batch is larger than the data set.
+
+    >>> epoch = [order(0, 10, 5, step) for step in (0, 1)]
+    >>> sorted(np.concatenate(epoch).tolist())
+    [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    """
+    if batch > examples:
+        raise UserError(
+            f"config.train.batch={batch}: larger than the data set ({examples} images); allowed: 1 to {examples}"
+        )
+    epoch, position = divmod(step, examples // batch)
+    return _permutation(seed, examples, epoch)[position * batch : (position + 1) * batch]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, examples: int, epoch: int) -> np.ndarray:
+    # Two epochs are in use at once while batches are read ahead. The modulus admits negative seeds.
+    indices = np.random.Generator(np.random.PCG64([seed % 2**64, epoch])).permutation(examples)
+    indices.flags.writeable = False  # callers get slices of the cached array
+    return indices
+
+
+class Partners:
+    """For each image of a step another image of the same object, drawn uniformly; an image that is alone gets itself.
+
+    A function of (seed, step), as `order` is. objects: int [N], numbers from 0 (`Source.objects`).
+
+    >>> Partners(np.array([0, 1, 0]))(0, np.array([0, 1, 2]), 0).tolist()
+    [2, 1, 0]
+    """
+
+    def __init__(self, objects: np.ndarray):
+        self.objects, self.counts = objects, np.bincount(objects)
+        self.by_object = np.argsort(objects, kind="stable")  # images, sorted by their object
+        self.place = np.argsort(self.by_object)  # of each image in by_object
+        self.first = np.cumsum(self.counts) - self.counts  # place of each object's first image in by_object
+
+    def __call__(self, seed: int, index: np.ndarray, step: int) -> np.ndarray:
+        """Indices int64 [B] of the partners of the images `index` [B]."""
+        objects = self.objects[index]
+        rng = np.random.Generator(np.random.PCG64([seed % 2**64, step, 1]))
+        further = 1 + rng.integers(0, np.maximum(self.counts[objects] - 1, 1))
+        first = self.first[objects]
+        return self.by_object[first + (self.place[index] - first + further) % self.counts[objects]]
+
+
+def batches(
+    source: Source,
+    *,
+    batch: int,
+    seed: int,
+    start: int,
+    stop: int,
+    workers: int = 2,
+    rows: np.ndarray | None = None,
+    decode: bool = True,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of steps start to stop - 1, the same images in the same order whether they are decoded or not.
+
+    Every batch has "index", int32 [B]: the images of the step.
+    decode=True: also "image" uint8 [B,H,W,C], "label" if the source has labels, and "pair" uint8 [B,H,W,C], the images
+        of `Partners`, if it has objects. `workers` threads of grain decode about two batches ahead.
+    decode=False, for images that lie in memory: nothing is read; with objects also "partner" int32 [B], their indices.
+
+    rows: the places in the batch to return, such as those of this process; None: all.
+    """
+    rows = np.arange(batch) if rows is None else rows
+    partners = None if source.objects is None else Partners(source.objects)
+
+    @functools.lru_cache(maxsize=4)  # each piece of a step asks for it
+    def indices(step: int) -> dict[str, np.ndarray]:
+        index = order(seed, len(source), batch, step)
+        at = {"index": index[rows].astype(np.int32)}
+        if partners:
+            at["partner"] = partners(seed, index, step)[rows].astype(np.int32)
+        return at
+
+    if not decode:
+        yield from (dict(indices(step)) for step in range(start, stop))
+        return
+    with contextlib.closing(_decode_ahead(source, indices, len(rows), start, stop, workers)) as decoded:
+        for step, images in zip(range(start, stop), decoded):
+            index = indices(step)["index"]
+            labels = {} if source.labels is None else {"label": source.labels[index]}
+            yield {"index": index, **images, **labels}
+
+
+def _decode_ahead(
+    source: Source,
+    indices: Callable[[int], Mapping[str, np.ndarray]],
+    size: int,
+    start: int,
+    stop: int,
+    workers: int,
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Yields "image" of each step, and "pair" if it has partners, read ahead by grain in pieces of PIECE images."""
+    import grain
+
+    pieces = -(-size // PIECE)
+    names = {"index": "image", "partner": "pair"}
+
+    def load(position: int) -> dict[str, np.ndarray]:
+        step, piece = divmod(position, pieces)
+        part = slice(piece * PIECE, (piece + 1) * PIECE)
+        return {names[key]: source.load_many(at[part]) for key, at in indices(step).items()}
+
+    indices(start)  # an impossible batch is an error here, not in a thread
+    positions = grain.MapDataset.range(start * pieces, stop * pieces)
+    reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2 * pieces, workers))
+    loaded = iter(positions.map(load).to_iter_dataset(reading))
+    try:
+        for _ in range(start, stop):
+            parts = [next(loaded) for _ in range(pieces)]
+            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    except UserError as error:
+        raise UserError(str(error).partition("\n")[0]) from None  # without grain's note about its traceback
+    finally:
+        loaded.close()  # ends the threads, also when the caller stops early

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.files import SIZE
+from ssl_jax.data.images import SIZE, decode
 from ssl_jax.data.source import Source
 from ssl_jax.errors import NoPartError, UserError
 
@@ -28,8 +28,6 @@ def read(data: Data) -> Source:
     "all" is the sum of all splits. The image is the feature "image", or the only feature that is an image; the label is
     "label", or the only class label.
     """
-    from ssl_jax.data import image
-
     if not data.path:
         raise UserError("config.data.path='': missing; allowed: the name of a TFDS data set, such as cifar10")
     with _quiet():
@@ -49,7 +47,7 @@ def read(data: Data) -> Source:
     return Source(
         [str(i) for i in range(count)],
         (*shape, channels),
-        lambda index: image.decode(records[index][image_name], size, channels),
+        lambda index: decode(records[index][image_name], size, channels),
         labels=labels if label_name else None,
         classes=info.features[label_name].names if label_name else (),
         max_bad_share=data.max_bad_share,

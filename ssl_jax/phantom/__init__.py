@@ -1,11 +1,11 @@
-"""Phantom radiographs: drawn chest X-rays in CheXpert's layout, to try methods out where no patient data can be had.
+"""Phantom radiographs: drawn chest X-rays in CheXpert's layout, to try out methods without patient data.
 
-`patients` says who has what and what a report parser would read, `anatomy` and `findings` draw it, `write` makes the
-files. Everything is a function of (seed, part, patient number); no claim about patients can be made from it.
+`patients` decides who has which findings and what their reports say, `anatomy` and `findings` draw them, and `write`
+writes the files. Everything is a function of (seed, part, patient number). It supports no claim about patients.
 """
 
 from ssl_jax.phantom.draw import Phantom, draw
-from ssl_jax.phantom.patients import OBSERVATIONS, Patient, Study, make_patient
+from ssl_jax.phantom.patients import OBSERVATIONS, Exam, Patient, make_patient
 from ssl_jax.phantom.write import write
 
-__all__ = ["OBSERVATIONS", "Patient", "Phantom", "Study", "draw", "make_patient", "write"]
+__all__ = ["OBSERVATIONS", "Patient", "Phantom", "Exam", "draw", "make_patient", "write"]

@@ -1,4 +1,4 @@
-"""A chest without findings: what varies between people, and how it looks to X-rays.
+"""A chest without findings: what varies between people, and how X-rays show it.
 
 Densities are what a structure adds to the logarithm of the attenuation; a lung takes away about 1.
 """
@@ -84,7 +84,7 @@ class Chest:
         return rib_cage(y, self.person)
 
     def in_lung(self, side: int, across: float, down: float) -> tuple[float, float]:
-        """The place at these shares of a lung's width (from the middle) and height; side -1: right, 1: left."""
+        """The point at these fractions of a lung's width (from the middle) and height; side -1: right, 1: left."""
         p = self.person
         y = p["top"] + (p["base"] - p["top"]) * down
         near = p["mediastinum"] + 0.02
@@ -111,7 +111,7 @@ def make_chest(
     lifted: tuple[float, float],
     rng: np.random.Generator,
 ) -> Chest:
-    """heart: half-width beyond the usual; mediastinum: the same; lifted: how far the right and left dome are raised."""
+    """heart, mediastinum: half-width beyond the usual; lifted: how far the right and the left dome are raised."""
     x, y = canvas.x, canvas.y
     middle = np.float32(p["bend"]) * np.sin(3 * y) + np.float32(rotation) * (y + 0.3)
     offset = x - middle
@@ -138,7 +138,7 @@ def make_chest(
 
 
 def vessel_tree(chest: Chest, rng: np.random.Generator) -> list[Curve]:
-    """Branches from each hilum outwards, thinning."""
+    """Branches that run outwards from each hilum and become thinner."""
     curves: list[Curve] = []
     p, along = chest.person, np.linspace(0, 1, 7)
     for side in (-1, 1):
@@ -155,7 +155,7 @@ def vessel_tree(chest: Chest, rng: np.random.Generator) -> list[Curve]:
 
 
 def ribs(chest: Chest, shift: np.ndarray | float = 0.0) -> np.ndarray:
-    """Density of the ribs' backs. shift: moves what lies at a pixel up or down, in body units (a broken rib)."""
+    """Density of the posterior ribs. shift: moves a pixel's rib up or down, in body units (a broken rib)."""
     p = chest.person
     r = np.minimum(np.abs(chest.canvas.x) / np.float32(p["width"]), 1.3)
     phase = rib_phase(chest, r) + np.asarray(shift, np.float32) / np.float32(p["rib_gap"])
@@ -165,7 +165,7 @@ def ribs(chest: Chest, shift: np.ndarray | float = 0.0) -> np.ndarray:
 
 
 def rib_phase(chest: Chest, r: np.ndarray) -> np.ndarray:
-    """Number of the rib at a pixel, a whole number between two ribs. r: distance from the midline, 1 at the base."""
+    """Number of the rib at a pixel; whole numbers lie between ribs. r: distance from the midline, 1 at the base."""
     p = chest.person
     return (chest.canvas.y - (np.float32(p["rib_dip"]) + np.float32(p["rib_fall"]) * r) * r) / np.float32(
         p["rib_gap"]

@@ -1,4 +1,4 @@
-"""Where things are drawn: body coordinates for every pixel, and the few shapes that anatomy and findings are made of.
+"""Body coordinates for every pixel, and the few shapes that anatomy and findings are drawn with.
 
 Body coordinates: x to the patient's left (right in the image), y down; the chest spans about -1 to 1.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# x [..., n], y [..., n]: a curve, or several, through n points each in body coordinates; and how dense the lines are.
+# x [..., n], y [..., n]: one or more curves through n points in body coordinates; and the density of the line.
 Curve = tuple[np.ndarray, np.ndarray, float]
 
 
@@ -31,18 +31,18 @@ class Canvas:
         self.y = (back[1, 0] * u + back[1, 1] * v).astype(np.float32)
 
     def lines(self, curves: Sequence[Curve], width: float) -> np.ndarray:
-        """Soft lines of standard deviation `width` (body units); the middle of one of density 1 has the value 1."""
+        """Soft lines of standard deviation `width` (body units). A line of density 1 has the value 1 in its middle."""
         corners = [np.stack([x, y]) for x, y, _ in curves]
         begin = self._pixels(np.concatenate([c[..., :-1].reshape(2, -1) for c in corners], axis=1))
         end = self._pixels(np.concatenate([c[..., 1:].reshape(2, -1) for c in corners], axis=1))
         density = np.repeat([c[2] for c in curves], [c[0, ..., 1:].size for c in corners])
         length = np.hypot(*(end - begin))
-        dots = max(2, int(1.5 * length.max()))  # in each piece of a line
+        dots = max(2, int(1.5 * length.max()))  # per segment
         place = (np.arange(dots) + 0.5) / dots
         where = begin[:, :, None] + (end - begin)[:, :, None] * place
         weight = np.repeat(density * length / dots, dots)
         sigma = _rounded(max(width * self.pixel, 0.45))
-        peak = np.sqrt(2 * np.pi) * sigma  # a blurred line of one unit a pixel has its maximum at 1 / peak
+        peak = np.sqrt(2 * np.pi) * sigma  # a blurred line of one unit per pixel has its maximum at 1 / peak
         return self.blur(self._splat(where.reshape(2, -1), weight), sigma) * np.float32(peak)
 
     def _pixels(self, points: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ class Canvas:
         return (self.forward @ points + self.shift[:, None] + 1) * (self.size / 2) - 0.5
 
     def _splat(self, dots: np.ndarray, weight: np.ndarray) -> np.ndarray:
-        """Each dot shared among the four pixels around it; those outside the image are lost."""
+        """Shares each dot among the four pixels around it; dots outside the image are dropped."""
         rim = self.size + 2  # pixels -1 to size
         dots = np.clip(dots, -1, self.size - 1e-6) + 1
         corner = dots.astype(np.int32)
@@ -81,13 +81,13 @@ class Canvas:
 
 def soft_step(distance: np.ndarray, softness: float) -> np.ndarray:
     """0 outside, 1 inside, with an edge of width `softness` around distance 0."""
-    made = distance * np.float32(1 / softness)
-    made += np.float32(0.5)
-    return made.clip(0, 1, out=made)
+    step = distance * np.float32(1 / softness)
+    step += np.float32(0.5)
+    return step.clip(0, 1, out=step)
 
 
 def _rounded(sigma: float) -> float:
-    """To sixteenths, so that few different matrices are made."""
+    """To sixteenths, so that few different matrices are needed."""
     return round(sigma * 16) / 16
 
 

@@ -1,4 +1,4 @@
-"""Support devices: tubes, catheters and a pacemaker; and things on the skin that are none."""
+"""Support devices (tubes, catheters, pacemakers), and things on the skin that only look like findings."""
 
 import numpy as np
 
@@ -6,11 +6,11 @@ from ssl_jax.phantom.anatomy import Chest
 from ssl_jax.phantom.canvas import soft_step
 
 KINDS = {"tube": 0.35, "catheter": 0.5, "stomach": 0.35, "pacemaker": 0.22, "drain": 0.12}  # chance given any device
-NEEDED_BY = {"drain": "Pneumothorax"}  # a chest drain is likelier with air in the chest
+NEEDED_BY = {"drain": "Pneumothorax"}  # a chest drain is more likely with air in the chest
 
 
 def support_devices(chest: Chest, margin: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """The density of a study's devices, float32 [size, size]; at least one."""
+    """The density of an exam's devices, float32 [size, size]; at least one."""
     chances = {kind: chance + 0.4 * (margin.get(NEEDED_BY.get(kind, ""), -1) > 0) for kind, chance in KINDS.items()}
     drawn = [kind for kind, chance in chances.items() if rng.random() < chance]
     curves, image = [], np.zeros_like(chest.lung)
@@ -45,7 +45,7 @@ def support_devices(chest: Chest, margin: dict[str, float], rng: np.random.Gener
 
 
 def skin(chest: Chest, rng: np.random.Generator) -> np.ndarray:
-    """What is on or of the skin and looks like a finding: folds, nipples, buttons. Independent of every label."""
+    """Folds, nipples and buttons, which look like findings but are independent of every label."""
     image = np.zeros_like(chest.lung)
     if rng.random() < 0.25:  # a fold, much like the edge of a collapsed lung
         side, x = int(rng.choice((-1, 1))), rng.uniform(0.4, 0.75)

@@ -1,4 +1,4 @@
-"""An image of a patient: the chest, what is wrong with it, and what the machine makes of it."""
+"""An image of a patient: the chest, its findings, and the exposure."""
 
 from dataclasses import dataclass
 
@@ -7,25 +7,25 @@ import numpy as np
 from ssl_jax.phantom import anatomy, findings
 from ssl_jax.phantom.canvas import Canvas
 from ssl_jax.phantom.devices import skin, support_devices
-from ssl_jax.phantom.patients import OPACITIES, Patient, Study
+from ssl_jax.phantom.patients import OPACITIES, Exam, Patient
 
-PERSON, PLACES, POSE, NOISE, DEVICES = range(5)  # purposes of a patient's random numbers
+PERSON, PLACES, POSE, NOISE, DEVICES = range(5)  # what a patient's random numbers are for
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """image: uint8 [size, size]; masks: observation -> bool [size, size], of what is there and can be seen."""
+    """image: uint8 [size, size]; masks: observation -> bool [size, size], for what is present and visible."""
 
     image: np.ndarray
     masks: dict[str, np.ndarray]
 
 
-def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
-    """Image `view` (from 1) of a study, a function of these alone."""
+def draw(patient: Patient, exam: Exam, view: int, size: int) -> Phantom:
+    """Image `view` (from 1) of an exam; it depends on nothing else."""
     person = anatomy.draw_range(patient.rng(PERSON), anatomy.PERSON)
-    rng = patient.rng(POSE, study.number, view)
+    rng = patient.rng(POSE, exam.number, view)
     pose = anatomy.draw_range(rng, anatomy.POSE)
-    person["base"] -= pose["breath"] + 0.05 * study.ap
+    person["base"] -= pose["breath"] + 0.05 * exam.ap
     canvas = Canvas(
         size,
         turn=pose["turn"],
@@ -33,9 +33,9 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
         stretch=pose["stretch"],
         shift=(pose["shift_x"], pose["shift_y"]),
     )
-    margin, limited = study.margin, {name: min(max(value, -2.5), 1.5) for name, value in study.margin.items()}
+    margin, limited = exam.margin, {name: min(max(value, -2.5), 1.5) for name, value in exam.margin.items()}
     amounts = {name: findings.amount_of(name, margin[name]) for name in findings.DRAW}
-    # Where a finding is stays the same in all studies of a patient.
+    # A finding stays in the same place in all exams of a patient.
     places = {name: patient.rng(PLACES, i) for i, name in enumerate(findings.DRAW) if amounts[name]}
     side = findings.atelectasis_side(patient.rng(PLACES, list(findings.DRAW).index("Atelectasis")))
     lift = 0.07 * amounts["Atelectasis"]
@@ -43,8 +43,8 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
         canvas,
         person,
         rotation=pose["rotation"],
-        # What counts is the heart against the chest; its shadow is larger, too, when the patient lies.
-        heart=0.33 * (person["width"] - 0.78) + 0.04 * limited["Cardiomegaly"] + 0.045 + 0.02 * study.ap,
+        # The heart is measured against the chest; its shadow is also larger when the patient lies down.
+        heart=0.33 * (person["width"] - 0.78) + 0.04 * limited["Cardiomegaly"] + 0.045 + 0.02 * exam.ap,
         mediastinum=0.02 * limited["Enlarged Cardiomediastinum"] + 0.03,
         lifted=(lift * (side < 0), lift * (side > 0)),
         rng=patient.rng(PERSON, 1),
@@ -54,18 +54,18 @@ def draw(patient: Patient, study: Study, view: int, size: int) -> Phantom:
     density += person["grain"] * canvas.cloud(patient.rng(PERSON, 3), size // 3) * chest.lung + skin(chest, rng)
     changes = {name: findings.DRAW[name](chest, amounts[name], place) for name, place in places.items()}
     if margin["Support Devices"] > 0:
-        changes["Support Devices"] = support_devices(chest, margin, patient.rng(DEVICES, study.number))
+        changes["Support Devices"] = support_devices(chest, margin, patient.rng(DEVICES, exam.number))
     density += sum(changes.values())
-    return Phantom(expose(canvas, density, rng), make_masks(chest, study, changes))
+    return Phantom(expose(canvas, density, rng), make_masks(chest, exam, changes))
 
 
-def make_masks(chest: anatomy.Chest, study: Study, changes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Where each observation that is present changes the image; what nothing of can be seen has none."""
-    shapes = {name: abs(change) for name, change in changes.items() if study.margin[name] > 0}
+def make_masks(chest: anatomy.Chest, exam: Exam, changes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Where each present observation changes the image. An observation that cannot be seen has no mask."""
+    shapes = {name: abs(change) for name, change in changes.items() if exam.margin[name] > 0}
     masks = {name: shape > max(0.3 * shape.max(), 0.02) for name, shape in shapes.items()}
-    if study.truth["Cardiomegaly"]:
+    if exam.truth["Cardiomegaly"]:
         masks["Cardiomegaly"] = chest.heart > 0.5
-    if study.truth["Enlarged Cardiomediastinum"]:
+    if exam.truth["Enlarged Cardiomediastinum"]:
         width = chest.person["mediastinum"] + 0.06
         masks["Enlarged Cardiomediastinum"] = (chest.side < width) & (chest.wall > 0) & (chest.dome > 0)
     opaque = [masks.pop(name) if name == "haze" else masks[name] for name in OPACITIES if name in masks]
@@ -75,7 +75,7 @@ def make_masks(chest: anatomy.Chest, study: Study, changes: dict[str, np.ndarray
 
 
 def expose(canvas: Canvas, density: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Density as gray levels; the machine sets brightness and contrast itself, so that neither tells of a finding."""
+    """Density as gray levels. Exposure is automatic, so brightness and contrast say nothing about the findings."""
     rim = canvas.size // 8
     middle = density[rim:-rim, rim:-rim]
     blurred = canvas.blur(density, rng.uniform(0.3, 0.9) * canvas.size / 128)

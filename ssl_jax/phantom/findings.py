@@ -1,5 +1,5 @@
-"""What each finding adds to a chest. Every function returns the change of density, float32 [size, size]: what a mask is
-made of. `amount` grows with the margin above the threshold: 0 nothing, 0.5 at the threshold, about 1 plainly there.
+"""What each finding adds to a chest. Every function returns the change of density, float32 [size, size], from which
+the mask follows. `amount` grows with the margin: 0 is nothing, 0.5 at the threshold, about 1 plainly visible.
 """
 
 from collections.abc import Callable
@@ -97,18 +97,18 @@ def lung_lesion(chest: Chest, amount: float, rng: np.random.Generator) -> np.nda
 
 
 def pneumothorax(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
-    """Air between wall and lung: no vessels, darker, and the thin edge of the lung, which is denser for it."""
+    """Air between wall and lung: darker, without vessels, bounded by the thin edge of the lung, which is denser."""
     left = bool(rng.random() < 0.5)
     top = chest.person["top"]
     down = np.clip((chest.canvas.y - top) / np.float32(rng.uniform(0.7, 1.3)), 0, 1)
     gap = (0.08 + 0.24 * amount) * (1 - down**2)
     apex = chest.canvas.y - np.float32(top + 0.1 + 0.45 * amount * rng.uniform(0.4, 1))  # the lung sinks from the top
     beyond = np.minimum(chest.wall - 0.02 - gap, apex)  # negative in the air
-    here = (chest.left == left) & (gap > 0.02)
+    region = (chest.left == left) & (gap > 0.02)
     edge = soft_step(0.010 - np.abs(beyond), 0.016)
     air = soft_step(-beyond, 0.02)
     collapsed = soft_step(beyond, 0.02) * 0.06
-    return here * chest.lung * (0.18 * edge + collapsed - air * (0.16 + 0.9 * chest.vessels))
+    return region * chest.lung * (0.18 * edge + collapsed - air * (0.16 + 0.9 * chest.vessels))
 
 
 def pleural_other(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarray:
@@ -137,8 +137,8 @@ def fracture(chest: Chest, amount: float, rng: np.random.Generator) -> np.ndarra
     gap = 1 - soft_step(0.018 - np.abs(outward), 0.012) * near
     lens = (0.13 + 0.08 * amount) * np.exp(-(((chest.canvas.y - y) / np.float32(0.14)) ** 2))
     bruise = soft_step(lens - 0.02 - chest.wall, 0.03)
-    here = soft_step(chest.wall, 0.03) * (chest.left == (side > 0))
-    return moved * gap - ribs(chest) + (0.3 + 0.25 * amount) * bruise * here
+    region = soft_step(chest.wall, 0.03) * (chest.left == (side > 0))
+    return moved * gap - ribs(chest) + (0.3 + 0.25 * amount) * bruise * region
 
 
 DRAW: dict[str, Draw] = {
@@ -153,7 +153,7 @@ DRAW: dict[str, Draw] = {
     "Pleural Other": pleural_other,
     "Fracture": fracture,
 }
-# Drawn faintly below the threshold too: how fast the amount grows with the margin; 0.5 is the threshold.
+# Findings that are drawn faintly below the threshold, too: how fast the amount grows with the margin.
 GRADED = {"Edema": 0.6, "Pleural Effusion": 0.4, "haze": 0.6}
 
 

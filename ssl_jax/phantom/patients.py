@@ -1,4 +1,4 @@
-"""Who has what: patients with correlated findings, and the labels that a report parser would make of their reports."""
+"""Patients with correlated findings, and the labels that a report parser would extract from their reports."""
 
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -7,12 +7,12 @@ import numpy as np
 
 from ssl_jax.data.chexpert import OBSERVATIONS
 
-# Causes, standard normal, shared by all findings of a patient.
+# Causes: standard normal variables that all findings of a patient share.
 FAILURE, INFECTION, TRAUMA, CARE, CHRONIC = range(5)
-HAZE = "haze"  # a faint opacity with no name of its own; counts as Lung Opacity
-# What is drawn: the share of studies that have it, and how much of it each cause explains (the squares add up to less
-# than 1; the rest is its own chance). The shares are those that CheXpert's reports call positive, plus about half of
-# those they call uncertain (https://arxiv.org/abs/1901.07031, table 1).
+HAZE = "haze"  # a faint opacity without a name in CheXpert; counts as Lung Opacity
+# What is drawn: the share of exams that show it, and how much of it each cause explains (the squares add up to less
+# than 1; the rest is chance). The shares are those of the positive reports in CheXpert plus about half of the uncertain
+# ones (https://arxiv.org/abs/1901.07031, table 1).
 DRAWN: dict[str, tuple[float, dict[int, float]]] = {
     "Enlarged Cardiomediastinum": (0.07, {FAILURE: 0.4, CHRONIC: 0.3}),
     "Cardiomegaly": (0.14, {FAILURE: 0.65, CHRONIC: 0.2}),
@@ -30,9 +30,9 @@ DRAWN: dict[str, tuple[float, dict[int, float]]] = {
 }
 THRESHOLD = {name: NormalDist().inv_cdf(1 - share) for name, (share, _) in DRAWN.items()}
 OPACITIES = (HAZE, "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis")  # CheXpert's tree: Lung Opacity
-PERSISTENT = 0.75  # correlation of what two studies of one patient show
-# What a report says: how often it hedges at the threshold, the share of absent findings it calls absent, and the share
-# of present ones it leaves out. The first two give about the shares of -1 and 0 in CheXpert's train.csv.
+PERSISTENT = 0.75  # correlation between the findings of two exams of one patient
+# What a report says: how often it hedges at the threshold, the share of absent findings that it calls absent, and the
+# share of present ones that it omits. The first two give about the shares of -1 and 0 in CheXpert's train.csv.
 REPORTED: dict[str, tuple[float, float, float]] = {
     "Enlarged Cardiomediastinum": (0.4, 0.10, 0.30),
     "Cardiomegaly": (0.16, 0.05, 0.12),
@@ -48,32 +48,35 @@ REPORTED: dict[str, tuple[float, float, float]] = {
     "Fracture": (0.03, 0.01, 0.25),
     "Support Devices": (0.013, 0.03, 0.03),
 }
-INVENTED = 0.015  # share of absent findings that a report claims
+INVENTED = 0.015  # share of absent findings that a report calls present
 
 
 @dataclass(frozen=True)
-class Study:
-    """One visit. margin: for each drawn finding, how far above (present) or below its threshold it is, in standard
-    deviations; absent findings just below the threshold are drawn faintly, as they are in life."""
+class Exam:
+    """One visit to the X-ray department; CheXpert calls it a study.
+
+    margin: for each drawn finding, how far it is above its threshold (present) or below (absent), in standard
+    deviations. Some findings just below the threshold are drawn faintly, as in life.
+    """
 
     number: int  # from 1
     views: int  # images
-    ap: bool  # taken lying (anteroposterior), the sicker the likelier
+    ap: bool  # taken lying down (anteroposterior), which is more likely the sicker a patient is
     margin: dict[str, float]
     labels: dict[str, float]  # what the report says: 1, 0, -1 (uncertain) or NaN (not mentioned)
 
     @property
     def truth(self) -> dict[str, int]:
-        """What is there: 0 or 1 for each of OBSERVATIONS."""
+        """What is present: 0 or 1 for each of OBSERVATIONS."""
         return {name: int(margin > 0) for name, margin in self.margins.items()}
 
     @property
     def margins(self) -> dict[str, float]:
-        """`margin` for each of OBSERVATIONS, those that follow from others too."""
-        found = {name: self.margin.get(name, 0.0) for name in OBSERVATIONS}
-        found["Lung Opacity"] = max(self.margin[name] for name in OPACITIES)
+        """`margin` for each of OBSERVATIONS, including those that follow from others."""
+        margins = {name: self.margin.get(name, 0.0) for name in OBSERVATIONS}
+        margins["Lung Opacity"] = max(self.margin[name] for name in OPACITIES)
         ill = max(margin for name, margin in self.margin.items() if name != "Support Devices")
-        return {**found, "No Finding": -ill}
+        return {**margins, "No Finding": -ill}
 
 
 @dataclass(frozen=True)
@@ -83,23 +86,23 @@ class Patient:
     number: int
     female: bool
     age: int
-    studies: tuple[Study, ...]
+    exams: tuple[Exam, ...]
 
-    def rng(self, *what: int) -> np.random.Generator:
-        """Random numbers for one purpose: a function of the patient and `what` alone."""
-        return np.random.Generator(np.random.PCG64([self.seed, self.part, self.number, *what]))
+    def rng(self, *purpose: int) -> np.random.Generator:
+        """Random numbers for one purpose: a function of the patient and `purpose` alone."""
+        return np.random.Generator(np.random.PCG64([self.seed, self.part, self.number, *purpose]))
 
 
 def make_patient(seed: int, part: int, number: int) -> Patient:
-    """Patient `number` of a part (0: train, 1: valid), the same whatever else is made. seed: 0 or more."""
+    """Patient `number` of a part (0: train, 1: valid), independent of all others. seed: 0 or more."""
     rng = np.random.Generator(np.random.PCG64([seed, part, number]))
     female, age = bool(rng.random() < 0.45), int(np.clip(rng.normal(60, 17), 18, 90))
     causes, own = rng.standard_normal(5), rng.standard_normal(len(DRAWN))
     visits = 1 if part else int(min(rng.geometric(0.55), 8))
-    return Patient(seed, part, number, female, age, tuple(_study(rng, causes, own, n + 1) for n in range(visits)))
+    return Patient(seed, part, number, female, age, tuple(_exam(rng, causes, own, n + 1) for n in range(visits)))
 
 
-def _study(rng: np.random.Generator, causes: np.ndarray, own: np.ndarray, number: int) -> Study:
+def _exam(rng: np.random.Generator, causes: np.ndarray, own: np.ndarray, number: int) -> Exam:
     def today(lasting: np.ndarray) -> np.ndarray:
         return np.sqrt(PERSISTENT) * lasting + np.sqrt(1 - PERSISTENT) * rng.standard_normal(lasting.shape)
 
@@ -110,15 +113,15 @@ def _study(rng: np.random.Generator, causes: np.ndarray, own: np.ndarray, number
         rest = np.sqrt(1 - sum(load**2 for load in loads.values()))
         margin[name] = float(explained + rest * chance) - THRESHOLD[name]
     views = 1 + int(rng.random() < 0.1)
-    study = Study(number, views, bool(causes[CARE] + rng.standard_normal() > -0.6), margin, {})
-    study.labels.update(_report(rng, study))
-    return study
+    exam = Exam(number, views, bool(causes[CARE] + rng.standard_normal() > -0.6), margin, {})
+    exam.labels.update(_report(rng, exam))
+    return exam
 
 
-def _report(rng: np.random.Generator, study: Study) -> dict[str, float]:
-    """Labels as from a report: hedged where a finding is doubtful, silent about most that is absent, at times wrong."""
+def _report(rng: np.random.Generator, exam: Exam) -> dict[str, float]:
+    """Labels as from a report: hedged if a finding is doubtful, silent about most absent findings, sometimes wrong."""
     labels, chance = {}, rng.random((len(OBSERVATIONS), 3))
-    for (name, margin), (hedge, silence, error) in zip(study.margins.items(), chance, strict=True):
+    for (name, margin), (hedge, silence, error) in zip(exam.margins.items(), chance, strict=True):
         if name == "No Finding":
             labels[name] = 1.0 if margin > 0 and hedge < 0.5 else float("nan")
             continue

@@ -1,15 +1,13 @@
-"""The figures of a study: score against label count, and who gains."""
+"""The figures of a study: score by label count, and who gains."""
 
-import contextlib
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ssl_jax.run import write_bytes
+from ssl_jax.plotting import BASELINE, COLORS, panels, save
 
 METRIC_NAMES = {
     "top1": "Top-1 accuracy",
@@ -21,46 +19,35 @@ METRIC_NAMES = {
     "recall": "recall",
     "auc": "ROC AUC",
 }
-BASELINE = "#6b7280"
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the baseline is gray.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-STYLE: Any = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "savefig.dpi": 150,
-}
+MAX_ROWS = 30  # classes up to which each has a row of its own
 
 
-def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metric: str, of: str = "") -> None:
-    """Score against label count (left) and paired difference to the baseline (right), with 95 % bands.
+def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metric: str, prefix: str = "") -> None:
+    """Score by label count (left) and paired difference to the baseline (right), with 95 % bands.
 
-    rows: of `tables.summarise`. of: before each title, as "Phantoms: ". Without an arm to compare, the left part alone.
+    rows: of `tables.summarise`. prefix: of each title, such as "Phantoms: ". If the baseline is the only arm, the right
+    panel is left out.
     """
     rows = [row for row in rows if row["metric"] == metric]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    color, others = _colors(arms, baseline), [a for a in arms if a != baseline]
+    colors, others = _colors(arms, baseline), [arm for arm in arms if arm != baseline]
     counts = sorted({row["labels"] for row in rows})
-    with _figure(2 if others else 1, width=4.6, height=3.7) as (figure, axes):
+    columns = 2 if others else 1
+    with panels(columns, width=4.6 * columns, height=3.7) as (figure, axes):
         left = axes[0]
         for arm in arms:
-            _band(left, [r for r in rows if r["arm"] == arm], "mean", "half", arm, color[arm])
+            _band(left, [row for row in rows if row["arm"] == arm], "mean", "half", arm, colors[arm])
         left.set_ylabel(f"{METRIC_NAMES[metric]}, %")
-        left.set_title(f"{of}Test score")
+        left.set_title(f"{prefix}Test score")
         left.legend(frameon=False, loc="lower right")
         if others:
             right = axes[1]
             right.axhline(0, color=BASELINE, linewidth=1.2)
             for arm in others:
-                mine = [r for r in rows if r["arm"] == arm and r["difference"] is not None]
-                _band(right, mine, "difference", "difference_half", arm, color[arm])
+                paired = [row for row in rows if row["arm"] == arm and row["difference"] is not None]
+                _band(right, paired, "difference", "difference_half", arm, colors[arm])
             right.set_ylabel(f"difference to {baseline}, points")
-            right.set_title(f"{of}Paired difference, same labels")
+            right.set_title(f"{prefix}Paired difference, same labels")
             low, high = right.get_ylim()
             right.set_ylim(min(low, -0.05 * (high - low)), max(high, 0.05 * (high - low)))
         for ax in axes:
@@ -68,7 +55,7 @@ def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metri
             ax.set_xticks(counts, [f"{n:,}" for n in counts])
             ax.minorticks_off()
             ax.set_xlabel("labelled images")
-        _save(figure, path)
+        save(figure, path)
 
 
 def gain_by_class(
@@ -78,67 +65,107 @@ def gain_by_class(
     baseline: str,
     metric: str,
     share: Mapping[str, float],
-    of: str = "",
+    prefix: str = "",
 ) -> None:
-    """Each class's gain over the baseline, one panel a label count, with 95 % intervals.
+    """Each class's gain over the baseline, one panel per label count, with 95 % intervals.
 
-    gains: of `tables.class_gains`. share: of each class among the training images. of: before the title. Up to 30
-    classes have a line each: the most frequent on top, with a panel of their shares, or, where all are about equally
-    frequent, the one that gains most with the fewest labels. More classes are dots over their share. Nothing to show:
-    no file.
+    gains: of `tables.class_gains`; without any, no file is written. share: of each class among the training images.
+    prefix: of the title. Up to MAX_ROWS classes have a row each; more become dots over their share.
     """
     if not gains:
         return
-    arms, counts = list(dict.fromkeys(g["arm"] for g in gains)), sorted({g["labels"] for g in gains})
-    color, classes = _colors([baseline, *arms], baseline), list(dict.fromkeys(g["class"] for g in gains))
-    lines, uneven = len(classes) <= 30, _uneven([share[c] for c in classes])
-    first = {c: np.mean([g["gain"] for g in gains if (g["labels"], g["class"]) == (counts[0], c)]) for c in classes}
-    order = sorted(classes, key=lambda c: share[c] if uneven else first[c])
-    shares = lines and uneven
-    height, width = 1.5 + 0.3 * len(classes) if lines else 3.8, 2.4 if lines else 3.0
-    with _figure(len(counts) + shares, width=width, height=height, share="row") as (figure, panels):
-        axes = panels[shares:]
-        for ax in axes[1:]:
-            ax.sharex(axes[0])
-        if shares:
-            _shares(panels[0], [100 * share[c] for c in order])
-        for ax, count in zip(axes, counts, strict=True):
-            (ax.axvline if lines else ax.axhline)(0, color=BASELINE, linewidth=1.2)
-            for i, arm in enumerate(arms):
-                mine = {g["class"]: g for g in gains if (g["arm"], g["labels"]) == (arm, count)}
-                names = [c for c in order if c in mine]
-                value = np.array([100 * mine[c]["gain"] for c in names])
-                half = np.array([0 if math.isnan(h) else 100 * h for h in (mine[c]["half"] for c in names)])
-                shift = (i - (len(arms) - 1) / 2) * 0.6 / len(arms)  # beside each other, so that none hides another
-                style: dict[str, Any] = {"fmt": "o", "color": color[arm], "markersize": 4.5, "elinewidth": 1.4}
-                if lines:
-                    ax.errorbar(value, [order.index(c) - shift for c in names], xerr=half, label=arm, **style)
-                else:
-                    ax.errorbar([100 * share[c] * 1.1**shift for c in names], value, yerr=half, label=arm, **style)
+    arms = list(dict.fromkeys(gain["arm"] for gain in gains))
+    colors = _colors([baseline, *arms], baseline)
+    label = f"gain in {METRIC_NAMES[metric]} over {baseline}, points"
+    title = f"{arms[0]} against {baseline}" if len(arms) == 1 else "Gain by class"
+    plot = _gain_rows if len({gain["class"] for gain in gains}) <= MAX_ROWS else _gain_dots
+    plot(gains, path, arms, colors, share, label, f"{prefix}{title}")
+
+
+def _gain_rows(gains, path, arms, colors, share, label, title) -> None:
+    """A row per class. If some classes are much rarer, the most frequent is on top and a first panel shows the shares;
+    otherwise the class that gains most with the fewest labels is on top."""
+    classes, counts = list(dict.fromkeys(gain["class"] for gain in gains)), _label_counts(gains)
+    shares = [share[name] for name in classes]
+    uneven = max(shares) > 1.5 * min(shares)
+    rank = share if uneven else _mean_gain(gains, counts[0])
+    classes.sort(key=lambda name: rank[name])  # matplotlib's y grows upwards
+    columns = len(counts) + uneven
+    height = 1.5 + 0.3 * len(classes)
+    with panels(columns, width=2.4 * columns, height=height, share_y="row") as (figure, axes):
+        if uneven:
+            percent = [100 * share[name] for name in classes]
+            axes[0].barh(range(len(classes)), percent, color=BASELINE, alpha=0.55, height=0.6)
+            axes[0].set_title("training images, %")
+        axes[0].set_yticks(range(len(classes)), classes)
+        gain_axes = axes[uneven:]
+        for ax, count in zip(gain_axes, counts, strict=True):
+            if ax is not gain_axes[0]:
+                ax.sharex(gain_axes[0])
+            ax.axvline(0, color=BASELINE, linewidth=1.2)
             ax.set_title(f"{count:,} labels")
-            if not lines:
-                ax.set_xscale("log")
-        if lines:
-            panels[0].set_yticks(range(len(order)), order)
-        what = f"gain in {METRIC_NAMES[metric]} over {baseline}, points"
-        figure.supxlabel(what if lines else "share of the training images, %", fontsize=10)
-        figure.supylabel("" if lines else what, fontsize=10)
-        title = f"{arms[0]} against {baseline}" if len(arms) == 1 else "Gain by class"
-        figure.suptitle(f"{of}{title}", x=0.01, ha="left", fontsize=11)
-        if len(arms) > 1:
-            figure.legend(
-                *axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(arms), frameon=False
-            )
-        _save(figure, path)
+            for arm, offset in zip(arms, _offsets(len(arms)), strict=True):
+                names, values, halves = _points(gains, arm, count, classes)
+                rows = [classes.index(name) - offset for name in names]
+                ax.errorbar(values, rows, xerr=halves, label=arm, **_dots(colors[arm]))
+        figure.supxlabel(label, fontsize=10)
+        _finish(figure, gain_axes[0], arms, title, path)
 
 
-def _shares(ax, percent: Sequence[float]) -> None:
-    ax.barh(range(len(percent)), percent, color=BASELINE, alpha=0.55, height=0.6)
-    ax.set_title("training images, %")
+def _gain_dots(gains, path, arms, colors, share, label, title) -> None:
+    """A dot per class, over its share of the training images."""
+    classes, counts = sorted({gain["class"] for gain in gains}, key=lambda name: share[name]), _label_counts(gains)
+    with panels(len(counts), width=3.0 * len(counts), height=3.8, share_y="row") as (figure, axes):
+        for ax, count in zip(axes, counts, strict=True):
+            if ax is not axes[0]:
+                ax.sharex(axes[0])
+            ax.axhline(0, color=BASELINE, linewidth=1.2)
+            ax.set_title(f"{count:,} labels")
+            for arm, offset in zip(arms, _offsets(len(arms)), strict=True):
+                names, values, halves = _points(gains, arm, count, classes)
+                shares = [100 * share[name] * 1.1**offset for name in names]
+                ax.errorbar(shares, values, yerr=halves, label=arm, **_dots(colors[arm]))
+            ax.set_xscale("log")
+        figure.supxlabel("share of the training images, %", fontsize=10)
+        figure.supylabel(label, fontsize=10)
+        _finish(figure, axes[0], arms, title, path)
 
 
-def _uneven(counts: Sequence[float]) -> bool:
-    return max(counts) > 1.5 * min(counts)
+def _points(gains, arm: str, count: int, classes: Sequence[str]) -> tuple[list[str], list[float], list[float]]:
+    """(classes, gains, half widths of their intervals) of an arm at a label count, in points; no interval: 0."""
+    by_class = {gain["class"]: gain for gain in gains if (gain["arm"], gain["labels"]) == (arm, count)}
+    names = [name for name in classes if name in by_class]
+    halves = [by_class[name]["half"] for name in names]
+    values = [100 * by_class[name]["gain"] for name in names]
+    return names, values, [0 if math.isnan(half) else 100 * half for half in halves]
+
+
+def _mean_gain(gains, count: int) -> dict[str, float]:
+    """The gain of each class at a label count, the mean over arms."""
+    names = dict.fromkeys(gain["class"] for gain in gains)
+    at_count = [gain for gain in gains if gain["labels"] == count]
+    return {name: float(np.mean([gain["gain"] for gain in at_count if gain["class"] == name])) for name in names}
+
+
+def _offsets(arms: int) -> list[float]:
+    """Where the dots of each arm go, side by side so that none hides another."""
+    return [(i - (arms - 1) / 2) * 0.6 / arms for i in range(arms)]
+
+
+def _dots(color: str) -> dict[str, Any]:
+    return {"fmt": "o", "color": color, "markersize": 4.5, "elinewidth": 1.4}
+
+
+def _finish(figure, ax, arms: Sequence[str], title: str, path: Path) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    if len(arms) > 1:
+        handles = ax.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper right", ncols=len(arms), frameon=False)
+    save(figure, path)
+
+
+def _label_counts(gains) -> list[int]:
+    return sorted({gain["labels"] for gain in gains})
 
 
 def _band(ax, rows, mean, half, label, color):
@@ -150,49 +177,32 @@ def _band(ax, rows, mean, half, label, color):
 
 
 def _colors(arms: Sequence[str], baseline: str) -> dict[str, str]:
-    others = [a for a in arms if a != baseline]
-    return {baseline: BASELINE} | {a: COLORS[i % len(COLORS)] for i, a in enumerate(others)}
-
-
-@contextlib.contextmanager
-def _figure(columns: int, *, width: float, height: float, share: Any = False) -> Iterator[tuple[Any, Any]]:
-    """(figure, array of its axes side by side) in our style: without a window, and without any state left behind."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height), layout="constrained")
-        yield figure, figure.subplots(1, columns, squeeze=False, sharey=share)[0]
+    others = [arm for arm in arms if arm != baseline]
+    return {baseline: BASELINE} | {arm: COLORS[i % len(COLORS)] for i, arm in enumerate(others)}
 
 
 def scaling(plans: Sequence[Any], path: Path) -> None:
-    """Predicted images/s against chips, a line for each kind of chip, beside what perfect scaling would give."""
+    """Predicted images/s by number of chips, a line per kind of chip, beside perfect scaling (dotted)."""
     kinds = list(dict.fromkeys(one.version for one in plans))
-    with _figure(1, width=5, height=3.7) as (figure, axes):
+    with panels(1, width=5, height=3.7) as (figure, (ax,)):
         for kind, color in zip(kinds, COLORS):
-            of = sorted((p for p in plans if p.version == kind), key=lambda p: p.chips)
-            chips = np.array([p.chips for p in of])
-            axes[0].loglog(chips, [p.images_per_s for p in of], "o-", color=color, label=kind, base=2)
-            axes[0].loglog(chips, of[0].images_per_s * chips / chips[0], ":", color=color, linewidth=1, base=2)
-        axes[0].set(xlabel="chips", ylabel="images/s", title="Prediction, not a run; dotted: perfect scaling")
-        axes[0].legend(frameon=False)
-        _save(figure, path)
-
-
-def _save(figure, path: Path) -> None:
-    packed = io.BytesIO()
-    figure.savefig(packed, format="png")
-    write_bytes(path, packed.getvalue())
+            mine = sorted((one for one in plans if one.version == kind), key=lambda one: one.chips)
+            chips = np.array([one.chips for one in mine])
+            ax.loglog(chips, [one.images_per_s for one in mine], "o-", color=color, label=kind, base=2)
+            ax.loglog(chips, mine[0].images_per_s * chips / chips[0], ":", color=color, linewidth=1, base=2)
+        ax.set(xlabel="chips", ylabel="images/s", title="Prediction, not a run; dotted: perfect scaling")
+        ax.legend(frameon=False)
+        save(figure, path)
 
 
 def reliability(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "Reliability") -> None:
-    """Share of positives against the probability that was given, and how many predictions each point stands for.
+    """Share of positives by predicted probability, and how many predictions each point stands for.
 
-    rows: of `evaluate.reliability`. Without any: no file.
+    rows: of `evaluate.reliability`; without any, no file is written.
     """
     if not rows:
         return
-    with _figure(2, width=3.7, height=3.5) as (figure, (left, right)):
+    with panels(2, width=7.4, height=3.5) as (figure, (left, right)):
         left.plot([0, 1], [0, 1], color=BASELINE, linewidth=1.2, label="perfect")
         left.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], "o-", color=COLORS[0], markersize=4.5)
         left.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share of positives")
@@ -207,5 +217,5 @@ def reliability(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "
             alpha=0.6,
         )
         right.set(xlim=(0, 1.02), yscale="log", ylim=(0.5, None), xlabel="predicted probability", ylabel="predictions")
-        right.set_title("How often each is given")
-        _save(figure, path)
+        right.set_title("How often each is predicted")
+        save(figure, path)

@@ -1,4 +1,4 @@
-"""Pieces of HTML for the report: the page around everything, its tables and its look. Text is escaped here."""
+"""Building blocks of the report in HTML: the page, its style, tables and pictures. They escape their text."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -44,7 +44,7 @@ svg text { font-family: inherit !important; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
-.n { text-align: right; white-space: nowrap; padding-left: .8rem; }
+.n, [style="text-align:right"] { text-align: right; white-space: nowrap; padding-left: .8rem; }
 tr.marked td { background: var(--mark); }
 table.matrix { border-spacing: 2px; border-collapse: separate; margin-bottom: 1.2rem; }
 .matrix th, .matrix td { border: 0; padding: .3rem .4rem; }
@@ -76,15 +76,15 @@ pre { background: var(--card); padding: .8rem; border-radius: 6px; font-size: .8
 
 
 def page(title: str, subtitle: str, verdict: str, sections: Sequence[tuple[str, str]]) -> str:
-    shown = [(f"s{i}", name, body) for i, (name, body) in enumerate(sections) if body]
-    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in shown)
-    bodies = "".join(f'<section id="{a}"><h2>{escape(name)}</h2>{body}</section>' for a, name, body in shown)
+    present = [(f"s{i}", name, body) for i, (name, body) in enumerate(sections) if body]
+    links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in present)
+    bodies = "".join(f'<section id="{a}"><h2>{escape(name)}</h2>{body}</section>' for a, name, body in present)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
         f"<header><small>{escape(subtitle)}</small><h1>{escape(title)}</h1>{verdict}<nav>{links}</nav></header>"
-        f"{bodies}<footer>Made by ssl-jax report.</footer></main></body></html>\n"
+        f"{bodies}<footer>Created by ssl-jax report.</footer></main></body></html>\n"
     )
 
 
@@ -93,16 +93,12 @@ def note(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """The little of Markdown that summary.md holds: tables and paragraphs; its title is left to the page."""
-    made = ""
-    for block in text.strip().split("\n\n"):
-        lines = block.strip().splitlines()
-        if lines[0].startswith("|"):
-            head, _, *rows = ([cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines)
-            made += table(head, rows, first_number=1)
-        elif not lines[0].startswith("#"):
-            made += "".join(f"<p>{escape(line)}</p>" for line in lines)
-    return made
+    """Tables, lists and paragraphs of Markdown as escaped HTML, without the title, which the page has already."""
+    from markdown_it import MarkdownIt
+
+    body = text.split("\n", 1)[-1] if text.startswith("# ") else text
+    rendered = MarkdownIt("zero").enable(["table", "list"]).render(body)  # "zero": names are never read as markup
+    return rendered.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 
 def picture(path: Path, caption: str) -> str:
@@ -121,7 +117,7 @@ def fold(title: str, body: str, folded: bool = True) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], first_number: int = 99, marked: Iterable[str] = ()
 ) -> str:
-    """Columns from `first_number` on are set to the right; rows whose first cell is in `marked` stand out."""
+    """Columns from `first_number` on are right-aligned; rows whose first cell is in `marked` are highlighted."""
 
     def row(cells, tag):
         kinds = (' class="n"' if i >= first_number else "" for i in range(len(cells)))

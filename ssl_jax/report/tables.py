@@ -1,9 +1,9 @@
-"""What the cells of a study say together: means, paired differences, gains by class, and all of it in words.
+"""What the cells of a study show together: means, paired differences, gains by class, and sentences about them.
 
-    results.csv   one row a cell             summary.csv, summary.md   means and differences
-    classes.csv   gains by class             patients.csv              differences, the test patients drawn anew
+    results.csv   one row per cell           summary.csv, summary.md   means and differences
+    classes.csv   gains by class             patients.csv              differences with resampled test patients
 
-A cell is a mapping with "arm", "labels", "seed", "chosen" and "scores", what `evaluate.metrics` returns.
+A cell is a mapping with "arm", "labels", "seed", "chosen" and "scores", which `evaluate.metrics` returned.
 """
 
 import math
@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import run
+from ssl_jax import files
 from ssl_jax.evaluate.scores import interval, paired
 from ssl_jax.evaluate.uncertainty import bootstrap_weights, percentiles
 
 METRICS = ("top1", "balanced_accuracy", "macro_auc", "top5", "macro_ap", "brier")
 REPEATS = 1000  # of the bootstrap over test patients
-MAX_TESTED = 3000  # test images up to which there is one
+MAX_TESTED = 3000  # test images; with more there is no bootstrap
 Cell = dict[str, Any]
 Row = dict[str, Any]
 
 
 def main_metric(cells: Sequence[Cell]) -> str:
-    """macro_auc for multi-label data; top1 where every class is about equally frequent in the test set, else
+    """macro_auc for multi-label data; top1 if all classes are about equally frequent in the test set, otherwise
     balanced_accuracy."""
     scores = cells[0]["scores"]
     if "top1" not in scores:
@@ -39,23 +39,23 @@ def summarise(cells: Sequence[Cell], baseline: str) -> list[Row]:
     """Rows of arm x labels x metric, in the order of the cells: seeds, mean, half, difference, difference_half.
 
     half: half width of the 95 % interval of the mean over seeds. difference: mean of the paired differences to
-    `baseline` on the seeds that both have, with the half width of its interval. None where there is no such number.
+    `baseline` over the seeds that both have, and half the width of its interval. None if there is no such number.
     """
-    found: dict[tuple[str, int], dict[int, Cell]] = {}
+    scores: dict[tuple[str, int], dict[int, Cell]] = {}
     for cell in cells:
-        found.setdefault((cell["arm"], cell["labels"]), {})[cell["seed"]] = cell["scores"]
-    arms, counts = list(dict.fromkeys(a for a, _ in found)), sorted({n for _, n in found})
+        scores.setdefault((cell["arm"], cell["labels"]), {})[cell["seed"]] = cell["scores"]
+    arms, counts = list(dict.fromkeys(a for a, _ in scores)), sorted({n for _, n in scores})
     rows = []
     for arm, count, name in ((a, n, m) for a in arms for n in counts for m in METRICS):
-        mine = {seed: s[name] for seed, s in found.get((arm, count), {}).items() if name in s}
-        if not mine:
+        by_seed = {seed: s[name] for seed, s in scores.get((arm, count), {}).items() if name in s}
+        if not by_seed:
             continue
-        base = {seed: s[name] for seed, s in found.get((baseline, count), {}).items() if name in s}
-        both = sorted(mine.keys() & base.keys())
-        row = {"arm": arm, "labels": count, "metric": name, "seeds": len(mine)}
-        row |= dict(zip(("mean", "half"), interval(list(mine.values())), strict=True))
+        base = {seed: s[name] for seed, s in scores.get((baseline, count), {}).items() if name in s}
+        both = sorted(by_seed.keys() & base.keys())
+        row = {"arm": arm, "labels": count, "metric": name, "seeds": len(by_seed)}
+        row |= dict(zip(("mean", "half"), interval(list(by_seed.values())), strict=True))
         if arm != baseline and both:
-            gain = paired([mine[s] for s in both], [base[s] for s in both])
+            gain = paired([by_seed[s] for s in both], [base[s] for s in both])
         else:
             gain = (math.nan, math.nan)
         row |= dict(zip(("difference", "difference_half"), gain, strict=True))
@@ -74,8 +74,8 @@ def class_gains(cells: Sequence[Cell], baseline: str, metric: str) -> list[Row]:
 
 
 def rarity(cells: Sequence[Cell], baseline: str, share: Mapping[str, float]) -> list[Row]:
-    """Rows of arm x labels: Spearman's rank correlation of a class's gain in AUC with its share, the mean over seeds,
-    and its half. Negative: rare classes gain more."""
+    """Rows of arm x labels: Spearman's rank correlation between the gain of a class in AUC and its share, the mean over
+    seeds, and half the width of its interval. Negative: rare classes gain more."""
     from scipy.stats import spearmanr
 
     rows = []
@@ -90,26 +90,27 @@ def rarity(cells: Sequence[Cell], baseline: str, share: Mapping[str, float]) -> 
 
 
 def _pairs(cells: Sequence[Cell], baseline: str, metric: str) -> list[tuple[str, int, list[tuple[Any, Any]]]]:
-    """(arm, labels, [(the arm's score, the baseline's) for each seed that both have])."""
-    found = {(c["arm"], c["labels"], c["seed"]): c["scores"][metric] for c in cells}
+    """(arm, labels, [(score of the arm, score of the baseline) for each seed that both have])."""
+    scores = {(c["arm"], c["labels"], c["seed"]): c["scores"][metric] for c in cells}
     arms = [a for a in dict.fromkeys(c["arm"] for c in cells) if a != baseline]
     seeds = sorted({c["seed"] for c in cells})
-    made = []
+    pairs = []
     for arm, count in ((a, n) for a in arms for n in sorted({c["labels"] for c in cells})):
-        both = [s for s in seeds if (arm, count, s) in found and (baseline, count, s) in found]
-        made.append((arm, count, [(found[arm, count, s], found[baseline, count, s]) for s in both]))
-    return [entry for entry in made if entry[2]]
+        both = [s for s in seeds if (arm, count, s) in scores and (baseline, count, s) in scores]
+        pairs.append((arm, count, [(scores[arm, count, s], scores[baseline, count, s]) for s in both]))
+    return [entry for entry in pairs if entry[2]]
 
 
 def over_patients(
     scores: Mapping[tuple[str, int], np.ndarray], labels: np.ndarray, groups: np.ndarray, baseline: str
 ) -> list[Row]:
-    """Rows of arm x labels: low and high of the difference to `baseline` in macro AUC, the test patients drawn anew.
+    """Rows of arm x labels: low and high of the difference to `baseline` in macro AUC over resampled test patients.
 
-    scores: (arm, label count) -> logits [S, N, K] of S seeds; labels float [N, K], NaN: not known; groups int [N]:
-    patients. The trainings stay as they are, of each arm the mean over its seeds counts: what varies is the test
-    images alone, REPEATS times. An AUC is the share of pairs, one image with the finding and one without, that are in
-    order; so all of it can be read from one table of pairs a class. It grows with N^2: none above MAX_TESTED images.
+    scores: (arm, label count) -> logits [S, N, K] of S seeds; labels float [N, K], NaN: unknown; groups int [N]:
+    patients. The trained models stay as they are, and an arm counts with the mean over its seeds; only the test
+    patients are resampled, REPEATS times. An AUC is the share of pairs (one image with the finding, one without) that
+    are in order, so one table of pairs per class holds everything. Its size grows with N^2: no rows above MAX_TESTED
+    images.
     """
     if len(labels) > MAX_TESTED:
         return []
@@ -118,7 +119,7 @@ def over_patients(
     weights = bootstrap_weights(groups, REPEATS)
     rows = []
     for arm, count in (key for key in scores if key[0] != baseline and (baseline, key[1]) in scores):
-        drawn = []  # of each class the difference in every draw
+        drawn = []  # the difference in every draw, for each class
         for c in classes:
             present, absent = weights[:, positive[:, c]], weights[:, negative[:, c]]
             mine, others = (
@@ -128,61 +129,63 @@ def over_patients(
             gain = ((present @ (mine - others)) * absent).sum(axis=1)
             drawn.append(np.where(pairs > 0, gain / np.maximum(pairs, 1), np.nan))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # a draw that says nothing of any class
+            warnings.simplefilter("ignore", RuntimeWarning)  # a draw in which no class has both labels
             low, high = percentiles(np.nanmean(drawn, axis=0))
         rows.append({"arm": arm, "labels": count, "low": low, "high": high})
     return rows
 
 
 def _in_order(scores: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
-    """[P, Q]: in what share of the seeds each positive image scores above each negative one; a tie is half a seed.
-    scores [S, N]."""
+    """[P, Q]: the share of seeds in which each positive image scores above each negative one; a tie counts half.
+    scores: [S, N]."""
     higher, lower = scores[:, positive, None], scores[:, None, negative]
     return ((higher > lower) + 0.5 * (higher == lower)).mean(axis=0)
 
 
 def verdicts(rows: Sequence[Row], baseline: str, metric: str, patients: Sequence[Row] = ()) -> list[str]:
-    """One sentence an arm and label count: whether the interval of its paired difference lies above zero.
+    """One sentence per arm and label count: whether the interval of its paired difference lies above zero.
 
-    patients: of `over_patients`. Where they are given, a difference is called better or worse only if both intervals,
-    over draws of labels and over test patients, lie on one side of zero.
+    patients: of `over_patients`. If given, a difference is called better or worse only if both intervals, over draws of
+    labels and over test patients, lie on the same side of zero.
     """
-    tested = {(p["arm"], p["labels"]): (100 * p["low"], 100 * p["high"]) for p in patients}
-    said = []
+    resampled = {(p["arm"], p["labels"]): (100 * p["low"], 100 * p["high"]) for p in patients}
+    sentences = []
     for row in rows:
         if row["metric"] != metric or row["arm"] == baseline:
             continue
         what = f"With {row['labels']:,} labels, {row['arm']} against {baseline}"
         if row["difference"] is None:
-            said.append(f"{what}: nothing to pair.")
+            sentences.append(f"{what}: no seed in common.")
             continue
         points = 100 * row["difference"]
         if row["difference_half"] is None:
-            said.append(f"{what}: {points:+.1f} points on one seed, which supports nothing.")
+            sentences.append(f"{what}: {points:+.1f} points on a single seed, which shows nothing.")
             continue
         half = 100 * row["difference_half"]
-        over = [(points - half, points + half)]
-        shown = f"95 % interval {over[0][0]:+.1f} to {over[0][1]:+.1f}"
-        if (row["arm"], row["labels"]) in tested:
-            over.append(tested[row["arm"], row["labels"]])
-            shown += f"; over test patients {over[1][0]:+.1f} to {over[1][1]:+.1f}"
-        said.append(f"{what}: {points:+.1f} points ({shown}): {_verdict(over)}.")
-    return said
+        intervals = [(points - half, points + half)]
+        shown = f"95 % interval {intervals[0][0]:+.1f} to {intervals[0][1]:+.1f}"
+        if (row["arm"], row["labels"]) in resampled:
+            intervals.append(resampled[row["arm"], row["labels"]])
+            shown += f"; over test patients {intervals[1][0]:+.1f} to {intervals[1][1]:+.1f}"
+        sentences.append(f"{what}: {points:+.1f} points ({shown}): {_verdict(intervals)}.")
+    return sentences
 
 
-def _verdict(over: Sequence[tuple[float, float]]) -> str:
-    both = "both intervals lie" if len(over) > 1 else "the interval lies"
-    if all(low > 0 for low, _ in over):
+def _verdict(intervals: Sequence[tuple[float, float]]) -> str:
+    both = "both intervals lie" if len(intervals) > 1 else "the interval lies"
+    if all(low > 0 for low, _ in intervals):
         return f"better, {both} above zero"
-    if all(high < 0 for _, high in over):
+    if all(high < 0 for _, high in intervals):
         return f"worse, {both} below zero"
-    if len(over) > 1 and not over[0][0] <= 0 <= over[0][1]:
-        return "a difference on these test images, which other patients may not repeat: the second interval holds zero"
-    return "no difference shown, the interval holds zero"
+    if len(intervals) > 1 and not intervals[0][0] <= 0 <= intervals[0][1]:
+        return (
+            "different on these test images, which may not hold for other patients: the second interval includes zero"
+        )
+    return "no difference shown, the interval includes zero"
 
 
 def write_results(path: Path, cells: Sequence[Cell]) -> None:
-    """results.csv: a row a cell."""
+    """Writes results.csv, a row per cell."""
     chosen = sorted({k for c in cells for k in c["chosen"] if k != "trials"})
     numbers = [m for m in METRICS if m in cells[0]["scores"]]
     write_csv(
@@ -198,11 +201,11 @@ def write_results(path: Path, cells: Sequence[Cell]) -> None:
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     shown = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    run.write_csv(path, list(rows[0]), shown)
+    files.write_csv(path, list(rows[0]), shown)
 
 
 def table(rows: Sequence[Row], key: str, form: str, arms: Sequence[str]) -> str:
-    """A Markdown table of "mean" or "difference" of summary rows of one metric: an arm a line, with its interval."""
+    """A Markdown table of the "mean" or "difference" of the rows of one metric, with intervals: a line per arm."""
     counts = sorted({r["labels"] for r in rows})
     cell = {(r["arm"], r["labels"]): r for r in rows}
     half = "half" if key == "mean" else "difference_half"
@@ -211,7 +214,7 @@ def table(rows: Sequence[Row], key: str, form: str, arms: Sequence[str]) -> str:
 
 
 def class_table(gains: Sequence[Row], share: Mapping[str, float]) -> str:
-    """A Markdown table of `class_gains`: a class a line, rarest first, with its share of the training images."""
+    """A Markdown table of `class_gains`: a line per class, rarest first, with its share of the training images."""
     arms, counts = list(dict.fromkeys(g["arm"] for g in gains)), sorted({g["labels"] for g in gains})
     cell = {(g["arm"], g["labels"], g["class"]): g for g in gains}
     columns = [(a, n) for n in dict.fromkeys((counts[0], counts[-1])) for a in arms]
@@ -234,6 +237,7 @@ def _shown(row: Mapping[str, Any], key: str, half: str, form: str) -> str:
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(
-        ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(x) + " |" for x in lines)]
-    )
+    """A Markdown table; every column but the first is right-aligned."""
+    rows = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    rows.insert(1, ["---", *["---:"] * (len(head) - 1)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

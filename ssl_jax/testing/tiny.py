@@ -1,6 +1,7 @@
 """Small networks, images and configs: what compiles in no time and still has all that a method may need."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from ssl_jax import train
 from ssl_jax.augment import make_views
 from ssl_jax.config import default, method_module, resolve
-from ssl_jax.data import order
+from ssl_jax.data import Source, order
 from ssl_jax.network import Network
 from ssl_jax.parallel import batch_sharding, make_mesh, replicated
 
@@ -47,24 +48,20 @@ def tiny_encoder():
     return Network(lambda rng, x: body.init(rng, flat(x, x[0].size)), apply)
 
 
-class Images:
-    """A data source of random images of three classes that differ in where they are bright."""
+class Images(Source):
+    """Random images of three classes that differ in where they are bright. Tests may replace images and labels."""
+
+    labels: Any = None
 
     def __init__(self, n=48, size=8, channels=1, labels=True, seed=0):
         y = np.arange(n) % 3
         images = np.random.default_rng(seed).integers(0, 90, (n, size, size, channels))
         for i, label in enumerate(y):
             images[i, label * size // 3 : (label + 1) * size // 3] += 160
-        self.images, self.shape = images.astype(np.uint8), (size, size, channels)
+        self.images = images.astype(np.uint8)
+        shape, classes = (size, size, channels), ["a", "b", "c"] if labels else []
+        super().__init__([str(i) for i in range(n)], shape, lambda i: self.images[i], classes=classes)
         self.labels = y.astype(np.int32) if labels else None
-        self.classes = ["a", "b", "c"] if labels else []
-        self.names, self.skipped, self.objects = [str(i) for i in range(n)], [], None
-
-    def __len__(self):
-        return len(self.names)
-
-    def load(self, i):
-        return self.images[i]
 
     def arrays(self, progress=None):
         return self.images

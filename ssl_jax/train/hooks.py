@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from ssl_jax import parallel
 from ssl_jax.checkpoint import Checkpoints
-from ssl_jax.collapse import rank_me
+from ssl_jax.collapse import STD_COLLAPSED, rank_me
 from ssl_jax.config import Config, to_json, to_steps
 from ssl_jax.data import Source
 from ssl_jax.data.labelled import labelled_indices
@@ -27,6 +27,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.multilabel import mean_auc
 from ssl_jax.progress import Progress
+from ssl_jax.run_folder import RunFolder
 from ssl_jax.train.step import Setup, TrainState, encoder_of
 from ssl_jax.train.writers import open_writers
 
@@ -64,8 +65,8 @@ class Training:
     setup: Setup
     source: Source
     mesh: Mesh
-    workdir: Path
-    out: Path  # workdir in the main process; elsewhere a folder that is thrown away
+    folder: RunFolder
+    out: RunFolder  # the same in the main process; elsewhere one that is thrown away
     start: int  # steps done before
     clock: Clock = dataclasses.field(default_factory=Clock)
     say: Callable[[str], None] = print  # prints a line that stays, beside the progress line if there is one
@@ -141,7 +142,7 @@ class Collapse(Hook):
 
     def on_metrics(self, step, values):
         sign = self.training.setup.method.collapsed(values)
-        if not sign and values["embedding_std"] < 0.01:
+        if not sign and values["embedding_std"] < STD_COLLAPSED:
             sign = (
                 f"embedding std {values['embedding_std']:.2g}: all images get almost the same embedding; "
                 "likely cause: a learning rate too high, a batch too small, or transforms too weak"
@@ -171,7 +172,7 @@ class Log(Hook):
         self.progress = Progress(self.total, start, title, note="compiling", quiet=not main)
         training.say = self.progress.say
         trackers = config.log if main else ""
-        self.writers = open_writers(trackers, training.out, to_json(config), start, training.say)
+        self.writers = open_writers(trackers, training.out.path, to_json(config), start, training.say)
         self.progress.__enter__()
 
     def write(self, step: int, values: Mapping[str, Any], group: str = "metrics") -> None:
@@ -221,7 +222,7 @@ class Evaluate(Hook):
             return
         self.labels = None if source.labels is None else np.asarray(source.labels)[chosen]
         self.chosen = chosen if self.labels is not None else chosen[: self.queries]
-        self.images = np.stack([source.load(int(i)) for i in self.chosen])
+        self.images = source.load_many(self.chosen)
 
     def on_state(self, step, state):
         features = encoder_of(self.training.setup, self.training.config, state).embed(self.images)
@@ -270,7 +271,7 @@ class Profile(Hook):
     """A trace of config.train.profile, once the step is compiled: RUN/profile, for TensorBoard, XProf or Perfetto."""
 
     def __init__(self, training: Training):
-        self.training, self.folder = training, training.out / "profile"
+        self.training, self.folder = training, training.out.profile
         self.steps = training.steps(training.config.train.profile)
         self.last = 0 if self.steps else -1  # the step with which the trace ends; -1: no trace, or it has ended
 
@@ -303,10 +304,10 @@ def make_hooks(training: Training, checkpoints: Checkpoints) -> Iterator[Hook]:
 
 def write_views(training: Training, log: Log) -> None:
     """views.png: what the transforms do to six images."""
-    from ssl_jax.report.sheet import view_sheet
+    from ssl_jax.augment.sheet import view_sheet
 
-    path = training.out / "views.png"
+    path = training.out.views
     if not path.exists():
         chosen = np.random.default_rng(training.config.train.seed).permutation(len(training.source))[:6]
-        view_sheet(np.stack([training.source.load(int(i)) for i in chosen]), training.setup.views, path)
+        view_sheet(training.source.load_many(chosen), training.setup.views, path)
         log.picture(training.start, path)

@@ -12,13 +12,15 @@ from typing import Any
 
 import jax
 
-from ssl_jax import parallel, run
+from ssl_jax import parallel
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config, to_steps
 from ssl_jax.data import Source, open_source
 from ssl_jax.encoder import Encoder, export, load_encoder
+from ssl_jax.files import read_json
 from ssl_jax.models import resolve_conv
 from ssl_jax.network import Network
+from ssl_jax.run_folder import RunFolder
 from ssl_jax.train.hooks import REQUEUE, Stop, Training, make_hooks
 from ssl_jax.train.step import TrainState, batches, compile_step, encoder_of, init_state, set_up
 
@@ -33,17 +35,18 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
     """
     source = source or open_source(config.data)
     total = to_steps(config.train.duration, len(source), config.train.batch)
+    folder = RunFolder(workdir)
     with contextlib.ExitStack() as stack:
 
         def enter() -> dict[str, Any]:
-            done = run.read_json(workdir / "encoder" / "encoder.json").get("step") == total
+            done = folder.finished(total)
             # A finished run is only read: tasks of one study that start together all want its encoder.
-            stack.enter_context(run.lock(workdir, shared=done))
-            run.start(workdir, config)
+            stack.enter_context(folder.lock(shared=done))
+            folder.start(config)
             # How convolutions are written changes the last bits: a continued run keeps what it began with.
-            conv = run.read_json(workdir / "environment.json").get("conv") or resolve_conv(config.model.conv)
+            conv = read_json(folder.environment).get("conv") or resolve_conv(config.model.conv)
             if not done:
-                run.record_environment(workdir, conv=conv)
+                folder.record_environment(conv=conv)
             return {"done": done, "conv": conv}
 
         begun = parallel.run_on_main(enter)
@@ -52,20 +55,20 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=begun["conv"]))
         # All processes do the same; what others than the first write is thrown away, except their part of checkpoints.
         main = parallel.is_main_process()
-        out = workdir if main else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        out = folder if main else RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
         setup = set_up(config, source, encoder)
         sizes = config.train
         mesh = parallel.make_mesh(sizes.devices, sizes.batch, sizes.micro_batch, sizes.shard)
         state = init_state(setup, config.train.seed, mesh)
         warn = functools.partial(print, flush=True) if main else lambda _: None
-        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.train.keep, warn))
+        checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep, warn))
         restored = checkpoints.restore_latest(state)
         state = state if restored is None else restored
-        training = Training(config, setup, source, mesh, workdir, out, int(state.step))
+        training = Training(config, setup, source, mesh, folder, out, int(state.step))
         if training.start < total:
             state = train(training, state, checkpoints)
         trained = encoder_of(setup, config, state)
-        export(out / "encoder", trained)
+        export(out.encoder, trained)
         return trained
 
 
@@ -102,6 +105,6 @@ def train(training: Training, state: TrainState, checkpoints: Checkpoints) -> Tr
     checkpoints.wait()
     if step < total:
         name = signal.Signals(stop.requested).name
-        training.say(f"{name}: saved step {step} in {training.workdir}; the same command continues it")
+        training.say(f"{name}: saved step {step} in {training.folder.path}; the same command continues it")
         raise SystemExit(REQUEUE)
     return state

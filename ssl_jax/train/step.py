@@ -20,7 +20,8 @@ from ssl_jax import parallel
 from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.collapse import embedding_std
 from ssl_jax.config import Config, View, method_module, to_steps
-from ssl_jax.data import Partners, Source, order, stream
+from ssl_jax.data import Source
+from ssl_jax.data import batches as host_batches
 from ssl_jax.encoder import Encoder, build, encoder_metadata, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
@@ -202,20 +203,11 @@ def batches(config: Config, source: Source, mesh: Mesh, start: int, stop: int) -
     A data set that is held in memory lies on the devices, where a program of its own gathers each batch: so the step is
     the same to the last digit wherever images come from.
     """
-    size, seed, rows = config.train.batch, config.train.seed, parallel.local_rows(mesh, config.train.batch)
-    if not in_memory(config, source):
-        options: Any = {"batch": size, "seed": seed, "workers": config.data.workers, "rows": rows}
-        for batch in stream(source, start=start, stop=stop, **options):
-            yield parallel.global_batch(mesh, size, rows, {**batch, "index": batch["index"].astype(np.int32)})
-        return
-    gather = device_store(source, mesh)
-    partners = None if source.objects is None else Partners(source.objects)
-    for step in range(start, stop):
-        index = order(seed, len(source), size, step)
-        batch = {"index": index[rows].astype(np.int32)}
-        if partners:
-            batch["partner"] = partners(seed, index, step)[rows].astype(np.int32)
-        yield gather(parallel.global_batch(mesh, size, rows, batch))
+    size, rows, memory = config.train.batch, parallel.local_rows(mesh, config.train.batch), in_memory(config, source)
+    options: Any = {"seed": config.train.seed, "workers": config.data.workers, "rows": rows, "decode": not memory}
+    complete = device_store(source, mesh) if memory else lambda batch: batch
+    for batch in host_batches(source, batch=size, start=start, stop=stop, **options):
+        yield complete(parallel.global_batch(mesh, size, rows, batch))
 
 
 def device_store(source: Source, mesh: Mesh) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.run import read_json, read_lines, write_bytes, write_json
+from ssl_jax.files import read_json, read_lines, write_bytes, write_json
 
 GROUPS = ("metrics", "timing")
 CLOSE_SECONDS = 60  # how long the end of a run waits for a tracker to send what is left

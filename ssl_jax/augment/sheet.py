@@ -1,4 +1,4 @@
-"""A picture of what the chosen views do to images, to be looked at before training."""
+"""A picture of what the views do to images, to look at before training."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from ssl_jax.augment import geometry, make_views, render
 from ssl_jax.augment.views import blur_kernel
 from ssl_jax.config import View
 from ssl_jax.errors import UserError
-from ssl_jax.report.figures import COLORS
+from ssl_jax.plotting import COLORS
 
 GAP = 0.06  # between cells; a cell is 1 wide
 
@@ -28,12 +28,12 @@ def view_sheet(
     outlines: Sequence[Mapping[str, np.ndarray]] | None = None,
     title: str = "",
 ) -> None:
-    """Write a PNG: a row for each image, first as it is, then `draws` random draws of each view.
+    """Writes a PNG with a row per image: the original, then `draws` random draws of each view.
 
     images: uint8 [N, H, W, C], C = 1 or 3; of any other number, the first one or three channels are shown
     views:  with their sizes, as `ssl_jax.augment.resolve_views` returns them
     names:  N labels for the rows
-    outlines: for each image class -> mask [H, W] in [0, 1]; where it lies in each picture is drawn as a line
+    outlines: for each image, class -> mask [H, W] in [0, 1], whose outline is drawn in every picture
 
     Raises UserError if `out` is a folder or not a .png.
     """
@@ -42,7 +42,7 @@ def view_sheet(
     out = Path(out)
     if out.is_dir() or out.suffix.lower() != ".png":
         raise UserError(
-            f"{out}: {'is a folder' if out.is_dir() else 'not a picture'}; allowed: the path of a .png file"
+            f"{out}: {'is a folder' if out.is_dir() else 'not a .png file'}; allowed: the path of a .png file"
         )
     make = jax.jit(make_views(views))
     bare: Sequence[Mapping[str, np.ndarray]] = [{}] * len(images)
@@ -68,7 +68,7 @@ def view_sheet(
             x += 1 + GAP
         x += 4 * GAP
     for row, name in enumerate(names or ()):
-        label = name if len(name) <= 24 else f"...{name[-22:]}"  # of a long path, the end says more
+        label = name if len(name) <= 24 else f"...{name[-22:]}"  # the end of a long path says more
         axes.text(-2 * GAP, row * (1 + GAP) + 0.5, label, fontsize=8, ha="right", va="center")
     height = len(images) * (1 + GAP)
     for number, name in enumerate(kinds):
@@ -97,17 +97,17 @@ def _cell(axes, image: np.ndarray, x: float, y: float) -> None:
 def _moved(
     outlines: Sequence[Mapping[str, np.ndarray]] | None, drawn: Mapping[str, jax.Array], view: View
 ) -> list[dict[str, np.ndarray]]:
-    """The masks of each image as its view has them, by the parameters [N, ...] that the view was drawn with."""
-    made = []
+    """The masks of each image, moved as its view was: drawn with the parameters [N, ...]."""
+    moved = []
     for row, masks in enumerate(outlines or ()):
         parameters = geometry({name: value[row] for name, value in drawn.items()})
         shown = {name: render(jnp.asarray(mask)[..., None], parameters, view) for name, mask in masks.items()}
-        made.append({name: np.asarray(mask)[..., 0] for name, mask in shown.items()})
-    return made
+        moved.append({name: np.asarray(mask)[..., 0] for name, mask in shown.items()})
+    return moved
 
 
 def _outline(axes, mask: np.ndarray, x: float, y: float, color: str) -> None:
-    """The border of a mask [H, W] over the cell at (x, y), in the places of its pixels."""
+    """The outline of a mask [H, W] in the cell at (x, y)."""
     height, width = mask.shape
     scale = 1 / max(height, width)
     across, down = (x + (np.arange(width) + 0.5) * scale, y + (np.arange(height) + 0.5) * scale)
@@ -116,7 +116,7 @@ def _outline(axes, mask: np.ndarray, x: float, y: float, color: str) -> None:
 
 
 def describe(view: View) -> str:
-    """What a view has switched on, with its numbers, in one line.
+    """The transforms of a view and their numbers, in one line.
 
     >>> describe(View(size=28, crop_scale=(0.25, 1.0), flip=0.5))
     '28 px, crop 0.25-1, flip 0.5'

@@ -1,4 +1,4 @@
-"""The figures of the audits: what transforms do to lesions, and the profile of an encoder."""
+"""The figures of the audits: what transforms do to lesions, and what an encoder ignores."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,34 +8,30 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.audit import ladder
-from ssl_jax.report.figures import BASELINE, COLORS, STYLE, _save
+from ssl_jax.plotting import BASELINE, COLORS, panels, save
 
 PANEL = (2.7, 2.3)  # inches
-MAX_CLASSES = 5  # that have a line of their own: those that suffer most
+MAX_CLASSES = 5  # classes with a line of their own: those that lose most
 
 
 def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """A panel a transform: share of views without the lesion over its strength, and of pairs that disagree (dashed).
+    """A panel per transform: by strength, the share of views that lose the lesion and of pairs that disagree (dashed).
 
-    rows: of `audit.lesions.audit`. All lesions in black, the classes that suffer most in colour, a ring around the
-    strengths that the config has.
+    rows: of `audit.lesions.audit`. All lesions together are black, and the classes that lose most are in colour. A ring
+    marks the strengths of the config.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     rows = [row for row in rows if row["transform"] != "config"]
     names = list(dict.fromkeys(row["transform"] for row in rows))
-    suffering: dict[str, float] = {}
+    lost: dict[str, float] = {}
     for row in rows:
-        suffering[row["class"]] = suffering.get(row["class"], 0) + row["lost"]
-    del suffering["all"]
-    classes = sorted(suffering, key=lambda c: -suffering[c])[:MAX_CLASSES] if len(suffering) > 1 else []
+        lost[row["class"]] = lost.get(row["class"], 0) + row["lost"]
+    del lost["all"]
+    classes = sorted(lost, key=lambda name: -lost[name])[:MAX_CLASSES] if len(lost) > 1 else []
     columns = min(5, len(names))
     lines = -(-len(names) // columns)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines + 0.9), layout="constrained")
-        panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
-        for axes, name in zip(panels, names, strict=False):
+    width, height = PANEL[0] * columns, PANEL[1] * lines + 0.9
+    with panels(columns, lines, width=width, height=height, share_y=True) as (figure, all_axes):
+        for axes, name in zip(all_axes, names, strict=False):
             for number, kind in enumerate(["all", *classes]):
                 mine = [row for row in rows if (row["transform"], row["class"]) == (name, kind)]
                 color = "black" if kind == "all" else COLORS[number - 1]
@@ -48,17 +44,17 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
                     axes.set_xticks(x, [f"{r['strength']:g}" for r in mine])
             axes.set_title(f"{name} ({'area' if ladder.TRANSFORMS[name].moves else 'contrast'})")
             axes.set_xlabel(ladder.TRANSFORMS[name].unit or ladder.TRANSFORMS[name].key, fontsize=9)
-        panels[0].set_ylim(-4, 1.08 * max(10, *(100 * r[k] for r in rows for k in ("lost", "disagree"))))
-        for axes in panels[len(names) :]:
+        all_axes[0].set_ylim(-4, 1.08 * max(10, *(100 * r[k] for r in rows for k in ("lost", "disagree"))))
+        for axes in all_axes[len(names) :]:
             axes.axis("off")
         figure.supylabel("% of views that keep less than half", fontsize=10)
         figure.suptitle(textwrap.fill(title, 30 * columns), x=0.01, ha="left", fontsize=11)
-        entries: dict[str, Any] = {}  # a ring is in some panels only
-        for axes in panels[: len(names)]:
+        entries: dict[str, Any] = {}  # only some panels have a ring
+        for axes in all_axes[: len(names)]:
             entries |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         legend = {"ncols": min(5, len(entries)), "frameon": False}
         figure.legend(list(entries.values()), list(entries), loc="outside lower center", **legend)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _mark(axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -68,21 +64,17 @@ def _mark(axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def profile(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """A line a transform, the least moving on top: how far it moves the embedding, and how well it can be read.
+    """A line per transform: how far it moves the embedding (the least on top), and how well it can be read from it.
 
     rows: of `audit.invariance.audit`. Dots go from weak (light) to strong (dark).
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     by_name: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["transform"], []).append(row)
     order = sorted(by_name, key=lambda name: by_name[name][-1]["moved"], reverse=True)  # matplotlib's y grows upwards
     place = np.arange(len(order))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 1.5 + 0.36 * len(order)), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    height = 1.5 + 0.36 * len(order)
+    with panels(2, width=8.6, height=height, share_y=True, width_ratios=(2, 1)) as (figure, (left, right)):
         for y, name in zip(place, order, strict=True):
             mine = by_name[name]
             shades = np.linspace(0.25, 1, len(mine)) if len(mine) > 1 else [1.0]
@@ -93,14 +85,14 @@ def profile(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         left.axvline(1, color=BASELINE, linewidth=1.2)
         left.text(1.02, len(order) - 0.5, "another image", color=BASELINE, fontsize=8, va="center")
         left.set_yticks(place, [_range(name, by_name[name]) for name in order])
-        left.set_xlabel("how far the embedding moves (1: to another image)")
+        left.set_xlabel("how far the embedding moves (1: as far as to another image)")
         left.set_title("ignored  ←  → felt", pad=14)
         right.barh(place, [by_name[name][0]["readable"] for name in order], color=COLORS[1], height=0.55)
         right.set_xlim(0, 1)
-        right.set_xlabel("how well it can be read (1: exactly)")
+        right.set_xlabel("how well it can be predicted (1: exactly)")
         right.set_title("still in the embedding", pad=14)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _range(name: str, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,0 +1,169 @@
+"""The folder of a run and the folder of a study: where everything in them lies, who may write, what may be resumed."""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ssl_jax.config import Config, differences, from_json, resolve, to_json
+from ssl_jax.errors import BusyError, UserError
+from ssl_jax.files import read_json, write_json
+
+PACKAGES = ("ssl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
+# These say where a run computes and what is recorded of it, not what it computes: they may change when it resumes.
+FREE_KEYS = ("config.train.devices:", "config.train.shard:", "config.train.profile:")
+
+
+class Folder:
+    """What every folder that a command works in has.
+
+    config.json   every option, resolved      environment.json   versions, devices, machine, commands
+    report.html   everything on one page
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.environment = self.path / "environment.json"
+        self.report = self.path / "report.html"
+
+    def read_config(self) -> dict[str, Any]:
+        """The saved config, as `config.to_json` wrote it."""
+        if not self.config.exists():
+            raise UserError(f"--workdir={self.path}: no config.json; allowed: a folder made by `ssl-jax pretrain`")
+        return json.loads(self.config.read_text())
+
+    @contextlib.contextmanager
+    def lock(self, *, shared: bool = False) -> Iterator[None]:
+        """Keeps other processes out of the folder. The operating system releases the lock of a killed process.
+
+        shared: processes that all ask for a shared lock may enter together. Raises BusyError if the folder is taken.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"--workdir={self.path}: cannot be created ({error.strerror})") from error
+        with file:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError:
+                raise BusyError(f"--workdir={self.path}: another process is working in this folder") from None
+            yield
+
+    def record_environment(self, **more: Any) -> None:
+        """Writes environment.json: versions, devices, and every command that has worked in this folder."""
+        import jax
+
+        now = {
+            "packages": {p: importlib.metadata.version(p) for p in PACKAGES if _is_installed(p)},
+            "python": platform.python_version(),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "devices": [d.device_kind for d in jax.devices()],
+            **more,
+        }
+        command = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "argv": sys.argv}
+        now["commands"] = [*read_json(self.environment).get("commands", []), command]
+        write_json(self.environment, now)
+
+
+class RunFolder(Folder):
+    """The folder of one training run.
+
+    metrics.jsonl   one line per logged step       timing.jsonl   images/s and waiting time, which differ between reruns
+    checkpoints/    full state, to resume from     encoder/       safetensors + json, to use
+    evaluation/     one file per evaluation        views.png      what the transforms do
+    profile/        config.train.profile's trace
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.timing = self.path / "timing.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.encoder = self.path / "encoder"
+        self.evaluation = self.path / "evaluation"
+        self.views = self.path / "views.png"
+        self.profile = self.path / "profile"
+
+    def start(self, config: Config) -> None:
+        """Creates the folder, or checks that an existing one belongs to the same config.
+
+        A run that ended before its first step has nothing worth keeping: its config is replaced.
+        Raises UserError if the folder holds something else or another config, naming the keys that differ.
+        """
+        new = json.loads(json.dumps(to_json(config)))
+        if self.config.exists():
+            # The config of an older version lacks newer keys: they take their defaults.
+            saved = json.loads(json.dumps(to_json(resolve(from_json(self.read_config())))))
+            changed = [key for key in differences(saved, new) if not key.startswith(FREE_KEYS)]
+            if changed and (self.checkpoints.exists() or self.metrics.exists()):
+                raise UserError(
+                    f"--workdir={self.path}: holds a run of another config ({'; '.join(changed)}); "
+                    "allowed: the same config, to resume it, or another folder"
+                )
+            if changed:
+                write_json(self.config, new)
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--workdir={self.path}: is a file; allowed: a folder, new or of an earlier run")
+        if self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+            raise UserError(f"--workdir={self.path}: not empty and not a run folder; allowed: a new folder")
+        write_json(self.config, new)
+
+    def finished(self, steps: int | None = None) -> bool:
+        """Whether the run has exported its encoder; with `steps`, whether that encoder trained for so many."""
+        about = read_json(self.encoder / "encoder.json")
+        return bool(about) and steps in (None, about.get("step"))
+
+
+class StudyFolder(Folder):
+    """The folder of a label-efficiency study.
+
+    pretrain/<arm>[-<n>]   run folders                cells/<arm>/<labels>/<seed>.json, .npz   results of each cell
+    study.json   classes, their frequencies, sizes    test.npz   labels, names and patients of the test images
+    results.csv, summary.csv, summary.md, classes.csv, patients.csv, curve.png, gain_by_class.png: see `report.summary`
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.about = self.path / "study.json"
+        self.test = self.path / "test.npz"
+        self.results = self.path / "results.csv"
+        self.summary_csv = self.path / "summary.csv"
+        self.summary_md = self.path / "summary.md"
+        self.classes = self.path / "classes.csv"
+        self.patients = self.path / "patients.csv"
+        self.curve = self.path / "curve.png"
+        self.gain_by_class = self.path / "gain_by_class.png"
+
+    def cell(self, arm: str, labels: int, seed: int) -> Path:
+        """The .json file of a cell; its scores lie beside it, in a .npz file."""
+        return self.path / "cells" / arm / str(labels) / f"{seed}.json"
+
+    def pretraining(self, arm: str, number: int = 0) -> RunFolder:
+        """The run folder of pretraining `number` of an arm, counted from 0."""
+        return RunFolder(self.path / "pretrain" / (f"{arm}-{number + 1}" if number else arm))
+
+    def pretrainings(self) -> list[RunFolder]:
+        """The run folders of the pretrainings that have started."""
+        return [RunFolder(path.parent) for path in sorted((self.path / "pretrain").glob("*/config.json"))]
+
+    def exists(self) -> bool:
+        """Whether this is the folder of a study rather than of a run."""
+        return self.about.is_file() or bool(self.pretrainings())
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

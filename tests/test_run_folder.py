@@ -1,0 +1,58 @@
+"""Where a run and a study keep their files, and files that survive a kill."""
+
+import json
+
+import pytest
+
+from ssl_jax.errors import BusyError, UserError
+from ssl_jax.files import read_json, read_lines, write_bytes, write_json
+from ssl_jax.run_folder import RunFolder, StudyFolder
+from ssl_jax.train.writers import JsonLines
+
+
+def test_a_run_is_finished_when_its_encoder_is_there(tmp_path):
+    run = RunFolder(tmp_path)
+    assert not run.finished() and not run.finished(10)
+    write_json(run.encoder / "encoder.json", {"step": 10})
+    assert run.finished() and run.finished(10) and not run.finished(20)
+
+
+def test_a_folder_without_config_is_not_a_run(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json; allowed: a folder made by `ssl-jax pretrain`"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_a_study_holds_cells_and_pretrainings(tmp_path):
+    study = StudyFolder(tmp_path)
+    assert study.cell("moco", 250, 3) == tmp_path / "cells" / "moco" / "250" / "3.json"
+    names = [study.pretraining("moco", number).path.name for number in range(3)]
+    assert names == ["moco", "moco-2", "moco-3"]
+    assert not study.exists() and study.pretrainings() == []
+    for number in (1, 0):
+        write_json(study.pretraining("moco", number).config, {})
+    assert study.exists() and [run.path.name for run in study.pretrainings()] == ["moco", "moco-2"]
+
+
+def test_a_lock_keeps_others_out_unless_all_share(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock(), pytest.raises(BusyError, match="another process"), folder.lock(shared=True):
+        pass
+    with folder.lock(shared=True), folder.lock(shared=True), pytest.raises(BusyError), folder.lock():
+        pass
+
+
+def test_lines_after_the_step_and_torn_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4')
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
+    JsonLines(tmp_path, 2).scalars(5, {})
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 5]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="not written"):
+        write_bytes(tmp_path / "folder", b"x")
+    assert read_json(tmp_path / "a.json") == {"a": 1} and read_json(tmp_path / "missing.json") == {}
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "folder"}
