@@ -23,11 +23,11 @@ def state(value=1.0, width=300):
     return {"w": jnp.arange(width, dtype=jnp.float32) * value, "step": jnp.int32(value), "none": ()}
 
 
-def damage(path: Path):
-    """Flips 32 bytes in the middle of every array file."""
+def damage(path: Path, count=None):
+    """Flips 32 bytes in the middle of every array file, or of the `count` largest."""
     files = [p for p in path.rglob("*") if p.is_file() and p.parent.name == "d"]
     assert files
-    for file in files:
+    for file in sorted(files, key=lambda p: -p.stat().st_size)[:count]:
         content = bytearray(file.read_bytes())
         middle = len(content) // 2
         content[middle : middle + 32] = bytes(255 - b for b in content[middle : middle + 32])
@@ -54,6 +54,17 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path):
     damage(tmp_path / "000000001")
     with pytest.raises(UserError, match="all 2 checkpoints are damaged"):
         checkpoint.restore_latest(tmp_path, state(0), told.append)
+
+
+def test_changed_bytes_that_orbax_reads_without_complaint(tmp_path):
+    """In the middle of a large array: the file is sound, the numbers are not."""
+    large = state(2, width=300_000)
+    checkpoint.save(tmp_path, 1, state(1, width=300_000), keep=3)
+    checkpoint.save(tmp_path, 2, large, keep=3)
+    damage(tmp_path / "000000002", 1)
+    told = []
+    assert int(checkpoint.restore_latest(tmp_path, large, told.append)["step"]) == 1
+    assert len(told) == 1 and "000000002: damaged checkpoint (['w'] differs from its fingerprint)" in told[0]
 
 
 def test_torn_metadata_is_damage_too(tmp_path):
