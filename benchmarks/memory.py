@@ -41,10 +41,10 @@ def loss(kind: str, pairs: int, dim: int, dense: bool = False) -> dict:
     import numpy as np
 
     from ssl_jax import losses
-    from ssl_jax.losses import common
+    from ssl_jax.losses import contrastive
 
     if dense:
-        common.DENSE_UP_TO = 2**62
+        contrastive.DENSE_UP_TO = 2**62
     hyper: dict = {
         "nt_xent": {"temperature": 0.1},
         "barlow_twins": {"off_diagonal": 0.005},

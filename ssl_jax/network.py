@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.losses.common import interleave
+from ssl_jax.losses import interleave
 from ssl_jax.parallel import shard_batch
 
 Params = Any

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from ssl_jax.config import Data
-from ssl_jax.data import batches, cache, images, open_source
+from ssl_jax.data import batches, cache, open_source
+from ssl_jax.data import folder as image_files
 from ssl_jax.errors import UserError
 
 
@@ -48,8 +49,8 @@ def decoded(monkeypatch):
         calls.append(1)
         return real(*args)
 
-    real = images.decode
-    monkeypatch.setattr(images, "decode", counted)
+    real = image_files.decode
+    monkeypatch.setattr(image_files, "decode", counted)
     return calls
 
 
@@ -153,15 +154,16 @@ def test_killed_while_filling(photos, decoded, monkeypatch):
     """SIGKILL after 8 of 30 images: those are not decoded again."""
     code = f"""
 import os, signal
-from ssl_jax.data import cache, images, open_source
+from ssl_jax.data import folder as image_files
+from ssl_jax.data import cache, open_source
 from ssl_jax.config import Data
-cache.GROUP, real = 4, images.decode
+cache.GROUP, real = 4, image_files.decode
 def decode(content, *rest, calls=[]):
     calls.append(1)
     if len(calls) == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(content, *rest)
-images.decode = decode
+image_files.decode = decode
 open_source({data(photos, workers=1)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL

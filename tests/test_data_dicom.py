@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ssl_jax.config import Data
-from ssl_jax.data import dicom, images, open_source
+from ssl_jax.data import dicom, open_source
+from ssl_jax.data import folder as image_files
 from ssl_jax.errors import UnreadableError, UserError
 
 pydicom = pytest.importorskip("pydicom")
@@ -184,8 +185,8 @@ def test_first_frame():
 
 
 def test_one_channel_and_size():
-    assert images.decode(content("CT_small.dcm"), 32, 1).shape == (32, 32, 1)
-    colours = images.decode(content("CT_small.dcm"), 32, 3)
+    assert image_files.decode(content("CT_small.dcm"), 32, 1).shape == (32, 32, 1)
+    colours = image_files.decode(content("CT_small.dcm"), 32, 3)
     assert colours.shape == (32, 32, 3) and (colours[..., 0] == colours[..., 2]).all()
 
 
@@ -227,7 +228,7 @@ def test_without_pydicom(tmp_path, monkeypatch):
 def test_folder_of_mixed_files(tmp_path):
     put(tmp_path / "a.dcm", RAMP)
     put(tmp_path / "b.DCM", RAMP, "MONOCHROME1")
-    images.Image.fromarray(RAMP.astype(np.uint16)).save(tmp_path / "c.png")
+    image_files.Image.fromarray(RAMP.astype(np.uint16)).save(tmp_path / "c.png")
     source = open_source(Data(name="folder", path=str(tmp_path), size=8, channels=1))
     assert source.names == ["a.dcm", "b.DCM", "c.png"]
     a, b, c = source.arrays()[..., 0].astype(int)
@@ -246,7 +247,7 @@ def test_percentiles_of_16_bit_png(tmp_path):
     values[0, 0] = 60000  # one bright pixel leaves the rest dark unless percentiles are asked for
     big = np.kron(values, np.ones((8, 8), np.uint16))
     big[0, :8] = 3000
-    images.Image.fromarray(big).save(tmp_path / "a.png")
+    image_files.Image.fromarray(big).save(tmp_path / "a.png")
     auto, percentile = (
         open_source(Data(name="folder", path=str(tmp_path), size=64, channels=1, window=w)).load(0).astype(int)
         for w in ("auto", "percentile")

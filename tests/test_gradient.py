@@ -14,7 +14,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Context
 from ssl_jax.parallel import batch_sharding, make_mesh, replicated
 from ssl_jax.testing.tiny import Images, set_up, tiny_config
-from ssl_jax.train.gradient import join_batch, make_gradient, split_batch
+from ssl_jax.train.step import join_batch, make_gradient, split_batch
 from ssl_jax.transforms import target_of
 
 QUICK = ("simclr", "moco", "dino", "swav", "mae", "instance_discrimination")  # the others are slow tests

@@ -189,7 +189,7 @@ def test_in_chunks_as_in_one_piece(name, dtype, monkeypatch):
     with jax.enable_x64(dtype == np.float64):
         given = [jnp.asarray(rng.normal(size=(n, 5)), dtype) for n in (150, 150, 301)]
         whole, in_one = jax.value_and_grad(CHUNKED[name], (0, 1, 2))(*given)
-        monkeypatch.setattr("ssl_jax.losses.common.DENSE_UP_TO", 150)
+        monkeypatch.setattr("ssl_jax.losses.contrastive.DENSE_UP_TO", 150)
         value, gradients = jax.value_and_grad(CHUNKED[name], (0, 1, 2))(*given)
         text = str(jax.make_jaxpr(jax.grad(CHUNKED[name], (0, 1, 2)))(*given))
     assert "scan" in text and "300,300" not in text and "150,301" not in text

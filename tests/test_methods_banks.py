@@ -9,7 +9,7 @@ from ssl_jax.augment import make_views
 from ssl_jax.errors import UserError
 from ssl_jax.methods import moco
 from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config, tiny_encoder
-from ssl_jax.train.gradient import keys_at
+from ssl_jax.train.step import keys_at
 from ssl_jax.transforms import target_of
 
 

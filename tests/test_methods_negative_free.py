@@ -14,7 +14,7 @@ from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.methods.base import Context, State, entropies, entropy_collapse
 from ssl_jax.methods.vicregl import positions
 from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config, tiny_encoder
-from ssl_jax.train.gradient import keys_at
+from ssl_jax.train.step import keys_at
 from ssl_jax.transforms import freeze, target_of, track_target
 
 FORWARD = {}  # what was compiled once
@@ -53,7 +53,7 @@ def test_the_loss_sees_the_state_of_before_and_the_step_updates_it_after(name):
         state, metrics = step_fn(state, batch_of(config, Images(), step, mesh))
         np.testing.assert_allclose(metrics["loss"], method.loss(outputs, before, {}, ctx)[0], rtol=1e-4)
         if name == "tico":
-            z = np.asarray(losses.common.normalize(outputs["z"]), np.float64)
+            z = np.asarray(losses.normalize(outputs["z"]), np.float64)
             want = 0.7 * before.memory["covariance"] + 0.3 * np.mean([np.outer(x, x) for x in z], axis=0)
             np.testing.assert_allclose(state.model_state.memory["covariance"], want, rtol=1e-4, atol=1e-6)
         elif name == "dino":
@@ -84,7 +84,7 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
     generator = np.random.default_rng(0)
 
     def unit(*shape):
-        return losses.common.normalize(jnp.asarray(generator.normal(size=shape), jnp.float32))
+        return losses.normalize(jnp.asarray(generator.normal(size=shape), jnp.float32))
 
     prototypes, z, queue = unit(6, 8), unit(2, 10, 8), unit(2, 24, 8)
     outputs, scores = {"z": list(z)}, [v @ prototypes.T for v in z]

@@ -9,9 +9,9 @@ import pytest
 from jax import lax
 
 from ssl_jax.errors import UserError
-from ssl_jax.models import conv as module
+from ssl_jax.models import layers as module
 from ssl_jax.models import resolve_conv
-from ssl_jax.models.conv import conv
+from ssl_jax.models.layers import conv
 
 
 def case(size, channels, k, batch=6):

@@ -6,7 +6,7 @@ import functools
 from toy_encoder import toy_encoder, toy_images
 
 from ssl_jax.config import Augment, Data, Finetune, Study, default, resolve
-from ssl_jax.data.images import from_array
+from ssl_jax.data.folder import from_array
 from ssl_jax.study import run_study
 
 ARMS = {"scratch": {}, "good": {"train": {"seed": 1}}}

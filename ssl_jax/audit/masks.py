@@ -77,7 +77,7 @@ def find_lesions(source: Source, masks: Masks, images: int, seed: int) -> tuple[
 
 
 def _from_folder(root: Path, source: Source, index: int, data: Data) -> dict[str, np.ndarray]:
-    from ssl_jax.data.images import decode
+    from ssl_jax.data.folder import decode
 
     name = _below(source.names[index], data)
     files: dict[str, Path] = {}
@@ -123,7 +123,7 @@ def _from_boxes(boxes: dict[str, list], source: Source, index: int, data: Data) 
 
 def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
     """A mask bool [H, W] of a whole image, cropped and resized as the image is when it is read: float32 [H, W]."""
-    from ssl_jax.data.images import convert
+    from ssl_jax.data.folder import convert
 
     height, width = shape[:2]
     if mask.shape != (height, width):
@@ -135,7 +135,7 @@ def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
 
 def full_size(source: Source, index: int, data: Data) -> tuple[int, int] | None:
     """(height, width) of the image file, before cropping and resizing; None if the data are not files."""
-    from ssl_jax.data.images import decode
+    from ssl_jax.data.folder import decode
 
     folder = Path(data.path).expanduser()
     for root in (folder, folder.parent):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.images import PARTS, File, from_files
+from ssl_jax.data.folder import PARTS, File, from_files
 from ssl_jax.data.source import Source, pick_parts
 from ssl_jax.data.table import Table, group_numbers, in_two_parts, read_table, several_labels
 from ssl_jax.errors import UserError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.images import SIZE, decode
+from ssl_jax.data.folder import SIZE, decode
 from ssl_jax.data.source import Source
 from ssl_jax.errors import NoPartError, UserError
 

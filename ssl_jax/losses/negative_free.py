@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses.contrastive import normalize
 
 
 def negative_cosine(prediction: jax.Array, target: jax.Array, *, stop_gradient: bool = True) -> jax.Array:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses.contrastive import normalize
 
 
 def barlow_twins(z_a: jax.Array, z_b: jax.Array, *, off_diagonal: float) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from ssl_jax.errors import UserError
-from ssl_jax.losses.common import interleave, normalize
+from ssl_jax.losses import interleave, normalize
 from ssl_jax.losses.reconstruction import masked_error
 from ssl_jax.network import Network
 

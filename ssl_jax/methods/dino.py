@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ssl_jax.losses import dino, dino_targets
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses import dino, dino_targets, normalize
 from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_with_target
 from ssl_jax.models import mlp
 from ssl_jax.network import apply_jointly, stack

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 
 from ssl_jax.collapse import embedding_std
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.losses import indexed_info_nce, nce, nce_normalizer
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses import indexed_info_nce, nce, nce_normalizer, normalize
 from ssl_jax.methods.base import Method, init_network, std_collapse
 from ssl_jax.models import linear
 from ssl_jax.network import stack

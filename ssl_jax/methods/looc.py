@@ -20,8 +20,7 @@ import jax.numpy as jnp
 
 from ssl_jax.augment import FACTORS
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.losses import info_nce, similarities
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses import info_nce, normalize, similarities
 from ssl_jax.methods.base import (
     METRIC_ROWS,
     Method,

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import jax
 
 from ssl_jax.errors import unknown
-from ssl_jax.losses import info_nce, similarities
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses import info_nce, normalize, similarities
 from ssl_jax.methods.base import (
     METRIC_ROWS,
     Method,

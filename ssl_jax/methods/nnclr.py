@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.losses import indexed_info_nce
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses import indexed_info_nce, normalize
 from ssl_jax.methods.base import METRIC_ROWS, Method, chance_collapse, enqueue, init_network, init_queue, search_metrics
 from ssl_jax.models import mlp
 from ssl_jax.network import apply_separately, stack

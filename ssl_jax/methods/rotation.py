@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import optax
 
-from ssl_jax.losses.common import interleave
+from ssl_jax.losses import interleave
 from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import linear
 from ssl_jax.network import stack

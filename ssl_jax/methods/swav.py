@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.losses import sinkhorn, swav
-from ssl_jax.losses.common import normalize
+from ssl_jax.losses import normalize, sinkhorn, swav
 from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_network
 from ssl_jax.models import mlp
 from ssl_jax.network import apply_jointly, stack

@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.losses import mined_triplet, triplet
-from ssl_jax.losses.common import interleave, normalize
+from ssl_jax.losses import interleave, mined_triplet, normalize, triplet
 from ssl_jax.methods.base import Method, init_network, one_label
 from ssl_jax.models import mlp
 from ssl_jax.network import apply_jointly, stack

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 
 from ssl_jax.config import Model
 from ssl_jax.errors import unknown
-from ssl_jax.models.conv import resolve_conv
-from ssl_jax.models.layers import BatchNorm, Conv, network, rematerialized
+from ssl_jax.models.layers import BatchNorm, Conv, network, rematerialized, resolve_conv
 from ssl_jax.network import Network
 
 SMALL_UP_TO = 64  # px: the largest images for which stem=auto selects the small stem
