@@ -13,12 +13,13 @@ Family: contrastive.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from ssl_jax.collapse import embedding_std
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.fields import option
 from ssl_jax.losses import indexed_info_nce, nce, nce_normalizer, normalize
 from ssl_jax.methods.base import Method, init_network, std_collapse
 from ssl_jax.models import linear
@@ -27,8 +28,10 @@ from ssl_jax.network import stack
 
 @dataclass(frozen=True)
 class Config:
-    mode: str = "nce"  # nce: against `negatives` drawn rows; softmax: against the whole bank, for small data sets
-    negatives: int = 4096  # rows drawn at each step, for the whole batch (main.py, --nce-k, there for each image)
+    # nce: against `negatives` drawn rows; softmax: against the whole bank, for small data sets
+    mode: Literal["nce", "softmax"] = "nce"
+    # main.py, --nce-k, there for each image
+    negatives: int = option(4096, "rows of the bank drawn at each step, for the whole batch", min=1)
     temperature: float = 0.07  # main.py, --nce-t
     momentum: float = 0.5  # of a row of the bank when its image comes (main.py, --nce-m)
     out: int = 128  # main.py, --low-dim
@@ -41,10 +44,6 @@ TINY = {"method.temperature": 0.5}
 
 
 def make(config, encoder, run):
-    if config.mode not in ("nce", "softmax"):
-        raise unknown("config.method.mode", config.mode, ("nce", "softmax"))
-    if config.negatives < 1:
-        raise UserError(f"config.method.negatives={config.negatives}: allowed: 1 or more")
     network = stack(encoder=encoder, projector=linear(config.out))
     sizes = {"examples": run.examples, "temperature": config.temperature}
 

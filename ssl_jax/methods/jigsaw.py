@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from ssl_jax.errors import UserError
+from ssl_jax.fields import option
 from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import mlp
 from ssl_jax.network import siamese, stack
@@ -23,9 +24,11 @@ from ssl_jax.network import siamese, stack
 
 @dataclass(frozen=True)
 class Config:
-    permutations: int = 100  # orders to tell apart (perm100.yaml; vissl has 2000 and 10,000 too)
-    tile: float = 0.75  # side of a tile, share of its cell's: 64 of 85 px
-    channel_shift: int = 2  # px by which a colour channel moves at most (jps++/data_transformer.cpp)
+    # perm100.yaml; vissl has 2000 and 10,000 too
+    permutations: int = option(100, "orders to tell apart", min=2, max=10_000)
+    tile: float = option(0.75, "side of a tile, as a share of its cell's", min=0, max=1)  # 64 of 85 px
+    # jps++/data_transformer.cpp
+    channel_shift: int = option(2, "px by which a colour channel moves at most", min=0, max=100)
     hidden: int = 1024  # of the head over all tiles; the authors': 4096
 
 
@@ -91,10 +94,6 @@ def tiles_of(key, images, *, tile, channel_shift):
 
 def make(config, encoder, run):
     del run
-    for key, low, high in (("permutations", 2, 10_000), ("tile", 0, 1), ("channel_shift", 0, 100)):
-        value = getattr(config, key)
-        if not low <= value <= high:
-            raise UserError(f"config.method.{key}={value}: allowed: {low} to {high}")
     orders = jnp.asarray(permutation_set(config.permutations))
     network = stack(encoder=siamese(encoder), head=mlp((config.hidden, config.permutations)))
 

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.augment import FACTORS
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import UserError
+from ssl_jax.fields import option
 from ssl_jax.losses import info_nce, normalize, similarities
 from ssl_jax.methods.base import (
     METRIC_ROWS,
@@ -38,7 +39,7 @@ from ssl_jax.transforms import track_target
 
 @dataclass(frozen=True)
 class Config:
-    factors: tuple[str, ...] = ("colour", "rotate")  # to stay sensitive to, names in ssl_jax.augment.FACTORS
+    factors: tuple[str, ...] = option(("colour", "rotate"), "factors to stay sensitive to", choices=FACTORS)
     queue: int = 16384  # keys remembered in each space (moco2_module.py, as everything below but the temperature)
     momentum: float = 0.999  # of the key encoder
     temperature: float = 0.2  # MoCo v2's; moco2_module.py: 0.07
@@ -53,9 +54,6 @@ RECIPE = {"optim.lr": 0.03, "optim.decay_all": True, "augment.rotate": 180.0}
 
 def make(config, encoder, run):
     require_shuffle(config.bn_groups, run, encoder)
-    for factor in config.factors:
-        if factor not in FACTORS:
-            raise unknown("config.method.factors", factor, FACTORS)
     if not config.factors or len(set(config.factors)) < len(config.factors):
         allowed = f"one or more, each once, of {', '.join(FACTORS)}"
         raise UserError(f"config.method.factors={config.factors!r}: allowed: {allowed}")

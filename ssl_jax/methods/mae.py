@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.errors import UserError
+from ssl_jax.fields import option
 from ssl_jax.methods.base import Method, init_with_head, masked_loss, require_vit
 from ssl_jax.models import decoder, patchify
 
 
 @dataclass(frozen=True)
 class Config:
-    mask: float = 0.75  # share of the patches that is hidden (section 4.1)
+    mask: float = option(0.75, "share of the patches that is hidden", above=0, below=1)  # section 4.1
     normalize: bool = True  # each patch's pixels by their own mean and deviation (--norm_pix_loss of PRETRAIN.md)
     width: int = 128  # of the decoder: ours, for vit_tiny; official for vit_base: 512
     depth: int = 2  # its blocks; official: 8
@@ -52,8 +52,6 @@ def normalized(pixels):
 def make(config, encoder, run):
     del run
     patch = require_vit(encoder, "mae")
-    if not 0 < config.mask < 1:
-        raise UserError(f"config.method.mask={config.mask}: allowed: more than 0, less than 1")
 
     def head(images):
         return decoder(config.width, config.depth, config.heads, patch * patch * images.shape[-1])

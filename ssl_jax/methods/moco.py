@@ -13,10 +13,10 @@ Family: contrastive.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 
-from ssl_jax.errors import unknown
 from ssl_jax.losses import info_nce, normalize, similarities
 from ssl_jax.methods.base import (
     METRIC_ROWS,
@@ -38,7 +38,7 @@ class Config:
     queue: int = 65536  # keys remembered, any number (main_moco.py, --moco-k)
     momentum: float = 0.999  # of the key encoder
     temperature: float = 0.2  # v2; v1: 0.07
-    head: str = "mlp"  # v2: mlp; v1: linear
+    head: Literal["mlp", "linear"] = "mlp"  # v2: mlp; v1: linear
     hidden: int = 2048
     out: int = 128
     bn_groups: int = 8  # the official run's GPUs: parts of the batch with BatchNorm statistics of their own
@@ -49,8 +49,6 @@ RECIPE = {"optim.lr": 0.03, "optim.decay_all": True}  # SGD, momentum 0.9, weigh
 
 def make(config, encoder, run):
     require_shuffle(config.bn_groups, run, encoder)
-    if config.head not in ("mlp", "linear"):
-        raise unknown("config.method.head", config.head, ("mlp", "linear"))
     head = linear(config.out) if config.head == "linear" else mlp((config.hidden, config.out), norm=False, bias=True)
     network = stack(encoder=encoder, projector=head)
 

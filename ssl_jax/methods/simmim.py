@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 import jax
 
-from ssl_jax.errors import UserError
+from ssl_jax.fields import option
 from ssl_jax.methods.base import Method, init_with_head, masked_loss, require_vit
 from ssl_jax.models import linear, patchify
 
 
 @dataclass(frozen=True)
 class Config:
-    mask: float = 0.6  # share of the blocks that is masked (data_simmim.py)
-    block: int = 2  # patches along a side of a block: 32 px with the official patches of 16
+    mask: float = option(0.6, "share of the blocks that is masked", above=0, max=1)  # data_simmim.py
+    block: int = option(2, "patches along a side of a block", min=1)  # 32 px with the official patches of 16
 
 
 # The defaults of config.py, views of data_simmim.py. configs/vit_base__800ep takes an lr of 1e-4. Warm-up: ours.
@@ -54,10 +54,6 @@ def random_mask(key, side, *, mask, block):
 def make(config, encoder, run):
     del run
     patch = require_vit(encoder, "simmim")
-    if not 0 < config.mask <= 1:
-        raise UserError(f"config.method.mask={config.mask}: allowed: more than 0, at most 1")
-    if config.block < 1:
-        raise UserError(f"config.method.block={config.block}: allowed: 1 or more")
 
     def head(images):
         return linear(patch * patch * images.shape[-1])

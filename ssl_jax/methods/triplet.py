@@ -15,11 +15,12 @@ Family: with labels.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import UserError
 from ssl_jax.losses import interleave, mined_triplet, normalize, triplet
 from ssl_jax.methods.base import Method, init_network, one_label
 from ssl_jax.models import mlp
@@ -29,7 +30,8 @@ from ssl_jax.network import apply_jointly, stack
 @dataclass(frozen=True)
 class Config:
     margin: float = 1.0  # of distances that reach from 0 to 2 between normalised projections
-    mining: str = "none"  # none: self-supervised; with labels: all, hard or semi_hard (FaceNet, section 3.2)
+    # none: self-supervised; with labels: all, hard or semi_hard (FaceNet, section 3.2)
+    mining: Literal["none", "all", "hard", "semi_hard"] = "none"
     hidden: int = 512
     out: int = 128  # FaceNet, section 3.1
     normalize: bool = True  # onto the sphere, as in FaceNet; without it the distances can collapse
@@ -40,9 +42,6 @@ RECIPE = {"optim.lr": 0.06}
 
 def make(config, encoder, run):
     del run
-    choices = ("none", "all", "hard", "semi_hard")
-    if config.mining not in choices:
-        raise unknown("config.method.mining", config.mining, choices)
     mined = config.mining != "none"
     network = stack(encoder=encoder, projector=mlp((config.hidden, config.out)))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from ssl_jax.errors import UserError
+from ssl_jax.fields import option
 from ssl_jax.losses import vicregl
 from ssl_jax.methods.base import Method, State, require_batch, std_collapse
 from ssl_jax.models import mlp
@@ -26,7 +26,9 @@ from ssl_jax.network import Network, apply_separately, stack
 @dataclass(frozen=True)
 class Config:
     alpha: float = 0.75  # weight of the whole views (main_vicregl.py, as everything below); 0.9 classifies better
-    matches: tuple[int, ...] = (20, 4)  # places matched by position: in the first two views, in each local one
+    matches: tuple[int, int] = option(
+        (20, 4), "places matched by position: in the first two views, in each local one", min=1
+    )
     invariance: float = 25.0  # weights of the three terms (main_vicregl.py)
     variance: float = 25.0  # 0 collapses
     covariance: float = 1.0  # against redundant dimensions
@@ -46,8 +48,6 @@ TINY = {"augment.local_views": 1, "augment.local.size": 4}  # for the contract t
 
 def make(config, encoder, run):
     del run
-    if len(config.matches) != 2 or min(config.matches) < 1:
-        raise UserError(f"config.method.matches={config.matches}: allowed: two numbers, 1 or more")
     projector = mlp((config.hidden, config.hidden, config.out), last_bias=False)
     places = mlp((config.local, config.local, config.local), last_bias=False)
     whole = stack(encoder=encoder, projector=projector)

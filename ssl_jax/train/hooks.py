@@ -179,9 +179,10 @@ class Log(Hook):
         for writer in self.writers:
             writer.scalars(step, values, group)
 
-    def picture(self, step: int, path: Path) -> None:
+    def picture(self, step: int, name: str, image: Path | np.ndarray) -> None:
+        """image: a PNG file, or uint8 [H, W, C]. Only the trackers take it."""
         for writer in self.writers:
-            writer.image(step, path.stem, path)
+            writer.image(step, name, image)
 
     def on_metrics(self, step, values):
         training, clock, batch = self.training, self.training.clock, self.training.config.train.batch
@@ -230,6 +231,8 @@ class Evaluate(Hook):
         if self.labels is not None:
             values |= self._knn(features, self.labels)
         self.log.write(step, values)
+        if step == self.training.setup.steps:
+            self.log.picture(step, "neighbours", _neighbours(self.images, features, self.queries))
 
     def _knn(self, features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         settings, queries = self.training.config.eval, self.queries
@@ -255,16 +258,17 @@ class Checkpoint(Hook):
     at_stop = True
 
     def __init__(self, training: Training, checkpoints: Checkpoints):
-        self.checkpoints, self.saved = checkpoints, training.start
+        self.checkpoints = checkpoints
         self.every = max(1, training.steps(training.config.train.save_every))
 
     def on_state(self, step, state):
         self.checkpoints.save(step, state)
-        self.saved = step
 
     def newest(self) -> str:
-        folder = self.checkpoints.folder
-        return f"last checkpoint: step {self.saved} in {folder}" if self.saved else "no checkpoint yet"
+        with contextlib.suppress(UserError):  # the error that asks for this comes first
+            self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        return f"last checkpoint: step {steps[-1]} in {self.checkpoints.folder}" if steps else "no checkpoint yet"
 
 
 class Profile(Hook):
@@ -289,6 +293,14 @@ class Profile(Hook):
         self.last = -1
 
 
+def _neighbours(images: np.ndarray, features: np.ndarray, queries: int) -> np.ndarray:
+    """A picture [H, W, C]: each row shows one of the first eight queries, then its six nearest neighbours."""
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    bank = queries if len(images) > queries else 0  # without labels all images are queries, and each finds itself first
+    nearest = bank + np.argsort(-(unit[: min(8, queries)] @ unit[bank:].T), axis=1)[:, :6]
+    return np.concatenate([np.concatenate([images[i], *images[row]], axis=1) for i, row in enumerate(nearest)])
+
+
 def make_hooks(training: Training, checkpoints: Checkpoints) -> Iterator[Hook]:
     """All hooks of a run, in the order in which they are called."""
     yield Stop()
@@ -310,4 +322,4 @@ def write_views(training: Training, log: Log) -> None:
     if not path.exists():
         chosen = np.random.default_rng(training.config.train.seed).permutation(len(training.source))[:6]
         view_sheet(training.source.load_many(chosen), training.setup.views, path)
-        log.picture(training.start, path)
+        log.picture(training.start, "views", path)
