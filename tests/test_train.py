@@ -19,10 +19,12 @@ from ssl_jax import parallel, train
 from ssl_jax.checkpoint import read_metadata, steps
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_lines
+from ssl_jax.parallel import make_mesh
 from ssl_jax.report import html
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.testing.tiny import Images, tiny_config, tiny_encoder
 from ssl_jax.train.step import device_store
+from ssl_jax.transforms import target_of
 
 TINY = (
     "--config.data.name=synthetic --config.data.limit=96 --config.data.size=16 --config.data.channels=1 "
@@ -256,6 +258,34 @@ def test_non_finite_steps_are_left_out_with_everything_they_touched():
     assert int(metrics["skipped"]) == 1 and int(after.step) == 1
     for a, b in zip(jax.tree.leaves(after._replace(step=0)), jax.tree.leaves(state._replace(step=0)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_everything_follows_one_counter_also_after_a_skipped_step():
+    """The gradient is 1 everywhere, so parameters move by the learning rate: the logged one, of this very step."""
+    config = tiny_config("byol", optim__skip_nonfinite=True, optim__momentum=0.0, optim__weight_decay=0.0)
+    setup = train.set_up(config, Images(), tiny_encoder())
+
+    def loss(outputs, state, batch, ctx):
+        value = sum(x.sum() for x in jax.tree.leaves(ctx.params))
+        return jnp.where(ctx.step == 1, jnp.nan, value), {}
+
+    step_fn = jax.jit(
+        train.make_step(setup._replace(method=setup.method._replace(loss=loss)), config, make_mesh(1, 16))
+    )
+    state = train.init_state(setup, 0)
+    for step in range(4):
+        before, (state, metrics) = state, step_fn(state, {"image": Images().images[:16], "label": np.zeros(16, int)})
+        lr = float(setup.schedule(step))
+        assert float(metrics["lr"]) == pytest.approx(lr) and int(metrics["skipped"]) == (step == 1)
+        moved = [b - a for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True)]
+        for x in moved:
+            np.testing.assert_allclose(x, 0 if step == 1 else lr, rtol=1e-4, atol=1e-6)
+        if step != 1:
+            tau = 1 - (1 - config.method.momentum) * (np.cos(np.pi * step / 20) + 1) / 2
+            old, new = target_of(before.opt_state), target_of(state.opt_state)
+            want = jax.tree.map(lambda t, p, tau=tau: tau * t + (1 - tau) * p, old, {k: state.params[k] for k in old})
+            for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_collapse_is_told_in_words(tmp_path, capsys):

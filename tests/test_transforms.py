@@ -6,7 +6,7 @@ import pytest
 
 from ssl_jax.config import Optim
 from ssl_jax.errors import UserError
-from ssl_jax.transforms import cosine_momentum, lars, learning_rate, optimizer, target_of, track_target
+from ssl_jax.transforms import cosine_momentum, freeze, lars, learning_rate, optimizer, target_of, track_target
 
 
 def some_params(seed=0):
@@ -112,3 +112,18 @@ def test_clipping():
     tx = optimizer(Optim(weight_decay=0.0, momentum=0.0, clip_norm=1.0), lambda _: 1.0, optax.identity())
     updates, _ = tx.update(jax.tree.map(lambda x: 100 * x, some_params()), tx.init(some_params()), some_params())
     assert float(optax.tree.norm(updates)) == pytest.approx(1, rel=1e-5)
+
+
+def test_the_step_of_a_run_comes_before_a_transformation_s_own_count():
+    """Schedules, the target's momentum and freezing read `step`; without it each counts its own updates."""
+    tx = optax.chain(
+        lars(lambda step: 1.0 * (step == 7), momentum=0.0, mask=lambda params: jax.tree.map(lambda _: False, params)),
+        freeze({"w"}, 5),
+        track_target(lambda step: jnp.where(step == 7, 0.25, 1.0)),
+    )
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    state = tx.init(params)
+    updates, own = tx.update({"w": jnp.ones(2), "b": jnp.ones(2)}, state, params)
+    assert all(jnp.all(u == 0) for u in updates.values()) and jnp.all(target_of(own)["w"] == 1)
+    updates, told = tx.update({"w": jnp.ones(2), "b": jnp.ones(2)}, state, params, step=7)
+    assert all(jnp.all(u == -1) for u in updates.values()) and jnp.all(target_of(told)["w"] == 0.25)
