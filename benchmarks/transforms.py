@@ -25,8 +25,7 @@ from ssl_jax.config import Data, load_config, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import interval, linear_probe, metrics, paired
-from ssl_jax.plotting import save
-from ssl_jax.report.figures import STYLE
+from ssl_jax.plotting import STYLE, save
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Each transform with the strength that it has in the preset natural, and what takes it out of that preset.

@@ -3,6 +3,7 @@
 python docs/make_configuration.py
 """
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -61,7 +62,8 @@ The command line shows these tables, too: `ssl-jax pretrain --help=optim` lists 
 TOP = "Two options belong to no section:\n"
 
 AUGMENT = """\
-`config.augment.preset` is the name of a pair of views: {presets}.
+`config.augment.preset` is the name of a pair of views:
+{presets}.
 Options of a view change the preset: `--config.augment.blur=0.5` for all views, `--config.augment.second.blur=0.1` only
 for the second one, and `--config.augment.local.size=96` only for the local views of methods with multi-crop.
 Everything else stays as in the preset. The table shows the defaults of a plain view, as in the preset `none`.
@@ -116,7 +118,7 @@ def method(name: str) -> str:
     settings = ", ".join(f"`{key}={value!r}`" for key, value in recipe(name).items())
     parts = [f"### {name}\n", f"{summary}\n"]
     if settings:
-        parts.append(f"Recipe: {settings}.\n")
+        parts.append(textwrap.fill(f"Recipe: {settings}.", 120, break_on_hyphens=False) + "\n")
     if options := describe(name):
         parts.append(table("method.", options))
     return "\n".join(parts)

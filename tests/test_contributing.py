@@ -1,6 +1,7 @@
 """The example of CONTRIBUTING.md is a method like any other."""
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,10 @@ def test_the_method_of_contributing_trains(tmp_path, monkeypatch):
     assert np.all(np.isfinite(losses)) and np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
+def logical_lines(block):
+    return block.replace("\\\n", " ").splitlines()
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
 def test_commands_in_the_docs_parse(page):
     """Each `ssl-jax ...` line of a shell block names a command, flags and config keys that exist."""
@@ -36,9 +41,9 @@ def test_commands_in_the_docs_parse(page):
     from ssl_jax.config import load_config
 
     text = (ROOT / page).read_text()
-    blocks = re.findall(r"```(?:sh|console|)\n(.*?)```", text, re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    commands = [line.split()[1:] for line in lines if line.startswith("ssl-jax ")]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for kind, block in blocks if kind in ("", "sh", "console") for line in logical_lines(block)]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("ssl-jax ")]
     for name, *argv in commands:
         argv = [a for a in argv if not a.startswith("(")]
         values, overrides = cli.parse(name, argv)

@@ -11,6 +11,7 @@ from scipy.special import erf, softmax
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
 from ssl_jax.models import build_encoder, from_torch, patchify, to_torch
+from ssl_jax.models.vit import build_vit
 
 SMALL = {"name": "vit_tiny", "width": 1 / 8, "depth": 2, "patch": 4}  # 24 features, 3 heads
 
@@ -151,7 +152,7 @@ def test_learned_positions_are_interpolated_as_an_image():
     slopes = np.linspace(-1, 1, 24)
 
     def tokens(side, centres):
-        network = build_encoder(Model(**{**SMALL, "depth": 0}, positions="learned"), 3, side)
+        network = build_vit(Model(**{**SMALL, "depth": 0}, positions="learned"), side, (0.5,) * 3, (0.25,) * 3)
         params, stats = network.init(jax.random.key(0), images(1, 16))
         grid = (centres[:, None, None] + 2 * centres[:, None]) * slopes
         table = np.concatenate([np.zeros((1, 24)), grid.reshape(-1, 24)])

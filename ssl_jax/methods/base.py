@@ -1,8 +1,8 @@
 """The one interface behind which every method stands. A new method is one new file beside this one.
 
-Such a file holds a docstring (its first line says what the method does, the next paragraph names its source), a frozen
-dataclass `Config`, a dict `RECIPE` of the settings in other sections that differ from their defaults, such as
-{"optim.lr": 0.3}, and
+Such a file holds a docstring (its first line says what the method does, a paragraph "Source: https://..." where it is
+from), a frozen dataclass `Config`, a dict `RECIPE` of the settings in other sections that differ from their defaults,
+such as {"optim.lr": 0.3}, and
 
     make(config: Config, encoder: Network, run: RunInfo) -> Method
 """

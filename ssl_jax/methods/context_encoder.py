@@ -14,6 +14,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from ssl_jax.fields import option
 from ssl_jax.methods.base import Method, init_network
 from ssl_jax.models import mlp
 from ssl_jax.network import stack
@@ -21,8 +22,8 @@ from ssl_jax.network import stack
 
 @dataclass(frozen=True)
 class Config:
-    # where half of the height and of the width are blanked: central, or random (ours)
-    region: Literal["central", "random"] = "central"
+    # Ours: random.
+    region: Literal["central", "random"] = option("central", "where half of the height and width are blanked")
     hidden: int = 1024  # of the decoder: ours, an MLP; official: five transposed convolutions
 
 

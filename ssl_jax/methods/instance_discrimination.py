@@ -28,8 +28,9 @@ from ssl_jax.network import stack
 
 @dataclass(frozen=True)
 class Config:
-    # nce: against `negatives` drawn rows; softmax: against the whole bank, for small data sets
-    mode: Literal["nce", "softmax"] = "nce"
+    mode: Literal["nce", "softmax"] = option(
+        "nce", "nce: against `negatives` drawn rows; softmax: against the whole bank, for small data sets"
+    )
     # main.py, --nce-k, there for each image
     negatives: int = option(4096, "rows of the bank drawn at each step, for the whole batch", min=1)
     temperature: float = 0.07  # main.py, --nce-t

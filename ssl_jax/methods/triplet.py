@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
+from ssl_jax.fields import option
 from ssl_jax.losses import interleave, mined_triplet, normalize, triplet
 from ssl_jax.methods.base import Method, init_network, one_label
 from ssl_jax.models import mlp
@@ -30,8 +31,10 @@ from ssl_jax.network import apply_jointly, stack
 @dataclass(frozen=True)
 class Config:
     margin: float = 1.0  # of distances that reach from 0 to 2 between normalised projections
-    # none: self-supervised; with labels: all, hard or semi_hard (FaceNet, section 3.2)
-    mining: Literal["none", "all", "hard", "semi_hard"] = "none"
+    # FaceNet, section 3.2
+    mining: Literal["none", "all", "hard", "semi_hard"] = option(
+        "none", "which triplets labels choose; none: no labels"
+    )
     hidden: int = 512
     out: int = 128  # FaceNet, section 3.1
     normalize: bool = True  # onto the sphere, as in FaceNet; without it the distances can collapse

@@ -195,8 +195,8 @@ def test_bfloat16_computes_and_the_state_stays_float32(name):
 
 
 def test_documented_for_the_listing(name):
-    """`ssl-jax methods` reads the docstring: one line, then the source; every field of Config has a default."""
+    """`ssl-jax methods` reads the docstring: one line, later the source; every field of Config has a default."""
     module = method_module(name)
-    head, rest = str(module.__doc__).split("\n\n")[:2]
-    assert len(head.splitlines()) == 1 and rest.startswith("Source: ")
+    head, *paragraphs = str(module.__doc__).split("\n\n")
+    assert len(head.splitlines()) == 1 and any(p.startswith("Source: ") and "https://" in p for p in paragraphs)
     assert resolve(default(name)).method == dataclasses.replace(module.Config())
