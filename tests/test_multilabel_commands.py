@@ -91,7 +91,7 @@ def test_evaluate(encoder, opened, protocol, capsys):
     assert made["mean"]["macro_auc"] == pytest.approx(np.mean(again)) and np.mean(again) > 0.75
     assert made["interval"]["macro_auc"] > 0 and 0 < made["mean"]["brier"] < 0.25
     shown = capsys.readouterr().out
-    assert "no image of never" in shown and "left out, not to be judged on the test data: never" in shown
+    assert "no image of never" in shown and "left out (cannot be scored on these test images): never" in shown
     assert json.loads((encoder / "evaluation" / f"{protocol}-60.json").read_text())["per_seed"][0]["left_out"] == [
         "never"
     ]
@@ -200,5 +200,5 @@ def test_methods_of_one_label_an_image_say_so(name, changes):
     step = train.make_step(set_up(config, data), config, parallel.make_mesh(1, 16))
     batch = {"image": data.arrays()[:16], "label": data.labels[:16], "index": np.arange(16)}
     state = jax.eval_shape(lambda: train.init_state(set_up(config, data), 0))
-    with pytest.raises(UserError, match="needs one label per image, the data have 4"):
+    with pytest.raises(UserError, match="needs one label per image, but the data have 4"):
         jax.eval_shape(step, state, batch)
