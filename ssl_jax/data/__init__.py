@@ -29,7 +29,7 @@ def open_source(data: Data, split: str | None = None) -> Source:
     fields.check(dataclasses.replace(data, channels=0), "config.data")
     source = module.read(dataclasses.replace(data, split=split or data.split))
     if data.pairs and source.objects is None:
-        raise UserError(f"config.data.pairs={data.pairs!r}: {data.name} does not know which images show one object")
+        raise UserError(f"config.data.pairs={data.pairs!r}: {data.name} does not say which images show one object")
     return source
 
 

@@ -68,7 +68,7 @@ def _open(data: Data) -> tuple[Any, Any]:
         else:
             builder = tfds.builder(data.path, data_dir=os.environ.get("TFDS_DATA_DIR"))
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"{where}: neither a data set that TFDS knows nor a folder that it has prepared") from error
+        raise UserError(f"{where}: TFDS knows no data set of this name, and no prepared folder is there") from error
     except (ValueError, ImportError, OSError) as error:
         raise UserError(f"{where}: TFDS cannot open it: {str(error).strip().splitlines()[0]}") from error
     info = builder.info

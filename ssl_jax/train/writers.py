@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.files import read_json, read_lines, write_bytes, write_json
@@ -305,7 +304,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def pixels(image: Picture) -> np.ndarray:
-    """uint8 [H, W, 3]."""
+    """The picture as uint8 [H, W, 3]."""
+    from PIL import Image
+
     if isinstance(image, np.ndarray):
         loaded = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     else:
