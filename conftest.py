@@ -14,6 +14,7 @@ import pytest
 # Most of the time goes into compiling; programs this small gain nothing from LLVM's optimizations.
 DEVICES = os.environ.get("TEST_DEVICES", "4")
 FLAGS = [f"--xla_force_host_platform_device_count={DEVICES}", "--xla_backend_optimization_level=0"]
+FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # both cores are busy with other tests
 # The older way of making loops compiles small networks in half the time; later versions do not know the flag.
 if tuple(map(int, version("jax").split(".")[:2])) < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -21,13 +22,32 @@ os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="ssl_jax_tests_"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+FIRST = (
+    "test_processes.py",
+    "test_train.py",
+    "test_shard.py",
+    "test_cli.py",
+)  # the longest files
 
 
 def group(nodeid):
     """A file's tests share a worker and what they made; those of one method share another, as they take the longest."""
     file, _, test = nodeid.partition("::")
     return " ".join(re.split(r"[\[\]-]", test)[1:2]) if file.endswith("test_contract.py") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores: tests that wait for other processes leave theirs idle."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.hookimpl(optionalhook=True)

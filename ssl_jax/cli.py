@@ -1,4 +1,4 @@
-"""The command line: `ssl-jax COMMAND --flag=value ...`. It only parses; `commands` does the work."""
+"""The command line: `ssl-jax COMMAND --flag=value ...`. It parses the arguments; `commands` does the work."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -8,18 +8,18 @@ from ssl_jax.errors import UserError, unknown
 
 CONFIG = "config: NAME[:ARGUMENT] or FILE.py[:ARGUMENT]; change options with --config.SECTION.KEY=VALUE"
 RUN = "run folder, written by `ssl-jax pretrain`"
-OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # take --config.key=value without a --config
+OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # accept --config.KEY=VALUE but have no --config
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png) or table of boxes (path,left,top,right,bottom,class)"
 
-# command: (one line, {flag: (default, help)}); the default ... marks a required flag
+# command: (summary, {flag: (default, help)}); the default ... marks a required flag
 COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "pretrain": (
         "train an encoder; the same command continues an interrupted run",
         {
             "config": (..., CONFIG),
             "workdir": (..., "run folder to create or continue"),
-            "cluster": (False, "join the hosts of a TPU pod; SLURM, Open MPI and GKE are detected without it"),
+            "cluster": (False, "join the other hosts of a TPU pod; SLURM, Open MPI and GKE need no flag"),
         },
     ),
     "evaluate": (
@@ -27,10 +27,10 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         {
             "workdir": (..., RUN),
             "protocol": ("knn", "knn, linear or finetune"),
-            "labels": (0, "number of labels to train with; 0: all"),
-            "seeds": (1, "number of draws of the labels"),
+            "labels": (0, "number of labelled images to train on; 0: all"),
+            "seeds": (1, "number of times these images are drawn"),
             "data": ("", f"labelled data (default: the run's own): {DATA}"),
-            "test": ("", "test data; default: the test split of the data, or 20 % held out"),
+            "test": ("", "test data (default: the test split of the data, or 20 % held out)"),
         },
     ),
     "study": (
@@ -73,14 +73,11 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         },
     ),
     "audit": (
-        "check transforms: whether they cut lesions off (--lesions), what an encoder ignores (--invariance)",
+        "audit transforms: do they cut off lesions (--lesions), and what does an encoder ignore (--invariance)?",
         {
-            "lesions": (False, "how often the views of --config lose a lesion; needs --masks"),
-            "invariance": (
-                False,
-                "how far transforms move the embeddings of --workdir",
-            ),
-            "config": ("", f"{CONFIG}; for --invariance without --workdir: the encoder that config.model describes"),
+            "lesions": (False, "measure how often the views of --config lose a lesion; needs --masks"),
+            "invariance": (False, "measure how far transforms move the embeddings of --workdir"),
+            "config": ("", f"{CONFIG}; --invariance without --workdir audits the encoder that it describes"),
             "masks": ("", MASKS),
             "workdir": ("", RUN),
             "data": ("", f"images for --invariance (default: the run's own): {DATA}"),
@@ -90,35 +87,38 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     ),
     "report": (
         "write one self-contained HTML page about a run or a study",
-        {"workdir": (..., "run or study folder"), "out": ("", ".html file; default: report.html in the folder")},
+        {
+            "workdir": (..., "run or study folder"),
+            "out": ("", ".html file (default: report.html in the folder)"),
+        },
     ),
     "plan": (
         "predict memory, speed and hours of a run on a TPU slice by compiling it here",
         {
             "config": (..., CONFIG),
-            "topology": ("", "slice: version and shape, such as v5e:4x8 or v5p:2x2x4"),
-            "sweep": ("", "several slices, separated by commas, to compare in a table"),
-            "images": (0, "number of images, if the data are not on this machine"),
-            "classes": (0, "number of classes of these; 0: no labels"),
+            "topology": ("", "version and shape of the slice, such as v5e:4x8 or v5p:2x2x4"),
+            "sweep": ("", "several slices to compare in a table, separated by commas"),
+            "images": (0, "number of training images, if the data are not on this machine"),
+            "classes": (0, "their number of classes; 0: no labels"),
             "out": ("", "folder for a table and a figure"),
         },
     ),
     "phantom": (
-        "generate chest radiographs with known findings, in CheXpert's layout, for trying things out",
+        "generate artificial chest radiographs with known findings, in CheXpert's layout",
         {
             "out": (..., "folder to create or finish"),
-            "patients": (10_000, "number of training patients, with about two images each"),
-            "seed": (0, "random seed; patient i is always the same for a seed"),
-            "size": (128, "side of the images, px"),
+            "patients": (10_000, "number of training patients, about two images each"),
+            "seed": (0, "random seed; each patient depends only on the seed and its number"),
+            "size": (128, "side of the images in px"),
             "test": (300, "number of test images, with clean labels"),
         },
     ),
-    "methods": ("list the methods with their sources and what data they need", {}),
+    "methods": ("list the methods, their sources and the data they need", {}),
 }
 
 
 def usage(command: str | None = None) -> str:
-    """Help for one command, or for all."""
+    """The help text of one command, or the list of all commands."""
     if command is None:
         lines = "\n".join(f"  {name:10} {line}" for name, (line, _) in COMMANDS.items())
         return (
@@ -131,19 +131,19 @@ def usage(command: str | None = None) -> str:
         for name, (default, text) in flags.items()
     ]
     if command in ("evaluate", "finetune"):
-        shown.append("  --config.finetune.KEY=VALUE changes how classifiers are trained")
+        shown.append("  --config.finetune.KEY=VALUE changes how a classifier is trained")
     if command in OVERRIDES:
         shown.append("  --config.data.KEY=VALUE changes how the data are read")
     if _takes_options(command):
         from ssl_jax.config import SECTIONS
 
-        shown.append(f"\n  --help=SECTION lists options: config, {', '.join(SECTIONS)} or a method's name")
+        shown.append(f"\n  --help=SECTION lists options: config, {', '.join(SECTIONS)}, or the name of a method")
     required = " ".join(f"--{n}=..." for n, (d, _) in flags.items() if d is ...)
     return "\n".join([f"usage: ssl-jax {command} {required}".rstrip(), f"\n{line}\n", *shown])
 
 
 def option_help(topic: str) -> str:
-    """The options of a section or method, each with type or choices, range, default and meaning."""
+    """The options of a section or method: type or choices, range, default and meaning of each."""
     from ssl_jax.config import SECTIONS, describe, method_module, method_names, recipe
 
     lines, section = [], topic
@@ -165,7 +165,7 @@ def _takes_options(command: str) -> bool:
 
 
 def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Values of a command's flags, and the `--config.key=value` overrides among argv."""
+    """The values of a command's flags, and the `--config.key=value` overrides in argv."""
     from absl import flags
 
     values, table = flags.FlagValues(), COMMANDS[command][1]
@@ -175,21 +175,21 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
         define(name, None if default is ... else default, text, flag_values=values)
     overrides, rest = _overrides(argv)
     try:
-        left = values([f"ssl-jax {command}", *rest])[1:]
+        unparsed = values([f"ssl-jax {command}", *rest])[1:]
     except flags.UnrecognizedFlagError as error:
         raise unknown("flag", f"--{error.flagname}", (f"--{n}" for n in table)) from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
-    if left:
-        raise UserError(f"{left[0]!r}: not a flag; allowed: {', '.join(f'--{n}=' for n in table) or 'none'}")
+    if unparsed:
+        raise UserError(f"{unparsed[0]!r}: not a flag; available: {', '.join(f'--{n}' for n in table) or 'none'}")
     for name, (default, text) in table.items():
         if default is ... and not values[name].value:
-            raise UserError(f"--{name}: missing; allowed: {text}")
+            raise UserError(f"--{name}: missing ({text})")
     return {name: values[name].value for name in table}, overrides
 
 
 def _overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the options among argv as --config.key=value, all other arguments); "--config.key value" is joined."""
+    """(overrides, all other arguments). "--config.key value" becomes "--config.key=value"."""
     overrides, rest, items = [], [], list(argv)
     while items:
         item = items.pop(0)
@@ -200,24 +200,24 @@ def _overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         elif items and not items[0].startswith("--"):
             overrides.append(f"{item}={items.pop(0)}")
         else:
-            raise UserError(f"{item}: value missing; allowed: {item}=VALUE")
+            raise UserError(f"{item}: value missing; write {item}=VALUE")
     return overrides, rest
 
 
 def _print_warnings() -> None:
-    """Prints the library's warnings (a skipped file, for example) as plain lines on stderr."""
+    """Prints warnings of the library, about a skipped file for example, as plain lines on stderr."""
     import logging
 
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs a traceback where we print one line
+    absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs a traceback where we print one line
     log, handler = logging.getLogger("ssl_jax"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("ssl-jax: %(message)s"))
     log.handlers, log.propagate = [handler], False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code. A user's mistake prints one line to stderr and returns 2."""
+    """Runs one command and returns its exit code: 2, after one line on stderr, if the user has made a mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
@@ -236,23 +236,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             if argument.startswith("--help="):
                 if not _takes_options(argv[0]):
-                    raise UserError(f"{argument}: `ssl-jax {argv[0]}` takes no options of config; allowed: --help")
+                    raise UserError(f"{argument}: `ssl-jax {argv[0]}` has no config options; use --help")
                 print(option_help(argument.removeprefix("--help=")))
                 return 0
         values, overrides = parse(argv[0], argv[1:])
         from ssl_jax import commands
-        from ssl_jax.config import load_config
+        from ssl_jax.config import load_config, resolve
 
         _print_warnings()
         commands.start_jax()
         if values.get("config"):
-            values["config"] = load_config(values["config"], overrides)
+            values["config"] = resolve(load_config(values["config"], overrides))
         elif argv[0] in OVERRIDES:
             values["overrides"] = overrides
         elif overrides:
-            raise UserError(f"{overrides[0]}: `ssl-jax {argv[0]}` takes no options of config")
-        work: Callable[..., None] = getattr(commands, argv[0])
-        work(**values)
+            raise UserError(f"{overrides[0]}: `ssl-jax {argv[0]}` has no config options")
+        command: Callable[..., Any] = getattr(commands, argv[0])
+        command(**values)
     except UserError as error:
         print(f"ssl-jax: {error}", file=sys.stderr)
         return 2

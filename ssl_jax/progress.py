@@ -1,4 +1,4 @@
-"""Progress of a run: one live line on a terminal, plain lines elsewhere."""
+"""The progress of a run: one live line on a terminal, plain lines elsewhere."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Progress:
-    """Shows step, loss, speed, waiting and time left. A context manager; `say` prints a line that stays."""
+    """A context manager that shows step, loss, speed, waiting and time left. `say` prints a line that stays."""
 
     def __init__(self, total: int, start: int, title: str, unit: str = "steps", note: str = "", quiet: bool = False):
         from rich.console import Console
@@ -18,7 +18,7 @@ class Progress:
         self.total, self.title, self.quiet = total, title, quiet
         self.console = Console(stderr=True)
         self.bar = None
-        self.began, self.first, self.last_line = time.monotonic(), start, 0.0
+        self.started, self.first, self.last_line = time.monotonic(), start, 0.0
         if sys.stderr.isatty() and not quiet:
             columns = [
                 TextColumn("{task.description}"),
@@ -51,15 +51,15 @@ class Progress:
         note = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         if self.bar:
             self.bar.update(self.task, completed=step, note=note)
-        elif time.monotonic() - self.last_line > 10 or step == self.total:  # a log file needs few lines
+        elif time.monotonic() - self.last_line > 10 or step == self.total:  # not every step, to keep log files short
             self.last_line = time.monotonic()
-            left = (self.last_line - self.began) / max(step - self.first, 1) * (self.total - step)
+            left = (self.last_line - self.started) / max(step - self.first, 1) * (self.total - step)
             self.say(f"{self.title} {step}/{self.total}  {note}  left {_clock(left)}")
 
 
 @contextlib.contextmanager
 def counting(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A context manager that shows the progress of a long task; call the function that it yields with (done, total)."""
+    """Shows the progress of a long task: call the function that this context manager yields with (done, total)."""
     with contextlib.ExitStack() as stack:
         bars: list[Progress] = []
 

@@ -14,15 +14,15 @@ Transformation: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 class FollowState(NamedTuple):
-    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     inner: Any
 
 
 def follow(schedule: Callable[[Any], Any], make: Callable[[Any], optax.GradientTransformation]) -> Transformation:
-    """`make(value)` with the value that `schedule` has at the step: tx.update(updates, state, params, step=step).
+    """`make(value)` with the value of `schedule` at the current step: tx.update(updates, state, params, step=step).
 
-    A run hands the step of its TrainState to the whole chain, so that everything that changes over time follows one
-    counter, also after a step that was skipped. Without `step` the transformation counts its own updates.
+    A run passes the step of its TrainState to the whole chain, so that all schedules follow one counter, even after a
+    skipped step. Without `step` the transformation counts its own updates.
     """
 
     def init(params):
@@ -47,19 +47,19 @@ def track_target(
 ) -> Transformation:
     """Keeps a target network: target <- tau * target + (1 - tau) * parameters, after each step.
 
-    Updates pass through unchanged. It averages the parameters as they are after the step, so it must be the last of a
-    chain and sit inside `optax.MultiSteps`. The average is kept in float32 (in bfloat16 a tau of 0.996 would never
-    move it); whoever reads it casts it to the type of the parameters.
+    Updates pass through unchanged. It averages the parameters after the step, so it must come last in a chain and
+    inside `optax.MultiSteps`. The average is kept in float32, because a bfloat16 average would never move with a tau
+    of 0.996; cast it to the type of the parameters where you read it.
 
     Args:
       tau: momentum in [0, 1], or a schedule of the step (see `follow`).
-      select: the part of the parameters that has a target (everything but a predictor, say).
+      select: picks the parameters that have a target, such as all but the predictor's.
 
     Read it with `target_of(opt_state)`. Source: BYOL, section 3.1, https://arxiv.org/abs/2006.07733.
     """
 
     def init(params):
-        # A copy: the same buffer twice in a donated state would be an error.
+        # A copy, because a donated state must not hold one buffer twice.
         target = jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), select(params))
         return TrackTargetState(jnp.zeros([], jnp.int32), target)
 
@@ -76,10 +76,10 @@ def track_target(
 
 
 def freeze(names: Collection[str], steps: int) -> Transformation:
-    """Keeps the parameters with these top-level names as they are during the first `steps` steps.
+    """Freezes the parameters with these top-level names during the first `steps` steps.
 
-    It sets their updates to zero, so it stands behind the optimizer and before `track_target`. The optimizer's momentum
-    goes on meanwhile.
+    It sets their updates to zero, so it belongs after the optimizer and before `track_target`. The optimizer's momentum
+    keeps accumulating.
     """
     thawed = optax.conditionally_mask(
         optax.identity(), lambda count, step=None, **_: (count if step is None else step) >= steps, True
@@ -88,12 +88,12 @@ def freeze(names: Collection[str], steps: int) -> Transformation:
 
 
 def target_of(opt_state: Any) -> Any:
-    """The target network's parameters in an optimizer state, or None where no `track_target` is in the chain."""
+    """The target network's parameters in an optimizer state, or None if its chain has no `track_target`."""
     return optax.tree.get(opt_state, "target_params")
 
 
 def cosine_momentum(base: float, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """Momentum that rises from `base` to 1: 1 - (1 - base)(cos(pi k / K) + 1) / 2. Source: BYOL, section 3.3.
+    """A momentum that rises from `base` to 1: 1 - (1 - base)(cos(pi k / K) + 1) / 2. Source: BYOL, section 3.3.
 
     >>> schedule = cosine_momentum(0.9, 100)
     >>> round(float(schedule(0)), 4), round(float(schedule(50)), 4), round(float(schedule(100)), 4)
@@ -113,9 +113,9 @@ def lars(
 ) -> Transformation:
     """LARS: g <- (g + wd p) * trust |p| / |g + wd p| for each tensor under `mask`, then SGD with momentum.
 
-    The learning rate is applied after the momentum, as in MoCo v3's code (SimCLR's applies it inside; they differ only
-    while the rate changes). Tensors outside the mask, by default those of one dimension or none, get neither weight
-    decay nor the trust ratio. A zero norm leaves its ratio at 1.
+    The learning rate is applied after the momentum, as in MoCo v3's code. SimCLR's code applies it inside; the two
+    differ only while the rate changes. Tensors outside the mask get neither weight decay nor the trust ratio; by
+    default these are all with less than two dimensions. A norm of zero leaves the ratio at 1.
 
     Source: https://arxiv.org/abs/1708.03888; facebookresearch/moco-v3, moco/optimizer.py.
     """
@@ -140,12 +140,12 @@ def _decay(weight_decay: optax.ScalarOrSchedule, mask: Callable[[Any], Any]) -> 
 
 
 def matrices(params: Any) -> Any:
-    """Mask of the tensors with two dimensions or more: all but biases and norm scales."""
+    """A mask of the tensors with two or more dimensions: all but biases and norm scales."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def learning_rate(optim: Optim, batch: int, steps: int, warmup: int) -> Callable[[Any], Any]:
-    """Schedule of a run of `steps`: linear warm-up, then `optim.schedule`; peak = lr * batch / lr_batch."""
+    """The schedule of a run of `steps`: linear warm-up, then `optim.schedule`; peak = lr * batch / lr_batch."""
     if warmup >= steps:
         raise UserError(f"config.optim.warmup={optim.warmup!r}: {warmup} steps; allowed: fewer than the run's {steps}")
     peak = optim.lr * batch / optim.lr_batch if optim.lr_batch else optim.lr
@@ -167,7 +167,7 @@ def optimizer(
     steps: int = 1,
     constant_lr: Collection[str] = (),
 ) -> Transformation:
-    """The whole chain of a run of `steps`; `last` is the method's own transformation (`track_target` or identity).
+    """The optimizer of a run of `steps`; `last` is the method's own transformation (`track_target` or identity).
 
     constant_lr: top-level names of the parameters whose learning rate stays at the schedule's peak.
     """
@@ -186,16 +186,16 @@ def optimizer(
             return optax.chain(adam, _decay(decay, mask), _scale(lr))
         return lars(lr, weight_decay=decay, momentum=optim.momentum, mask=mask)
 
-    whole = core(schedule)
+    scaled = core(schedule)
     if constant_lr:
         peak = max(float(schedule(count)) for count in range(0, steps, max(1, steps // 1000)))
 
         def labels(params):
             return {k: jax.tree.map(lambda _, k=k: k in constant_lr, v) for k, v in params.items()}
 
-        whole = optax.partition({False: core(schedule), True: core(peak)}, labels)
+        scaled = optax.partition({False: core(schedule), True: core(peak)}, labels)
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     vectors = optax.identity()
     if optim.vector_lr != 1:
         vectors = optax.masked(optax.scale(optim.vector_lr), lambda p: jax.tree.map(lambda x: x.ndim <= 1, p))
-    return optax.with_extra_args_support(optax.chain(clip, whole, vectors, last))
+    return optax.with_extra_args_support(optax.chain(clip, scaled, vectors, last))

@@ -125,7 +125,7 @@ def test_command_on_random_on_imported_and_on_trained_weights(tmp_path, capsys, 
 
 
 MISTAKES = [
-    (["--invariance"], "--workdir: missing; allowed: a run folder, or --config"),
+    (["--invariance"], "--workdir: missing; use a run folder, or --config"),
     (["--invariance", *SMALL, "--images=4"], "--images=4 of 24: allowed: 8 or more"),
     (["--invariance", "--workdir=/no/such"], "/no/such: no encoder.json"),
     (["--invariance", *SMALL, "--config.model.init=/no/such"], "config.model.init='/no/such': not found"),

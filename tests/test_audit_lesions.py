@@ -191,12 +191,12 @@ def test_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
 BOXES = "path,left,top,right,bottom\n"
 MISTAKES = [
     (["--lesions"], None, "--masks: missing"),
-    ([], None, "allowed: --lesions, --invariance or both"),
+    ([], None, "audit: nothing to do; use --lesions, --invariance or both"),
     (["--lesions", "--masks=/no/such"], None, "--masks=/no/such: not found"),
     (["--lesions", "--masks=BOXES"], "path,left\n", "no column 'top'"),
     (["--lesions", "--masks=BOXES"], BOXES + "sub/0.png,1,2,x,4\n", "(line 2): could not convert string to float: 'x'"),
     (["--lesions", "--masks=BOXES"], BOXES + "sub/0.png,1,2,3,4\nsub/1.png,5,1,3,4\n", "(line 3): left=5 top=1"),
-    (["--lesions", "--masks=BOXES"], BOXES + "sub/0.png,1,2,3\n", "(line 2): 4 values; the header has 5"),
+    (["--lesions", "--masks=BOXES"], BOXES + "sub/0.png,1,2,3\n", "(line 2): 4 values, but the header has 5"),
     (["--lesions", "--masks=BOXES"], BOXES + "other.png,1,2,3,4\n", "no path is that of an image, such as 'other.png'"),
     (["--lesions", "--masks=EMPTY"], None, "no lesion for any of 2 images; for 'sub/0.png'"),
     (["--lesions", "--masks=EMPTY", "--out=BOXES"], BOXES, "boxes.csv: is a file; allowed: a folder"),

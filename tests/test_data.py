@@ -101,7 +101,7 @@ def test_batches_have_labels_and_stop_early():
 def test_batches_report_a_user_error_from_its_threads(numbered):
     source = open_source(Data(name="folder", path=str(numbered)))
     (numbered / "04.png").unlink()
-    with pytest.raises(UserError, match=r"04.png': No such file or directory; it was there at the start"):
+    with pytest.raises(UserError, match=r"04.png': No such file or directory; it was readable at the start"):
         list(batches(source, batch=23, seed=0, start=0, stop=1, workers=2))
 
 
@@ -251,7 +251,7 @@ def test_fashion_mnist_damaged(tmp_path):
     fails(Data(path=str(tmp_path)), "train-images-idx3-ubyte.gz", "cut off")
     path.write_bytes(whole)
     fails(Data(path=str(tmp_path)), "t10k-images-idx3-ubyte.gz", "no such file", split="test")
-    fails(Data(path=str(tmp_path / "none")), "none'", "no train-images-idx3-ubyte.gz there")
+    fails(Data(path=str(tmp_path / "none")), "none'", "contains no train-images-idx3-ubyte.gz")
 
 
 def test_fashion_mnist_absent_says_what_to_do(tmp_path, monkeypatch):

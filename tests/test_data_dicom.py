@@ -196,7 +196,7 @@ def test_one_channel_and_size():
         ("MR_small_jpeg_ls_lossless.dcm", "JPEG-LS Lossless.*pip install pylibjpeg pylibjpeg-libjpeg"),
         ("JPEG-lossy.dcm", "JPEG Extended.*pip install pylibjpeg pylibjpeg-libjpeg"),
         ("GDCMJ2K_TextGBR.dcm", "JPEG 2000.*pip install pylibjpeg pylibjpeg-openjpeg"),
-        ("MR_truncated.dcm", "can't be decoded.*damaged"),
+        ("MR_truncated.dcm", "cannot be decoded.*damaged"),
         ("rtplan.dcm", "DICOM without an image"),
         ("test-SR.dcm", "DICOM without an image"),
         ("badVR.dcm", "damaged"),

@@ -322,7 +322,7 @@ def test_a_part_takes_stand_ins_from_itself(damaged):
 def test_an_error_of_the_disk_is_no_damage(damaged):
     source = open_source(folder(damaged, max_bad_share=1.0))
     (damaged / "even" / "00.jpg").unlink()
-    with pytest.raises(UserError, match="even/00.jpg': No such file or directory; it was there at the start"):
+    with pytest.raises(UserError, match="even/00.jpg': No such file or directory; it was readable at the start"):
         source.load(0)
 
 

@@ -111,7 +111,7 @@ def test_a_header_with_commas_in_quotes(table):
         (
             "path,split,who\nimages/0.png,train,a\nimages/1.png,test,b\nimages/2.png,val,a\n",
             {"group": "who"},
-            ["(line 4): who 'a' is in val, and (line 2) in train"],
+            ["(line 4): who 'a' is in val, but (line 2) in train"],
         ),
     ],
 )
@@ -197,7 +197,7 @@ def test_chexpert_list_of_test_images(tmp_path):
 
 def test_chexpert_errors(tmp_path):
     fails(Data(name="chexpert"), "config.data.path=''")
-    fails(Data(name="chexpert", path=str(tmp_path)), "no train.csv in it")
+    fails(Data(name="chexpert", path=str(tmp_path)), "contains no train.csv")
     data = chexpert(tmp_path, "train", TRAIN)
     with pytest.raises(UserError, match="no test part; available: train"):
         open_source(data, "test")
@@ -214,7 +214,7 @@ def test_chexpert_errors(tmp_path):
     (tmp_path / "train.csv").write_text(text.replace("-1.0", "7"))
     fails(data, "train.csv (line 2): Fracture='7'; allowed: 0 to 1, -1")
     (tmp_path / "train.csv").write_text(text.replace("patient00007", "person7"))
-    fails(data, "train.csv (line 4): Path=", "no patient in it")
+    fails(data, "train.csv (line 4): Path=", "names no patient")
     (tmp_path / "train.csv").write_text(text.replace(",Lateral,", ",Frontal,"))
     fails(dataclasses.replace(data, frontal="lateral"), "config.data.frontal='lateral'", "has no such images")
     (tmp_path / "train.csv").write_text(text.replace("Path,", "Place,"))
@@ -224,7 +224,7 @@ def test_chexpert_errors(tmp_path):
 
 
 def test_of_a_large_table_no_header_is_read_but_all_files_must_be_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, "LOOK", 2)
+    monkeypatch.setattr(image_files, "MAX_HEADERS", 2)
     data = dataclasses.replace(
         chexpert(tmp_path, "train", [(i, 1, True, {}) for i in range(1, 6)]), max_bad_share=0.4, labels=("Edema",)
     )
@@ -237,7 +237,7 @@ def test_of_a_large_table_no_header_is_read_but_all_files_must_be_there(tmp_path
     assert source.load(2)[4, 4, 0] == 5 and source.replaced == {2: 3}
     assert source.skipped[1:] == [f"{path.format(4)!r}: not an image"]
     (tmp_path / path.format(5)).unlink()
-    with pytest.raises(UserError, match="view1_frontal.jpg': No such file or directory; it was there at the start"):
+    with pytest.raises(UserError, match="view1_frontal.jpg': No such file or directory; it was readable at the start"):
         source.load(3)
     (tmp_path / path.format(1)).unlink()
     (tmp_path / path.format(1)).mkdir()

@@ -54,8 +54,8 @@ def test_state_of_another_structure_is_refused():
         return ctx.params, {**state.memory, "newest": outputs["key"]}
 
     for changed, words in (
-        (method._replace(forward=forward), "forward must return statistics of the structure that init made"),
-        (method._replace(post_update=post_update), "post_update must return a memory of the structure"),
+        (method._replace(forward=forward), "forward must return statistics with the structure that init created"),
+        (method._replace(post_update=post_update), "post_update must return a memory with the structure"),
     ):
         for micro_batch in (0, 8):
             parts = tiny_config("moco", train__micro_batch=micro_batch)

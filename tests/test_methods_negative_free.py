@@ -195,7 +195,9 @@ def test_vicregl_positions_are_where_the_pixels_come_from():
 def test_settings_are_checked():
     from ssl_jax.errors import UserError
 
-    with pytest.raises(UserError, match=r"config.method.matches=\(20,\): allowed: two numbers"):
+    with pytest.raises(
+        UserError, match=r"config.method.matches=\(20,\): wrong type \(tuple\); allowed: 2 values, each int, 1 or more"
+    ):
         set_up(tiny_config("vicregl", method__matches=(20,)), Images())
     for name in ("vicreg", "vicregl", "barlow_twins"):
         config = tiny_config(name, train__batch=1)

@@ -11,7 +11,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.methods import context_encoder, jigsaw, mae, rotation, simmim, transformation_prediction
 from ssl_jax.models import build_encoder, decoder
 from ssl_jax.network import Network
-from ssl_jax.testing.tiny import tiny_encoder
+from ssl_jax.testing.tiny import tiny_config, tiny_encoder
 
 RNG = jax.random.key(3)
 
@@ -388,4 +388,4 @@ def test_the_blanked_region_does_not_reach_the_encoder(region, side):
 
 def test_an_unknown_region_is_named():
     with pytest.raises(UserError, match="config.method.region='center': unknown; did you mean 'central'"):
-        context_encoder.make(context_encoder.Config(region="center"), tiny_encoder(), None)
+        tiny_config("context_encoder", method__region="center")

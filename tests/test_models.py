@@ -251,7 +251,7 @@ def test_linear():
     assert set(linear(3, bias=False).init(jax.random.key(0), x)[0]["linear"]) == {"kernel"}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "vit_tiny"])
 def test_blocks_made_again_for_the_gradient_give_the_same(name):
     def computed(remat):
         model = Model(name=name, width=0.25, depth=4, patch=4, dtype="float64", remat=remat)

@@ -1,4 +1,4 @@
-"""The commands on data with several labels an image, on sources that stand in for the readers."""
+"""The commands on data with several labels per image, on sources that stand in for the readers."""
 
 import csv
 import dataclasses
@@ -91,7 +91,7 @@ def test_evaluate(encoder, opened, protocol, capsys):
     assert made["mean"]["macro_auc"] == pytest.approx(np.mean(again)) and np.mean(again) > 0.75
     assert made["interval"]["macro_auc"] > 0 and 0 < made["mean"]["brier"] < 0.25
     shown = capsys.readouterr().out
-    assert "no image of never" in shown and "left out, not to be judged on the test data: never" in shown
+    assert "no image of never" in shown and "left out (cannot be scored on these test images): never" in shown
     assert json.loads((encoder / "evaluation" / f"{protocol}-60.json").read_text())["per_seed"][0]["left_out"] == [
         "never"
     ]
@@ -137,7 +137,7 @@ def test_finetune_test_and_predict(encoder, opened, tmp_path, capsys):
     assert (tmp_path / "q.csv").read_text().splitlines()[0] == "path,top,middle,bottom,never"
 
 
-def test_test_data_of_another_kind_are_told_before_training(encoder, opened, tmp_path, capsys):
+def test_wrong_test_data_are_an_error_before_training(encoder, opened, tmp_path, capsys):
     data, held = npz(tmp_path), npz(tmp_path, "held.npz")
     flags = [str(encoder), data, str(tmp_path / "out"), held]
 
@@ -195,10 +195,10 @@ def test_supervised_is_trained_by_every_label_that_is_known():
 
 
 @pytest.mark.parametrize("name, changes", [("sup_con", {}), ("triplet", {"method__mining": "hard"})])
-def test_methods_of_one_label_an_image_say_so(name, changes):
+def test_methods_for_one_label_per_image_say_so(name, changes):
     config, data = tiny_config(name, **changes), source(32, 0)
     step = train.make_step(set_up(config, data), config, parallel.make_mesh(1, 16))
     batch = {"image": data.arrays()[:16], "label": data.labels[:16], "index": np.arange(16)}
     state = jax.eval_shape(lambda: train.init_state(set_up(config, data), 0))
-    with pytest.raises(UserError, match="needs one label per image, the data have 4"):
+    with pytest.raises(UserError, match="needs one label per image, but the data have 4"):
         jax.eval_shape(step, state, batch)

@@ -103,6 +103,6 @@ def test_mistakes(photos):
         path=str(photos / "a.npz"),
         pairs="patients",
     )
-    fails("config.data.pairs='deep': allowed for a folder: folder", name="folder", path=str(photos), pairs="deep")
+    fails("config.data.pairs='deep': allowed with folder: folder", name="folder", path=str(photos), pairs="deep")
     fails("has no two images of one object", name="csv", path=str(photos / "table.csv"), pairs="path")
     fails("synthetic does not say which images show one object", name="synthetic", pairs="object")

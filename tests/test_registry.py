@@ -48,6 +48,7 @@ from ssl_jax.models import build as own
 def build(model, channels, size):
     return own.build(dataclasses.replace(model, name="resnet_thin"), channels, size)
 """,
+    "plain": "from ssl_jax.methods.simclr import Config, make",
     "empty": "",
     "half": "from ssl_jax.methods.simclr import Config",
     "needs_more": "import nowhere_to_be_found",
@@ -56,6 +57,7 @@ def build(model, channels, size):
 ENTRY_POINTS = """
 [ssl_jax.methods]
 mine = mypackage.mymethod
+plain = mypackage.plain
 gone = mypackage.no_such_module
 byol = mypackage.mymethod
 [ssl_jax.sources]
@@ -181,14 +183,18 @@ def test_test_data_of_a_study_may_come_from_outside(package):
         resolve(config)
 
 
-def test_entry_points_on_the_command_line(installed, tmp_path, capsys):
+def test_entry_points_on_the_command_line(installed, tmp_path, capsys, monkeypatch):
     flags = ["--config.data.name=mysource", "--config.model.name=mymodel", *SMALL, f"--workdir={tmp_path / 'run'}"]
     pretrain(installed, "--config=pretrain:mine", *flags)
     names = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (names["method"]["name"], names["data"]["name"], names["model"]["name"]) == ("mine", "mysource", "mymodel")
-    (installed / "mypackage-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS.replace("gone", "# gone"))
+    monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["methods"]) == 0
-    assert any(line.startswith("mine ") and "My method" in line for line in capsys.readouterr().out.splitlines())
+    rows = {line.split()[0]: line.rstrip() for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()}
+    assert "My method" in rows["mine"] and "arxiv.org/abs/2002.05709 " in rows["mine"]
+    assert rows["plain"].split() == ["plain", "images"]  # without a docstring
+    assert "config.method.name='gone': cannot be imported" in rows["gone"]
+    assert rows["vicregl"].endswith("images") and rows["supervised"].endswith("labels")  # after the broken one
     assert cli.main(["pretrain", "--help=mine"]) == 0
     assert "--config.method.head: mlp or linear (default 'mlp')\n    kind of projector" in capsys.readouterr().out
 

@@ -9,6 +9,10 @@ from ssl_jax.errors import UserError
 from ssl_jax.testing.tiny import Images, set_up, tiny_config
 
 
+def slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
 def losses_of(config, source, mesh, steps=20):
     setup = set_up(config, source)
     state = train.init_state(setup, 0, mesh)
@@ -22,7 +26,7 @@ def losses_of(config, source, mesh, steps=20):
     return state, losses
 
 
-@pytest.mark.parametrize("name", ["byol", "moco", "instance_discrimination", "mae"])
+@pytest.mark.parametrize("name", ["byol", "instance_discrimination", slow("moco"), slow("mae")])
 def test_split_parameters_train_as_whole_ones(name, monkeypatch, tmp_path):
     """On 4 devices, parameters split in two and the largest arrays in four; saved, and restored on one device."""
     monkeypatch.setattr(parallel, "SMALL", 32)
@@ -70,7 +74,7 @@ def travelling(name, **changes):
 
 
 @pytest.mark.parametrize("bn_group", [0, 4])
-@pytest.mark.parametrize("name", ["moco", "looc"])
+@pytest.mark.parametrize("name", ["moco", slow("looc")])
 def test_shuffled_keys_are_embedded_once(name, bn_group):
     """Each device embeds its share of a shuffled batch: the products of the step are divided among the devices."""
     alone, share = (compiled(name, devices, train__bn_group=bn_group).cost_analysis()["flops"] for devices in (1, 4))

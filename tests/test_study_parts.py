@@ -144,10 +144,10 @@ def test_tasks_of_an_array_share_a_folder(tmp_path, capsys, monkeypatch):
         assert "allowed: K/N with K from 1 to N" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         cli.main([*args, "--cells=1/2"])
-    assert stopped.value.code == 75 and "first run the same with --cells=0/2" in capsys.readouterr().out
+    assert stopped.value.code == 75 and "first run the same command with --cells=0/2" in capsys.readouterr().out
     with StudyFolder(folder).pretraining("simclr").lock():  # a task pretrains this one; the other is left
         assert cli.main([*args, "--cells=0/2"]) == 0
-    assert "simclr: left to the process that is working on it" in capsys.readouterr().out
+    assert "simclr: another process is working on it; skipped" in capsys.readouterr().out
     assert {p.name for p in (folder / "pretrain").iterdir() if (p / "encoder").is_dir()} == {"simclr-2"}
     assert cli.main([*args, "--cells=0/2"]) == 0 and cli.main([*args, "--cells=1/2"]) == 0
     with StudyFolder(folder).lock(shared=True):  # another task at work: it may go on beside us, but not be summed up

@@ -176,7 +176,7 @@ def test_a_tracker_that_fails_warns_once_and_delays_nothing(tmp_path, monkeypatc
     assert time.monotonic() - began < 0.1
     tracker.close()
     assert tracker.tracker.calls == 7
-    assert said == ["warning: config.log='broken': the server is gone; training goes on without it"]
+    assert said == ["warning: config.log='broken': the server is gone; training continues without it"]
 
 
 def test_the_end_does_not_wait_for_ever(tmp_path, monkeypatch):

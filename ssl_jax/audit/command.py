@@ -6,12 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from ssl_jax import files
-from ssl_jax.config import Config, Data, resolve
+from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source, phantom
 from ssl_jax.encoder import Encoder, load_encoder, random_encoder, started_from
 from ssl_jax.errors import UserError
@@ -27,18 +26,18 @@ def kind(data: Data) -> str:
     return "phantom " if phantom(data) else ""
 
 
-def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
+def lesions(config: Config, masks: str, out: str, images: int) -> list[Row]:
     """Writes out/lesions.csv and out/lesions.png, prints the table and the verdict, and returns the rows."""
     from ssl_jax.audit.figures import lesion_curves
     from ssl_jax.audit.lesions import audit, verdict
     from ssl_jax.audit.masks import find_lesions, open_masks
     from ssl_jax.augment import resolve_views
 
-    resolved, folder = resolve(config), _folder(out)
-    source = open_source(resolved.data)
-    views = resolve_views(resolved.augment, 2, min(source.shape[:2]))
-    seed = resolved.train.seed
-    found, outside = find_lesions(source, open_masks(masks, source, resolved.data), images, seed)
+    folder = _folder(out)
+    source = open_source(config.data)
+    views = resolve_views(config.augment, 2, min(source.shape[:2]))
+    seed = config.train.seed
+    found, outside = find_lesions(source, open_masks(masks, source, config.data), images, seed)
     count = len({lesion.image for lesion in found})
     console = Console(stderr=True)
     console.print(f"{len(found)} lesions in {count} of {len(source)} images", highlight=False)
@@ -47,9 +46,9 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
     indices, places = np.unique([lesion.image for lesion in found], return_inverse=True)
     with console.status("") as status:
         rows = audit(source.load_many(indices)[places], found, views, seed, status.update)
-    changes = ", ".join(f"{key}={value}" for key, value in resolved.augment.changes().items())
-    name = resolved.augment.preset + (f" with {changes}" if changes else "")
-    title = f"What transforms do to {len(found)} {kind(resolved.data)}lesions. Config ({name}) {verdict(rows)}"
+    changes = ", ".join(f"{key}={value}" for key, value in config.augment.changes().items())
+    name = config.augment.preset + (f" with {changes}" if changes else "")
+    title = f"What transforms do to {len(found)} {kind(config.data)}lesions. Config ({name}) {verdict(rows)}"
     _write(folder / "lesions.csv", rows)
     lesion_curves(rows, folder / "lesions.png", title)
     _print_lesions(rows)
@@ -57,13 +56,13 @@ def lesions(config: ConfigDict, masks: str, out: str, images: int) -> list[Row]:
     return rows
 
 
-def invariance(config: ConfigDict | None, workdir: str, data: str, out: str, images: int) -> list[Row]:
+def invariance(config: Config | None, workdir: str, data: str, out: str, images: int) -> list[Row]:
     """Writes out/invariance.csv and out/invariance.png, prints the table, and returns the rows."""
     from ssl_jax.audit.figures import profile
     from ssl_jax.audit.invariance import audit
 
     folder = _folder(out)
-    encoder, source, name = _subject(resolve(config) if config else None, workdir, data)
+    encoder, source, name = _subject(config, workdir, data)
     if min(images, len(source)) < MIN_IMAGES:
         raise UserError(f"--images={images} of {len(source)}: allowed: {MIN_IMAGES} or more")
     sample = np.sort(np.random.default_rng(0).permutation(len(source))[:images])
@@ -88,7 +87,7 @@ def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, S
         name = f"{encoder.about.get('method', 'encoder')} ({folder.name})"
         return encoder, open_source(encoder.data(images)), f"{name}, on {kind(images)}images"
     if config is None:
-        raise UserError("--workdir: missing; allowed: a run folder, or --config for random or imported weights")
+        raise UserError("--workdir: missing; use a run folder, or --config for random or imported weights")
     images = data_of(data, "--data", config.data) if data else config.data
     source = open_source(images)
     size, channels = config.augment.override.get("size") or min(source.shape[:2]), source.shape[2]

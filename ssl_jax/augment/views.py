@@ -1,7 +1,7 @@
 """Random views in two steps: `draw` the parameters of a view, then `render` it.
 
-Between the two a method may read parameters (crop boxes, factors) or let two views share some. An operation that a
-`View` switches off is neither drawn nor computed.
+In between, a method may read parameters (crop boxes, factors) or let two views share some. An operation that a `View`
+turns off is neither drawn nor computed.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from ssl_jax.errors import UserError, unknown
 Parameters = dict[str, jax.Array]
 
 COLOUR = ("brightness", "contrast", "saturation", "hue")
-TRIES = 10  # boxes drawn until one lies inside the image, as in torchvision
-# Each parameter has its own slots in one row of uniform numbers: one draw per image and view is fast, and switching
+TRIES = 10  # crop boxes drawn, of which the first that fits into the image is used, as in torchvision
+# Each parameter has its own slots in a row of uniform numbers. A single draw per image and view is fast, and turning
 # one operation off leaves all others unchanged.
 SLOTS = {
     "area": TRIES, "ratio": TRIES, "corner": 2, "flip": 1, "rotate": 1, "translate": 2, "perspective": 9,
     "jitter": 1, "order": 4, "brightness": 1, "contrast": 1, "saturation": 1, "hue": 1, "gray": 1, "blur": 2,
     "solarize": 1, "shear": 1, "zoom": 1,
 }  # fmt: skip
-# What a view can share with the first one (a method's `shares`), and the slots that this takes.
+# What a view can share with the first one (a method's `shares`), and the slots that belong to it.
 FACTORS = {
     "crop": ("area", "ratio", "corner"), "flip": ("flip",), "rotate": ("rotate",), "shear": ("shear",),
     "zoom": ("zoom",), "translate": ("translate",), "perspective": ("perspective",),
@@ -40,29 +40,29 @@ LOCAL = {"crop_scale": (0.05, 0.4)}  # DINO, arXiv 2104.14294, section 3.2; the 
 
 
 def resolve_views(augment: Augment, count: int, size: int, local: bool = False) -> tuple[View, ...]:
-    """The `count` views of a config, followed by its local views. `size` px applies unless the config sets a size.
+    """The `count` views of a config and then its local views, with sides of `size` px unless the config sets a size.
 
-    Views after the second equal the first. local: whether the method accepts local views, which are smaller.
+    From the third on, views are like the first. local: whether the method accepts local views, which are smaller.
     Raises UserError for an unknown preset or key, and for a value out of range.
     """
     if augment.preset not in PRESETS:
         raise unknown("config.augment.preset", augment.preset, PRESETS)
-    known = [f.name for f in dataclasses.fields(View)]
+    options = [f.name for f in dataclasses.fields(View)]
     for path, changes in (("", augment.override), (".second", augment.second), (".local", augment.local)):
         for key in changes:
-            if key not in known:
-                raise unknown(f"config.augment{path}", key, known)
+            if key not in options:
+                raise unknown(f"config.augment{path}", key, options)
     if augment.local_views < 0 or augment.local_views and not local:
         raise UserError(f"config.augment.local_views={augment.local_views}: allowed: 0" + " or more" * local)
     views = []
     for v in range(count + augment.local_views):
-        path, more = "", {}
+        path, changes = "", {}
         if v == 1 and augment.second:
-            path, more = ".second", dict(augment.second)
+            path, changes = ".second", dict(augment.second)
         if v >= count:
-            path, more = ".local", {"size": round((augment.override.get("size") or size) * 96 / 224)}
-            more |= {**LOCAL, **augment.local}
-        view = dataclasses.replace(PRESETS[augment.preset][v == 1], **{**augment.override, **more})
+            path, changes = ".local", {"size": round((augment.override.get("size") or size) * 96 / 224)}
+            changes |= {**LOCAL, **augment.local}
+        view = dataclasses.replace(PRESETS[augment.preset][v == 1], **{**augment.override, **changes})
         view = dataclasses.replace(view, size=view.size or size)
         _check(view, f"config.augment{path}")
         views.append(view)
@@ -70,39 +70,39 @@ def resolve_views(augment: Augment, count: int, size: int, local: bool = False) 
 
 
 def _check(view: View, path: str) -> None:
-    def need(key: str, valid: bool, allowed: str) -> None:
+    def require(key: str, valid: bool, allowed: str) -> None:
         if not valid:
             raise UserError(f"{path}.{key}={getattr(view, key)!r}: allowed: {allowed}")
 
     fields.check(view, path)
-    need("size", view.size >= 1, "1 or more")
+    require("size", view.size >= 1, "1 or more")
     for key in ("crop_scale", "crop_ratio", "blur_sigma", "zoom"):
         value = getattr(view, key)
         limit = 1 if key == "crop_scale" else math.inf
         allowed = "two numbers, 0 < smallest <= largest" + (" <= 1" if limit == 1 else "")
-        need(key, len(value) == 2 and 0 < value[0] <= value[1] <= limit, allowed)
+        require(key, len(value) == 2 and 0 < value[0] <= value[1] <= limit, allowed)
 
 
 def make_views(
     views: Sequence[View], shares: Sequence[Sequence[str]] = ()
 ) -> Callable[..., tuple[tuple[jax.Array, ...], tuple[Parameters, ...]]]:
-    """A function (rng, images uint8 [B, H, W, C], pairs=None, places=None) -> views, drawn.
+    """A function (rng, images uint8 [B, H, W, C], pairs=None, positions=None) -> views, drawn.
 
     Args:
       views: the specification of each view.
-      shares: for each view the names in FACTORS whose random numbers are those of the first view.
+      shares: for each view, the names in FACTORS for which it uses the random numbers of the first view.
 
     Arguments of the function:
-      pairs: other images of the same objects; every second view shows one of these.
-      places: int [B], the positions of these images in the batch if they are a part of it; None: 0 to B - 1.
+      pairs: other images of the same objects, which every second view shows.
+      positions: int [B], the positions of these images in the batch if they are a part of it; None: 0 to B - 1.
 
     Its results:
       views: one float32 [B, s, s, C] in [0, 1] per view.
-      drawn: the parameters of each view, named as in `draw`; box and flip even if they are off, and "source": height
-        and width of the image, px.
+      drawn: the parameters of each view, named as in `draw`. Crop box and flip are there even if they are turned off;
+        "source" is the height and width of the image in px.
 
-    View v of the image at position i is drawn from fold_in(fold_in(rng, i), v) and depends on nothing else, neither on
-    the rest of the batch nor on the number of devices. Raises UserError for a value out of range.
+    View v of the image at position i is drawn from fold_in(fold_in(rng, i), v). It depends neither on the rest of the
+    batch nor on the number of devices. Raises UserError for a value out of range.
     """
     for view in views:
         _check(view, "view")
@@ -119,43 +119,45 @@ def make_views(
             drawn.append({**_identity(*image.shape[:2]), **parameters})
         return tuple(rendered), tuple(drawn)
 
-    def apply(rng, images, pairs=None, places=None):
-        places = jnp.arange(len(images)) if places is None else places
-        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(places)
+    def apply(rng, images, pairs=None, positions=None):
+        positions = jnp.arange(len(images)) if positions is None else positions
+        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(positions)
         return jax.vmap(one)(keys, images, *(() if pairs is None else (pairs,)))
 
     return apply
 
 
 def _identity(height: int, width: int) -> Parameters:
-    """The parameters of an uncropped, unflipped view."""
+    """The parameters of a view that is neither cropped nor flipped."""
     numbers = {"top": 0.0, "left": 0.0, "height": float(height), "width": float(width), "flip": False}
     return {"source": jnp.array([height, width]), **jax.tree.map(jnp.asarray, numbers)}
 
 
 def center_view(images: jax.Array, size: int) -> jax.Array:
-    """Images uint8 [B, H, W, C] without augmentation: float32 [B, size, size, C] in [0, 1], resized if necessary."""
+    """Images uint8 [B, H, W, C] as float32 [B, size, size, C] in [0, 1]: resized if necessary, not augmented."""
     return jax.vmap(lambda image: render(image, {}, View(size=size)))(images)
 
 
 def draw(key: jax.Array, view: View, height: int, width: int) -> Parameters:
-    """Random parameters of one view of an image of height x width px; only those that `view` switches on.
+    """Random parameters of one view of an image of height x width px; only of operations that `view` turns on.
 
-    top, left, height, width   the crop box in px of the source (whole numbers)
-    flip, gray, solarize       whether to apply it
+    top, left, height, width   the crop box in px of the image (whole numbers)
+    flip, gray, solarize       whether to apply the operation
     angle                      degrees, counter-clockwise
-    shear                      degrees, along the rows;  zoom: factor, above 1 enlarges
+    shear                      degrees, along the rows
+    zoom                       factor; more than 1 enlarges
     shift [2]                  px right and down (whole numbers)
     corners [4, 2]             where the corners (x, y) go: upper left, upper right, lower right, lower left
-    order [K]                  order of the colour operations, as positions among those of COLOUR that are on
-    brightness, contrast, saturation     factors, 1 changes nothing; hue: shift in turns, 0 changes nothing
-    sigma                      of the blur in px, 0: none
+    order [K]                  the order of the colour operations, as positions among those of COLOUR that are on
+    brightness, contrast, saturation     factors; 1 changes nothing
+    hue                        shift in turns; 0 changes nothing
+    sigma                      of the blur in px; 0: no blur
     """
     return _parameters(_numbers(key), view, height, width)
 
 
 def _numbers(key: jax.Array) -> Parameters:
-    """The row of uniform numbers of one view, by SLOTS."""
+    """The uniform numbers of one view, split into its SLOTS."""
     numbers = jax.random.uniform(key, (sum(SLOTS.values()),))
     return dict(zip(SLOTS, jnp.split(numbers, list(accumulate(SLOTS.values()))[:-1]), strict=True))
 
@@ -186,7 +188,7 @@ def _parameters(u: Parameters, view: View, height: int, width: int) -> Parameter
 
 
 def _draw_box(u: Parameters, view: View, height: int, width: int) -> Parameters:
-    """Area uniform, ratio log-uniform, the first of TRIES boxes that fits; else a central one (as in torchvision)."""
+    """The first of TRIES random boxes that fits, else a central one: area uniform, ratio log-uniform (torchvision)."""
     low, high = view.crop_scale
     area = height * width * (low + (high - low) * u["area"])
     low, high = map(math.log, view.crop_ratio)
@@ -231,8 +233,8 @@ def _draw_jitter(u: Parameters, view: View) -> Parameters:
 def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
     """One view float32 [s, s, C] in [0, 1] of an image [H, W, C], uint8 or float in [0, 1]; s = view.size.
 
-    Order: warp (rotation, shear, zoom, perspective and shift in one sampling), crop, flip, colour jitter, gray, blur,
-    solarize. Operations without parameters are skipped. Colour needs C = 3.
+    The order is warp (rotation, shear, zoom, perspective and shift in one resampling), crop, flip, colour jitter, gray,
+    blur, solarize. Operations without parameters are skipped, and so are operations on colour unless C = 3.
     """
     height, width, channels = image.shape
     image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
@@ -253,17 +255,17 @@ def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
 
 
 def geometry(parameters: Parameters) -> Parameters:
-    """The parameters that move pixels: rendered with them, a mask stays aligned with its image."""
+    """The parameters that move pixels. A mask rendered with them stays aligned with its image."""
     return {name: value for name, value in parameters.items() if name in GEOMETRY}
 
 
 def appearance(parameters: Parameters) -> Parameters:
-    """The parameters that change pixels in place."""
+    """The parameters that change pixels without moving them."""
     return {name: value for name, value in parameters.items() if name not in GEOMETRY}
 
 
 def blur_kernel(size: int) -> int:
-    """A tenth of the view's side, odd, at least 3 px (SimCLR, appendix A)."""
+    """The size of the blur kernel in px: a tenth of the view's side, odd, at least 3 (SimCLR, appendix A)."""
     return max(3, 2 * (size // 20) + 1)
 
 
@@ -284,10 +286,10 @@ def _warp(image: jax.Array, parameters: Parameters) -> jax.Array:
 
 
 def _jitter(image: jax.Array, parameters: Parameters) -> jax.Array:
-    """The colour operations, one after another in the drawn order.
+    """Applies the colour operations in the order that was drawn.
 
-    Under vmap a conditional runs all its branches. Brightness, contrast and saturation are each a blend with another
-    image, so a step selects that image and the factor, blends once, and turns the hue once.
+    Under vmap, a conditional runs all of its branches. Brightness, contrast and saturation each blend the image with
+    another one, so each step selects that image and the factor, blends once, and shifts the hue once.
     """
     names = [name for name in COLOUR if name in parameters]
     rgb = image.shape[-1] == 3

@@ -1,7 +1,7 @@
-"""Images in, uint8 batches out: one module per source, one order for data in memory and on disk.
+"""Reads images and returns uint8 batches. Each source is a module; data in memory and on disk have the same order.
 
-A source is a module with a function `read(data: config.Data) -> Source`. `config.data.name` is the name of a module of
-this folder, an entry point of an installed package, or an import path (see `ssl_jax.registry`).
+A source is a module with a function `read(data: config.Data) -> Source`. `config.data.name` names a module in this
+folder, an entry point of an installed package, or an import path (see `ssl_jax.registry`).
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ __all__ = ["Partners", "Source", "batches", "open_source", "order", "phantom"]
 
 
 def open_source(data: Data, split: str | None = None) -> Source:
-    """The images that `data` names, none of them decoded yet.
+    """The images that `data` describes, not decoded yet.
 
-    split: train, test, all, or another part of the data; None: data.split. Without a test part, "test" means the
-        validation part; without either it is an error, and the caller holds images out with `Source.take`.
-    Raises UserError, one line, for whatever is missing, malformed or unreadable.
+    split: train, test, all, or another part of the data; None: data.split. Without a test part, "test" is the
+        validation part. Without either it raises NoPartError, and the caller may hold images out with `Source.take`.
+    Raises UserError for whatever is missing, malformed or unreadable.
     """
     module = registry.find("source", data.name)
-    # Of a Data made in Python; `channels` may be any number that the encoder was trained with.
+    # For a Data created in Python. `channels` may be any number that an encoder was trained with.
     fields.check(dataclasses.replace(data, channels=0), "config.data")
     source = module.read(dataclasses.replace(data, split=split or data.split))
     if data.pairs and source.objects is None:
@@ -34,7 +34,7 @@ def open_source(data: Data, split: str | None = None) -> Source:
 
 
 def phantom(data: Data) -> dict[str, Any] | None:
-    """The contents of phantom.json, which generated images have in their folder or the one above; None without it."""
+    """The content of phantom.json, which lies beside generated images or one folder above; None for other images."""
     path = Path(data.path)
     for folder in (path, path.parent) if data.path else ():
         if (folder / "phantom.json").is_file():

@@ -1,9 +1,9 @@
-"""Decoded images on disk: each file is decoded and resized once, and its bytes are read from then on.
+"""A cache of decoded images on disk: each file is decoded and resized once, and later only its pixels are read.
 
-A store is a folder for one shape and window, shared by all data sets. images.u8 holds the images one after another;
-index.jsonl has one line per file: path, bytes, time of last change (ns), position in images.u8, CRC-32 of the image.
-The last line of a path counts. Images are written before their lines, so a killed process loses only the images that
-it decoded last.
+A store is a folder for one shape and window, shared by all data sets. images.u8 contains the images one after another.
+index.jsonl has one line per file: path, size in bytes, time of last change (ns), position in images.u8, CRC-32 of the
+image; the last line of a path counts. Images are written before their lines, so a killed process loses only the images
+that it decoded last.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from ssl_jax.errors import UnreadableError, UserError
 from ssl_jax.progress import counting
 
 log = logging.getLogger("ssl_jax")
-VERSION = 1  # raise it when decoding gives different pixels, so that older images are not used
-GROUP = 64  # images that each thread decodes between two writes
+VERSION = 1  # raise it when decoding gives different pixels, so that older caches are not used
+GROUP = 64  # images per thread that are decoded between two writes
 
 
 class Entry(NamedTuple):
@@ -36,18 +36,18 @@ class Entry(NamedTuple):
 
     size: int  # bytes
     changed: int  # ns
-    place: int  # position in images.u8; -1 if it cannot be decoded
-    check: int | str  # CRC-32 of the image, or why it cannot be decoded
+    position: int  # of the image in images.u8; -1 if the file cannot be decoded
+    checksum: int | str  # CRC-32 of the image, or why the file cannot be decoded
 
 
 def cached(
     paths: Sequence[Path | str], decode: Callable[[int], np.ndarray], shape: tuple[int, int, int], data: Data
 ) -> Callable[[int], np.ndarray]:
-    """`decode` (index of a path -> uint8 [H,W,C], or UnreadableError), backed by the store in the folder data.cache.
+    """`decode` (index of a path -> uint8 [H,W,C], or UnreadableError) with a cache in the folder data.cache.
 
-    Files that are missing there, or whose size or time has changed, are decoded now, with progress, by data.workers
-    threads. An image with a wrong checksum is decoded again when it is read. Raises UserError if the folder cannot be
-    written.
+    Files that are missing from the cache, or whose size or time has changed, are decoded now by data.workers threads,
+    with a progress line. An image with a wrong checksum is decoded again when it is read. Raises UserError if the
+    folder cannot be written.
     """
     folder = Path(data.cache).expanduser() / f"{'x'.join(map(str, shape))}-{data.window}-v{VERSION}"
     names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - Path.absolute takes five times as long
@@ -57,9 +57,8 @@ def cached(
         missing = [i for i, stamp in enumerate(stamps) if stamp and not store.has(names[i], stamp)]
         if missing:
             with store.filling():
-                missing = [
-                    i for i in missing if not store.has(names[i], stamps[i])
-                ]  # another process may have added it
+                # Another process may have added some of them.
+                missing = [i for i in missing if not store.has(names[i], stamps[i])]
                 _fill(store, missing, names, stamps, decode, data.workers)
     except OSError as error:
         raise UserError(f"config.data.cache={data.cache!r}: {error.strerror or error}") from error
@@ -67,16 +66,16 @@ def cached(
 
     def load(index: int) -> np.ndarray:
         entry = entries[index]
-        if entry is None:  # no such file: raises the same error as without a cache
+        if entry is None:  # no such file: the same error as without a cache
             return decode(index)
-        if entry.place < 0:
-            raise UnreadableError(str(entry.check))
+        if entry.position < 0:
+            raise UnreadableError(str(entry.checksum))
         image = store.read(entry)
         if image is None:
-            log.warning("%r: damaged in the cache, decoded again", printable(names[index]))
+            log.warning("%r: damaged in the cache; decoding it again", printable(names[index]))
             image = decode(index)
-            if _check(image) == entry.check:  # else the file has changed since
-                store.write(image, entry.place)
+            if _checksum(image) == entry.checksum:  # otherwise the file has changed
+                store.write(image, entry.position)
         return image
 
     return load
@@ -110,11 +109,12 @@ def _fill(
             progress(start + len(group), len(missing))
 
 
-def _check(image: np.ndarray) -> int:
+def _checksum(image: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(image))
 
 
 def _stamp(name: str) -> tuple[int, int] | None:
+    """Size and time of last change of a file; None if it does not exist."""
     try:
         status = os.stat(name)  # noqa: PTH116 - Path.stat takes twice as long
     except OSError:
@@ -123,31 +123,31 @@ def _stamp(name: str) -> tuple[int, int] | None:
 
 
 class Store:
-    """The images of one shape. Any number of processes may read; one at a time may add (`filling`)."""
+    """The images of one shape. Any number of processes may read, but only one at a time may add (`filling`)."""
 
     def __init__(self, folder: Path, shape: tuple[int, int, int]):
         self.folder, self.shape, self.nbytes = folder, shape, int(np.prod(shape))
         folder.mkdir(parents=True, exist_ok=True)
         images = folder / "images.u8"
         images.touch()
-        self._images = images.open("r+b", buffering=0)  # as long as self lives
+        self._images = images.open("r+b", buffering=0)  # stays open
         self._lines = folder / "index.jsonl"
         self.index: dict[str, Entry] = {}
-        self._places = 0
+        self._next_position = 0
         self._read_index()
 
     def _read_index(self) -> int:
-        """Reads all complete lines and returns their length in bytes. A line that a kill cut short has no end."""
+        """Reads all complete lines and returns their length in bytes. A kill may have cut off the last line."""
         content = self._lines.read_bytes() if self._lines.exists() else b""
         end = content.rfind(b"\n") + 1
         for line in content[:end].splitlines():
             name, *entry = json.loads(line)
-            self._note(name, Entry(*entry))
+            self._insert(name, Entry(*entry))
         return end
 
-    def _note(self, name: str, entry: Entry) -> None:
+    def _insert(self, name: str, entry: Entry) -> None:
         self.index[name] = entry
-        self._places = max(self._places, entry.place + 1)
+        self._next_position = max(self._next_position, entry.position + 1)
 
     def has(self, name: str, stamp: tuple[int, int] | None) -> bool:
         entry = self.index.get(name)
@@ -155,7 +155,7 @@ class Store:
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
-        """Exclusive access: others wait. Entries that another process added meanwhile are in the index then."""
+        """Keeps other processes from adding images; they wait. First reads the entries that others have added."""
         with (self.folder / ".lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,29 +168,29 @@ class Store:
             yield
 
     def add(self, images: Sequence[tuple[str, int, int, np.ndarray | str]]) -> None:
-        """Adds images (or the reason why a file cannot be decoded), each with the file's path, size and time."""
+        """Adds images, or the reasons why files cannot be decoded, each with the path, size and time of its file."""
         lines = []
         for name, size, changed, image in images:
-            known = self.index.get(name)
+            old = self.index.get(name)
             if isinstance(image, str):
                 entry = Entry(size, changed, -1, image)
             else:
-                place = known.place if known and known.place >= 0 else self._places
-                self.write(image, place)
-                entry = Entry(size, changed, place, _check(image))
-            self._note(name, entry)
+                position = old.position if old and old.position >= 0 else self._next_position
+                self.write(image, position)
+                entry = Entry(size, changed, position, _checksum(image))
+            self._insert(name, entry)
             lines.append(json.dumps([name, *entry]) + "\n")
         with self._lines.open("a") as file:
             file.write("".join(lines))
 
-    def write(self, image: np.ndarray, place: int) -> None:
+    def write(self, image: np.ndarray, position: int) -> None:
         content = memoryview(np.ascontiguousarray(image)).cast("B")
-        if os.pwrite(self._images.fileno(), content, place * self.nbytes) < self.nbytes:
+        if os.pwrite(self._images.fileno(), content, position * self.nbytes) < self.nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def read(self, entry: Entry) -> np.ndarray | None:
-        """The image uint8 [H,W,C], read-only; None if its bytes differ from those written."""
-        content = os.pread(self._images.fileno(), self.nbytes, entry.place * self.nbytes)
-        if len(content) < self.nbytes or zlib.crc32(content) != entry.check:
+        """The image uint8 [H,W,C], read-only; None if it does not match its checksum."""
+        content = os.pread(self._images.fileno(), self.nbytes, entry.position * self.nbytes)
+        if len(content) < self.nbytes or zlib.crc32(content) != entry.checksum:
             return None
         return np.frombuffer(content, np.uint8).reshape(self.shape)

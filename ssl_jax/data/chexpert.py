@@ -33,7 +33,7 @@ OBSERVATIONS = (
     "Support Devices",
 )
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")  # section 4
-# Ten findings, as in the published study: without "No Finding", the two rarest and the devices.
+# The ten findings of the published study: without "No Finding", the two rarest ones and the devices.
 STUDY = tuple(
     name
     for name in OBSERVATIONS
@@ -41,36 +41,37 @@ STUDY = tuple(
 )
 PRESETS = {"study": STUDY, "competition": COMPETITION}
 TABLES = {"train": "train.csv", "val": "valid.csv", "test": "test.csv"}
-# The first folder of a path is the name of the download (CheXpert-v1.0-small), which is ignored.
+# The first folder of a path in a table is the name of the download (CheXpert-v1.0-small); it is ignored.
 PATH = re.compile(r"(?:.*/)?([^/]+/patient(\d+)/.+)")
 
 
 def read(data: Data) -> Source:
-    """The images listed in train.csv and valid.csv in the folder data.path, in their order.
+    """The images listed in train.csv and valid.csv in the folder data.path, in this order.
 
-    split: train; val, the hand-labelled valid.csv; test, test.csv or, if that is missing, valid.csv; all. data.frontal
-    selects the views; data.labels the observations: names, ("study",), ("competition",), or () for all fourteen;
-    data.uncertain and data.blank the meaning of -1 and of an empty cell (`table.several_labels`). Images are gray
-    unless data.channels is set. groups are the patients' numbers. Raises UserError if a patient is in two tables.
+    split: train; val (the hand-labelled valid.csv); test (test.csv or, if it is missing, valid.csv); or all.
+    data.frontal selects the projection. data.labels selects the observations: names, ("study",), ("competition",), or
+    () for all fourteen. data.uncertain and data.blank say what -1 and an empty cell mean (`table.several_labels`).
+    Images are gray unless data.channels is set. groups are patient numbers. Raises UserError if a patient is in two
+    tables.
     """
     if not data.path:
-        raise UserError("config.data.path='': missing; allowed: the folder of CheXpert, which contains train.csv")
+        raise UserError("config.data.path='': missing; set it to the folder of CheXpert, which contains train.csv")
     if data.pairs not in ("", "patient"):
-        raise UserError(f"config.data.pairs={data.pairs!r}: allowed for chexpert: patient")
+        raise UserError(f"config.data.pairs={data.pairs!r}: allowed with chexpert: patient")
     where, root = f"config.data.path={data.path!r}", Path(data.path).expanduser()
     names = _observations(data.labels)
     paths = {part: root / name for part, name in TABLES.items() if (root / name).is_file()}
     if not paths:
-        raise UserError(f"{where}: no train.csv in it; allowed: the folder with train.csv and the folder train")
+        raise UserError(f"{where}: contains no train.csv; set it to the folder with train.csv and the folder train")
     parts = pick_parts({part: part for part in paths}, data.split, where)
-    # All tables are read, whatever the part: a test with a patient from the training images would be worthless.
+    # Reads all tables, whatever the part: a test on patients from the training images would be worthless.
     lists = {part: _List(read_table(path, f"{where}: {path.name}"), data.frontal) for part, path in paths.items()}
     _check_patients(lists, where)
     blank = np.nan if data.blank == "ignore" else 0.0
     selected = [lists[part] for part in parts]
     files = [file for each in selected for file in each.files(root, data.pairs)]
     if not files:
-        raise UserError(f"config.data.frontal={data.frontal!r}: {where} has no such images; allowed: all")
+        raise UserError(f"config.data.frontal={data.frontal!r}: {where} has no such images; use all")
     return from_files(
         files,
         names,
@@ -82,7 +83,7 @@ def read(data: Data) -> Source:
 
 
 class _List:
-    """A table's images: paths [N] below the folder, patients int64 [N], and the rows of the selected views."""
+    """The images in a table: paths [N] below the folder, patients int64 [N], and the rows of the projection `view`."""
 
     def __init__(self, table: Table, view: str):
         name = table.find("Path")
@@ -92,8 +93,8 @@ class _List:
         matches = [PATH.fullmatch(cell) for cell in cells]
         if None in matches:
             row = matches.index(None)
-            allowed = "allowed: paths like CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg"
-            raise table.fail(row, f"{name}={cells[row]!r}: no patient in it; {allowed}")
+            example = "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg"
+            raise table.fail(row, f"{name}={cells[row]!r}: names no patient; expected a path like {example}")
         self.table, self.paths = table, [match[1] for match in matches if match]
         self.patients = np.array([int(match[2]) for match in matches if match], np.int64)
         self.rows = self._rows(view)
@@ -104,7 +105,7 @@ class _List:
         name = self.table.find("Frontal/Lateral")
         if name:
             return np.flatnonzero([cell.lower() == view for cell in self.table.column(name)])
-        # The lists of test images in circulation have only paths and observations.
+        # Lists of the test images, as found on the web, have only paths and observations.
         return np.flatnonzero([f"_{view}" in path for path in self.paths])
 
     def files(self, root: Path, pairs: str) -> list[File]:

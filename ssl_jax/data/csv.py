@@ -14,16 +14,16 @@ PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "
 
 
 def read(data: Data) -> Source:
-    """The images that the table data.path lists, in its order; see `table.read_table` for the format.
+    """The images listed in the table data.path, in its order; see `table.read_table` for the format.
 
-    Column names are not case-sensitive. The path is in the column path, file, filename or image; split may hold train,
-    val or test. One label per image: the column that data.labels names, else label, class or target; an empty cell
-    means unknown. Several: the columns that data.labels names, see `table.several_labels`. data.group: the column that
-    says whose image it is; no group may be in two parts. Paths are absolute or relative to the table's folder; \\
-    counts as / in a path without /. Errors name the line.
+    Column names are not case-sensitive. Paths are in the column path, file, filename or image. They are absolute or
+    relative to the table's folder; \\ counts as / in a path without /. The column split may say train, val or test.
+    A single label is in the column that data.labels names, or else in label, class or target; an empty cell means
+    unknown. For several labels per image, data.labels names the columns; see `table.several_labels`. data.group names
+    the column with the patient or owner; no group may be in two parts. Errors name the line.
     """
     if not data.path:
-        raise UserError("config.data.path='': missing; allowed: a table (.csv, .tsv) of image files")
+        raise UserError("config.data.path='': missing; set it to a table (.csv, .tsv) of image files")
     where, table_path = f"config.data.path={data.path!r}", Path(data.path).expanduser()
     table = read_table(table_path, where)
     paths, parts = _paths(table), _parts(table)
@@ -49,7 +49,7 @@ def read(data: Data) -> Source:
             paths[row],
             single[row] or None,
             table.at(row),
-            # An image without an object is an object of its own.
+            # An image whose object is not given is an object of its own.
             "" if objects is None else objects[row] or f"{paths[row]}{table.at(row)}",
         )
         for row in selected
@@ -63,7 +63,7 @@ def _paths(table: Table) -> list[str]:
     name = table.find(*PATH)
     if name is None:
         raise UserError(
-            f"{table.where}: no column of paths; the columns are {', '.join(table.header)}; allowed: {', '.join(PATH)}"
+            f"{table.where}: no column of paths, such as {', '.join(PATH)}; the columns are {', '.join(table.header)}"
         )
     paths = table.filled(name, "the path of an image file")
     return [path if "/" in path else path.replace("\\", "/") for path in paths]
@@ -88,6 +88,6 @@ def _groups(table: Table, parts: list[str], group: str) -> np.ndarray:
     groups = group_numbers(values)
     if rows := in_two_parts(groups, parts):
         row, other = rows
-        found = f"{group} {values[row]!r} is in {parts[row]}, and{table.at(other)} in {parts[other]}"
-        raise table.fail(row, f"{found}; all images of one {group} must be in the same part")
+        conflict = f"{group} {values[row]!r} is in {parts[row]}, but{table.at(other)} in {parts[other]}"
+        raise table.fail(row, f"{conflict}; all images of one {group} must be in the same part")
     return groups

@@ -1,7 +1,7 @@
-"""DICOM images as gray levels or colours, with pydicom (the extra `dicom`).
+"""Decodes DICOM images to gray levels or colours, with pydicom (the extra `dicom`).
 
-Only tags that describe the pixels are read. Names, dates and private tags are never read, and pydicom's own messages,
-which may quote a file's content, are not passed on.
+It reads only tags that describe pixels, never names, dates or private tags. pydicom's own messages, which may quote a
+file's content, are suppressed.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 from ssl_jax.errors import UnreadableError, UserError
 
 MARK = b"DICM"  # bytes 128 to 131
-PERCENTILES = (0.5, 99.5)  # of the pixels: black and white, if a file has no window of its own
+PERCENTILES = (0.5, 99.5)  # of the pixels, which become black and white if a file has no window of its own
 TAGS = """
     SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns NumberOfFrames BitsAllocated BitsStored
     HighBit PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept ModalityLUTSequence WindowCenter
@@ -26,7 +26,7 @@ TAGS = """
     SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
     SegmentedBluePaletteColorLookupTableData PixelData FloatPixelData DoubleFloatPixelData
 """
-# Packages for a family of transfer syntaxes, by a word in its name.
+# The packages for a family of transfer syntaxes, by a word in its name.
 PLUGINS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
     "JPEG-LS": "pylibjpeg pylibjpeg-libjpeg",
@@ -40,16 +40,16 @@ def is_dicom(head: bytes) -> bool:
 
 
 def check(path: Path) -> None:
-    """Raises UnreadableError unless the header is that of an image that installed packages can decompress."""
+    """Raises UnreadableError unless the file contains an image that installed packages can decompress."""
     _decompressor(_read(path, stop_before_pixels=True))
 
 
 def decode(content: bytes, window: str) -> np.ndarray:
-    """The first frame in the file `content`, uint8 [H,W] or, if it has colours, [H,W,3].
+    """The first frame of the file with this content, uint8 [H,W] or, for colour images, [H,W,3].
 
-    Gray values pass through the file's rescale or modality table, then through its window or VOI table (window="auto")
-    or are stretched between PERCENTILES (window="percentile", and if the file has no window). MONOCHROME1 is inverted,
-    so that larger values are always brighter. Raises UnreadableError.
+    The file's rescale or modality table is applied to gray values, and then its window or VOI table. With
+    window="percentile", or if the file has no window, they are stretched between PERCENTILES instead. MONOCHROME1 is
+    inverted, so that larger values are always brighter. Raises UnreadableError.
     """
     header = _read(io.BytesIO(content))
     compressed = _decompressor(header)
@@ -70,16 +70,16 @@ def decode(content: bytes, window: str) -> np.ndarray:
     except (MemoryError, UnreadableError):
         raise
     except Exception as error:
-        more = f"damaged, or it needs: pip install {compressed}" if compressed else "damaged"
+        reason = f"damaged, or needs: pip install {compressed}" if compressed else "damaged"
         raise UnreadableError(
-            f"DICOM ({_syntax(header)}) that can't be decoded ({type(error).__name__}): {more}"
+            f"DICOM ({_syntax(header)}) that cannot be decoded ({type(error).__name__}): {reason}"
         ) from None
     shade = 1 - shade if kind == "MONOCHROME1" else shade
     return (shade * 255).round().astype(np.uint8)
 
 
 def _own_window(values: np.ndarray, header: Any) -> np.ndarray | None:
-    """Values mapped to 0 to 1 by the first VOI table or window of the file; None if it has none that is valid.
+    """Values mapped to [0, 1] by the first VOI table or window of the file; None if it has no valid one.
 
     Source: DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3.
     """
@@ -100,7 +100,7 @@ def _own_window(values: np.ndarray, header: Any) -> np.ndarray | None:
 
 
 def stretch(values: np.ndarray, percentiles: tuple[float, float], known: np.ndarray | None = None) -> np.ndarray:
-    """Values mapped to 0 to 1 between two percentiles of the `known` ones (no padding); 0 if all are equal.
+    """Values mapped to [0, 1] between two percentiles of the `known` ones (no padding); 0 if all are equal.
 
     Raises UnreadableError if a value is not finite.
     """
@@ -117,12 +117,12 @@ def _first(value: Any) -> float | None:
 
 
 def _eight_bits(pixels: np.ndarray, bits: int = 0) -> np.ndarray:
-    """The upper 8 of the used bits."""
+    """The upper 8 of the bits in use."""
     return (pixels >> max((bits or 8 * pixels.dtype.itemsize) - 8, 0)).astype(np.uint8)
 
 
 def _read(file: Any, **options: bool) -> Any:
-    """Only the tags TAGS of a file."""
+    """The tags TAGS of a file, and no others."""
     pydicom = _pydicom()
     try:
         header = pydicom.dcmread(file, specific_tags=TAGS.split(), **options)
@@ -136,8 +136,10 @@ def _read(file: Any, **options: bool) -> Any:
 
 
 def _decompressor(header: Any) -> str:
-    """The packages that decompress the pixels, for a message; "" if none is needed. Raises UnreadableError if no
-    installed package can decompress them."""
+    """The packages that decompress the pixels, for error messages; "" if they are not compressed.
+
+    Raises UnreadableError if no installed package can decompress them.
+    """
     from pydicom.pixels import get_decoder
 
     uid = getattr(header.file_meta, "TransferSyntaxUID", None)

@@ -1,11 +1,12 @@
-"""Coloured shapes with four independent labels, drawn from (seed, part, index): which transform loses which label?
+"""Coloured shapes with four independent labels, to find out which transform loses which label.
 
 shape        of the object: disc, square, triangle, cross
 colour       of the object: red, green, blue or none, at any brightness, so that a gray image does not reveal it
 texture      of the object: plain, fine grain, coarse grain or stripes
 orientation  of the waves in the background: 0, 45, 90 or 135 degrees
 
-Everything else (position, size, brightness, the waves' length and phase, noise) is independent of all four.
+Everything else (position, size, brightness, the waves' length and phase, noise) is independent of all four. Each image
+is a function of (seed, part, index).
 """
 
 import re
@@ -31,9 +32,10 @@ CHROMA[1:] /= np.abs(CHROMA[1:]).max(axis=1, keepdims=True)
 
 
 def read(data: Data) -> Source:
-    """data.path: "label=shape,n=1024,test=256,seed=0" or any of these options: which attribute is the label, and the
-    numbers of training (n) and test images. Images have 32 px and 3 channels unless data.size and data.channels are
-    set; with one channel they are gray.
+    """Generated images. data.path may set any of "label=shape,n=1024,test=256,seed=0": the attribute that is the label,
+    and the numbers of training (n) and test images.
+
+    Images have 32 px and 3 channels unless data.size and data.channels are set; with one channel they are gray.
     """
     options = _options(data.path)
     label, seed = options["label"], int(options["seed"])
@@ -70,7 +72,7 @@ def _rng(seed: int, part: int, index: int) -> np.random.Generator:
 
 
 def _values(rng: np.random.Generator) -> np.ndarray:
-    """One of four values of each attribute, drawn before anything else of an image."""
+    """The value (0 to 3) of each attribute, drawn before everything else of an image."""
     return rng.integers(0, 4, len(ATTRIBUTES))
 
 
@@ -103,7 +105,7 @@ def _texture(rng: np.random.Generator, name: str, y: np.ndarray, x: np.ndarray) 
     if name == "stripes":
         angle = rng.uniform(0, np.pi)
         return np.sqrt(2) * np.sin(2 * np.pi * (8 * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform()))
-    cells = size if name == "fine" else 10  # coarse: a tenth of the image
+    cells = size if name == "fine" else 10  # coarse: ten cells per side
     grain = rng.choice([-1.0, 1.0], (cells, cells))
     return grain[np.minimum((y * cells).astype(int), cells - 1), np.minimum((x * cells).astype(int), cells - 1)]
 

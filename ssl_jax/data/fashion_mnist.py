@@ -18,14 +18,14 @@ FILES = {"train": "train", "test": "t10k"}
 
 
 def read(data: Data) -> Source:
-    """From the original IDX files in data.path, else in the folder of Debian's package, else in ~/.cache/ssl_jax; else
-    from a prepared TFDS data set."""
+    """Reads the original IDX files in data.path or, if it is empty, in the folder of Debian's package or in
+    ~/.cache/ssl_jax; if they are in neither, a prepared TFDS data set."""
     prefixes = pick_parts(FILES, data.split, "fashion_mnist")
     folders = [Path(folder).expanduser() for folder in ([data.path] if data.path else FOLDERS)]
     folder = next((folder for folder in folders if _file(folder, "train-images-idx3-ubyte")), None)
     if folder is None:
         if data.path:
-            raise UserError(f"config.data.path={data.path!r}: no train-images-idx3-ubyte.gz there")
+            raise UserError(f"config.data.path={data.path!r}: contains no train-images-idx3-ubyte.gz")
         return _from_tfds(data)
     images = [_read_idx(folder, f"{prefix}-images-idx3-ubyte", 3) for prefix in prefixes]
     labels = [_read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1) for prefix in prefixes]
@@ -39,7 +39,7 @@ def _from_tfds(data: Data) -> Source:
         source = tfds.read(dataclasses.replace(data, name="tfds", path="fashion_mnist"))
     except UserError as error:
         raise UserError(
-            f"fashion_mnist: not in {' or '.join(FOLDERS)}, nor prepared by TFDS; run sudo apt-get install "
+            f"fashion_mnist: neither in {' or '.join(FOLDERS)} nor prepared by TFDS; run sudo apt-get install "
             f"dataset-fashion-mnist, put the four .gz files into {FOLDERS[-1]}, or run {tfds.command('fashion_mnist')}"
         ) from error
     source.classes = list(CLASSES)
@@ -51,7 +51,7 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes: two zeros, type 8, number of dimensions, each length as 4 bytes big-endian, the bytes."""
+    """Reads an IDX file: two zeros, type 8 (bytes), number of dimensions, each length in 4 big-endian bytes, data."""
     path = _file(folder, name)
     if path is None:
         raise UserError(f"{folder / name}.gz: no such file")

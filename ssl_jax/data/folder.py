@@ -1,6 +1,6 @@
-"""Image files: a folder of them as a source, and how a file, of any source, becomes uint8 [size, size, C].
+"""A folder of image files as a source, and how files and arrays of any source become uint8 [size, size, C].
 
-Pillow decodes the files, pydicom those in DICOM. Arrays become a source in the same way (`from_array`).
+Pillow decodes the files, except for DICOM, which pydicom decodes.
 """
 
 import contextlib
@@ -24,27 +24,26 @@ from ssl_jax.data.source import Source, check_bad_share, pick_parts, printable, 
 from ssl_jax.errors import UnreadableError, UserError
 
 log = logging.getLogger("ssl_jax")
-LOOK = 10_000  # up to this many files, the header of each is read at the start; beyond, only whether they exist
-SIZE = 224  # side of images from files, px, unless data.size says otherwise
+MAX_HEADERS = 10_000  # with more files than this, the first look only checks that they exist, and reads no headers
+SIZE = 224  # side of images from files in px, unless data.size is set
 PARTS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 KINDS = "jpg, jpeg, jpe, jfif, png, bmp, gif, tif, tiff, webp, ppm, pgm, pbm, pnm, jp2, j2k, avif, dcm, dicom"
 EXTENSIONS = frozenset(f".{kind}" for kind in KINDS.split(", "))
-# Pillow tries only these, whatever the extension says: others (EPS, PDF) start programs.
+# Pillow tries only these formats, whatever the extension says, because others (EPS, PDF) start programs.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits in one channel
 
 
 def read(data: Data) -> Source:
-    """The images under data.path, sorted by name; hidden files and files that are not images are skipped.
+    """The images below data.path, sorted by name. Hidden files and files that are not images are skipped.
 
-    First-level folders train/ and test/ (or val/, valid/) are parts of the data. Labels are the names of the
-    first-level folders (below train/ ..., if there are parts), provided there are at least two and no image is outside
-    them.
+    The top-level folders train/ and test/ (or val/, valid/) are parts of the data. Labels are the names of the
+    top-level folders, or of those directly below the parts, if there are at least two and every image is in one.
     """
     if not data.path:
-        raise UserError("config.data.path='': missing; allowed: a folder of images")
+        raise UserError("config.data.path='': missing; set it to a folder of images")
     if data.pairs not in ("", "folder"):
-        raise UserError(f"config.data.pairs={data.pairs!r}: allowed for a folder: folder (one object per folder)")
+        raise UserError(f"config.data.pairs={data.pairs!r}: allowed with folder: folder (one object per folder)")
     root = Path(data.path).expanduser()
     if not root.is_dir():
         raise UserError(f"config.data.path={data.path!r}: {'not a folder' if root.exists() else 'no such folder'}")
@@ -52,9 +51,9 @@ def read(data: Data) -> Source:
     has_parts = any(PARTS.get(path[0].lower()) == "train" for path in paths if len(path) > 1)
     if has_parts:
         paths = [path for path in paths if len(path) > 1 and path[0].lower() in PARTS]
-    depth = 1 if has_parts else 0  # of the class's folder in a path
+    depth = 1 if has_parts else 0  # of the class folder in a path
     names = {path[depth] if len(path) > depth + 1 else None for path in paths}
-    # A lone test/ or val/ beside other folders is probably a part of some data set rather than a class.
+    # A folder test/ or val/ without train/ is probably a part of some data set rather than a class.
     labelled = len(names) > 1 and None not in names and (has_parts or not any(n and n.lower() in PARTS for n in names))
     parts: dict[str, list[File]] = {"train": []}
     for path in paths:
@@ -68,7 +67,7 @@ def read(data: Data) -> Source:
 
 
 def _image_paths(root: Path) -> Iterator[tuple[str, ...]]:
-    """Image files below root as tuples of names. A folder that links reach twice is read once."""
+    """The image files below root, as tuples of names. A folder that links lead to again is read once."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"{printable(error.filename)!r}: {error.strerror}") from error
@@ -88,11 +87,11 @@ def _image_paths(root: Path) -> Iterator[tuple[str, ...]]:
 
 
 class File(NamedTuple):
-    path: str  # text: two hundred thousand Paths take a second to create
+    path: str  # not a Path: creating 200,000 of them takes a second
     name: str  # printable, as in Source.names
-    label: str | None  # None: not known
+    label: str | None  # None: unknown
     at: str = ""  # where it is listed, for messages
-    object: str = ""  # what it shows (config.data.pairs)
+    object: str = ""  # the object that it shows (config.data.pairs)
 
 
 def from_files(
@@ -104,9 +103,9 @@ def from_files(
     labels: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> Source:
-    """The source of these files, without those that a first look finds unreadable. data.limit counts files.
+    """A source of these files, except those that a first look finds unreadable. data.limit counts files.
 
-    labels: float32 [N, K], for multi-label data, instead of each file's label. groups: int64 [N], as in Source.
+    labels: float32 [N, K], for multi-label data, instead of the files' labels. groups: int64 [N], as in Source.
     """
     files = files[: data.limit or None]
     if not files:
@@ -124,8 +123,8 @@ def from_files(
         path = files[index].path
         try:
             content = Path(path).read_bytes()
-        except OSError as error:  # the disk's fault, not the file's: a stand-in would make the run depend on the disk
-            raise UserError(f"{printable(path)!r}: {error.strerror}; it was there at the start") from error
+        except OSError as error:  # a failing disk; with a stand-in, results would depend on it
+            raise UserError(f"{printable(path)!r}: {error.strerror}; it was readable at the start") from error
         return decode(content, shape[0], shape[2], data.window)
 
     load: Callable[[int], np.ndarray] = read
@@ -153,8 +152,8 @@ def from_files(
 
 
 def _first_look(files: Sequence[File], workers: int) -> list[str]:
-    """For each file why it cannot be read, "" if nothing is wrong with it so far."""
-    look = check if len(files) <= LOOK else _check_exists
+    """For each file, the reason why it cannot be read, or "" if nothing is wrong so far."""
+    look = check if len(files) <= MAX_HEADERS else _check_exists
 
     def problem(file: File) -> str:
         try:
@@ -167,23 +166,23 @@ def _first_look(files: Sequence[File], workers: int) -> list[str]:
         return [problem(file) for file in chunk]
 
     first, *rest = [files[i : i + 256] for i in range(0, len(files), 256)]
-    began = time.perf_counter()
+    start = time.perf_counter()
     problems = problems_in(first)
-    # Many threads help with a network drive. On a local disk, 200,000 files take eight threads 1.9 s, but two 0.7 s.
-    fast = time.perf_counter() - began < 1e-4 * len(first)
+    # Many threads help on a network drive. On a local disk, 200,000 files take 1.9 s with eight threads, 0.7 with two.
+    fast = time.perf_counter() - start < 1e-4 * len(first)
     with ThreadPoolExecutor(2 if fast else max(8, workers)) as pool:
-        for more in pool.map(problems_in, rest):
-            problems += more
+        for chunk_problems in pool.map(problems_in, rest):
+            problems += chunk_problems
     return problems
 
 
 def _check_exists(path: str) -> None:
-    """Raises UnreadableError unless there is such a file."""
+    """Raises UnreadableError if there is no such file."""
     try:
-        kind = os.stat(path).st_mode  # noqa: PTH116 - a Path takes twice as long
+        mode = os.stat(path).st_mode  # noqa: PTH116 - a Path takes twice as long
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
-    if not stat.S_ISREG(kind):
+    if not stat.S_ISREG(mode):
         raise UnreadableError("not a file")
 
 
@@ -195,7 +194,7 @@ def from_array(
     where: str,
     objects: np.ndarray | None = None,
 ) -> Source:
-    """A source of images uint8 [N,H,W] or [N,H,W,C] in memory, with data.limit, data.size and data.channels applied."""
+    """A source of images uint8 [N,H,W] or [N,H,W,C] in memory. data.limit, data.size and data.channels are applied."""
     images = images[..., None] if images.ndim == 3 else images
     if labels is not None and len(labels) != len(images):
         raise UserError(f"{where}: {len(labels)} labels for {len(images)} images; allowed: one each")
@@ -227,7 +226,7 @@ def from_array(
 
 
 def check(path: Path | str) -> None:
-    """Raises UnreadableError unless the file's header is that of an image. Cheap, as no pixels are decoded."""
+    """Raises UnreadableError unless the file's header is that of an image. No pixels are decoded."""
     try:
         with Path(path).open("rb") as file:
             head = file.read(132)
@@ -237,27 +236,27 @@ def check(path: Path | str) -> None:
             pass
     except (MemoryError, UnreadableError, UserError):
         raise
-    except Exception as error:  # Pillow's decoders raise anything from OSError to struct.error on bad bytes
+    except Exception as error:  # on bad bytes, Pillow raises anything from OSError to struct.error
         raise UnreadableError(_reason(error)) from error
 
 
 def decode(content: bytes, size: int, channels: int, window: str = "auto") -> np.ndarray:
-    """The image in `content` as uint8 [size, size, channels]; of several frames the first.
+    """The image, or its first frame, in `content` as uint8 [size, size, channels].
 
-    It is turned as its EXIF orientation says. Its centre square is resized, bilinear with antialias; size 0 keeps the
-    whole image as it is. Transparent parts become white. One deep channel (16 bit, 32 bit, float) is stretched from
-    the image's own lowest and highest value to 0..255: medical images often use 12 of 16 bits, and the full range would
-    leave them black. window="percentile" stretches between `dicom.PERCENTILES` instead. DICOM: see `dicom.decode`.
-    Raises UnreadableError.
+    It is rotated according to its EXIF orientation. Its central square is resized, bilinear with antialias; size 0
+    keeps the whole image at its size. Transparent parts become white. A deep channel (16 bit, 32 bit, float) is
+    stretched from the image's own lowest and highest value to 0..255: medical images often use 12 of 16 bits, and would
+    be black otherwise. window="percentile" stretches between `dicom.PERCENTILES` instead. For DICOM, see
+    `dicom.decode`. Raises UnreadableError.
     """
     if dicom.is_dicom(content[:132]):
         return _finish(Image.fromarray(dicom.decode(content, window)), size, channels)
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             if size:
-                # libjpeg decodes at 1/2, 1/4 or 1/8 of the size for a fraction of the time; never below `size`.
+                # libjpeg decodes at 1/2, 1/4 or 1/8 of the size in a fraction of the time; never below `size`.
                 image.draft("L" if channels == 1 else image.mode, (size, size))
-            image.load()  # first, so that nothing but a damaged EXIF block is passed over below
+            image.load()  # first, so that only errors of a damaged EXIF block are suppressed below
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
             return _finish(image, size, channels, window)
@@ -268,7 +267,7 @@ def decode(content: bytes, size: int, channels: int, window: str = "auto") -> np
 
 
 def convert(array: np.ndarray, size: int, channels: int) -> np.ndarray:
-    """uint8 [H,W,C] as [size, size, channels], like `decode`; if C is neither 1 nor 3 it stays as it is."""
+    """uint8 [H,W,C] as [size, size, channels], as by `decode`; C does not change if it is neither 1 nor 3."""
     if array.shape[-1] not in (1, 3):
         return np.concatenate([convert(array[..., i : i + 1], size, 1) for i in range(array.shape[-1])], axis=-1)
     return _finish(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), size, channels)
@@ -299,7 +298,7 @@ def _stretch(image: Image.Image, window: str) -> Image.Image:
 @functools.cache
 def _formats() -> list[str]:
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]  # AVIF is not in every Pillow
+    return [name for name in FORMATS if name in Image.OPEN]  # not every Pillow has AVIF
 
 
 def _reason(error: Exception) -> str:

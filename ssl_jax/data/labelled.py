@@ -9,21 +9,23 @@ from ssl_jax.errors import UserError
 
 
 def labelled_indices(labels: np.ndarray) -> np.ndarray:
-    """Indices of the images with a known label; with several labels per image, of those with at least one."""
+    """Indices of the images with a known label or, for multi-label data, with at least one known label."""
     labels = np.asarray(labels)
     return np.flatnonzero(labels >= 0 if labels.ndim == 1 else ~np.isnan(labels).all(axis=1))
 
 
 class Labelled(NamedTuple):
-    """A source of labelled images only, and their labels as numbers (or columns) of the training data's classes."""
+    """A source of only labelled images, and their labels as indices or columns of the training data's classes."""
 
     source: Source
     labels: np.ndarray
 
 
 def labelled_part(source: Source, like: Source, where: str) -> Labelled:
-    """The images of `source` with a known label. Raises UserError if there are none, or if `source` has several labels
-    per image and `like` has not, or the reverse."""
+    """The images of `source` with a known label.
+
+    Raises UserError if there are none, or if only one of `source` and `like` is multi-label.
+    """
     labels = source.labels_as(like.classes, where)
     if source.multilabel != like.multilabel:
         kinds = {True: "several labels per image", False: "one label per image"}

@@ -20,11 +20,11 @@ def read(data: Data) -> Source:
     """The arrays in the file data.path.
 
     Keys are images and labels (or x and y), or for each part train_images and train_labels, as in MedMNIST, or x_train
-    and y_train, as in Keras. Images are uint8 [N,H,W] or [N,H,W,C]. Labels are integers [N] or [N,1], -1 where unknown,
-    or [N,L] with L > 1, several per image: 0 or 1, -1 where unknown.
+    and y_train, as in Keras. Images are uint8 [N,H,W] or [N,H,W,C]. Labels are integers [N] or [N,1]. For multi-label
+    data they are [N,L] with L > 1, each 0 or 1. -1 means unknown.
     """
     if not data.path:
-        raise UserError("config.data.path='': missing; allowed: a .npz file of images")
+        raise UserError("config.data.path='': missing; set it to a .npz file of images")
     where = f"config.data.path={data.path!r}"
     try:
         with np.load(Path(data.path).expanduser(), allow_pickle=False) as file:
@@ -37,13 +37,13 @@ def read(data: Data) -> Source:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npz file of plain arrays"
         raise UserError(f"{where}: {reason}") from error
     for (name, label), array, numbers in zip(selected, images, labels, strict=True):
-        kind = f"{where}: {name} is {array.dtype} {list(array.shape)}"
+        problem = f"{where}: {name} is {array.dtype} {list(array.shape)}"
         if array.dtype != np.uint8 or array.ndim not in (3, 4):
-            raise UserError(f"{kind}; allowed: uint8 [N,H,W] or [N,H,W,C]")
+            raise UserError(f"{problem}; allowed: uint8 [N,H,W] or [N,H,W,C]")
         if array.ndim == 4 and array.shape[1] in (1, 3) and array.shape[3] > 4:
-            raise UserError(f"{kind}, channels first; allowed: [N,H,W,C]")
+            raise UserError(f"{problem}, channels first; allowed: [N,H,W,C]")
         if array.shape[1:] != images[0].shape[1:]:
-            raise UserError(f"{kind}; allowed: {list(images[0].shape[1:])} as in {selected[0][0]}")
+            raise UserError(f"{problem}; allowed: {list(images[0].shape[1:])} as in {selected[0][0]}")
         if numbers is not None and len(numbers) != len(array):
             raise UserError(f"{where}: {len(numbers)} {label} for {len(array)} {name}; allowed: one each")
     if objects is not None and objects.shape != (sum(map(len, images)),):
@@ -62,7 +62,7 @@ def _classes(labels: np.ndarray) -> list[str]:
 
 
 def _keys(names: list[str], where: str) -> dict[str, tuple[str, str | None]]:
-    """The keys of images and labels of each part."""
+    """For each part, the keys of its images and labels."""
 
     def pair(images: str, labels: str) -> tuple[str, str | None]:
         return images, labels if labels in names else None
@@ -84,7 +84,7 @@ def _objects(file: Any, key: str) -> np.ndarray | None:
 
 
 def _labels(labels: np.ndarray, where: str) -> np.ndarray:
-    """One label per image as int64 [N]; several as float32 [N,L], NaN where unknown."""
+    """Labels as int64 [N], or as float32 [N,L] with NaN where unknown if an image has several."""
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     several = labels.ndim == 2
     if labels.ndim not in (1, 2) or labels.dtype.kind not in "iub":

@@ -1,6 +1,6 @@
-"""What every reader returns: images by index, and their batches as a pure function of (seed, step).
+"""`Source`, which every reader returns: images by index. And their batches, a pure function of (seed, step).
 
-An image that turns out to be unreadable is replaced by another; training never depends on which was read first.
+If an image turns out to be unreadable, another one stands in for it; results never depend on the order of reading.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ import numpy as np
 from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown
 
 log = logging.getLogger("ssl_jax")
-PIECE = 16  # images that grain hands over at a time; one at a time costs three times what reading a cached image does
+PIECE = 16  # images that grain passes on at a time; passing on one takes three times as long as reading it from a cache
 T = TypeVar("T")
 
 
 class Source:
     """N images of one shape, decoded on demand; safe to use from several threads.
 
-    names:    file names relative to the root (or the index, as text), printable
+    names:    printable file names relative to the root, or the index as text
     labels:   int32 [N], -1 if unknown; multi-label: float32 [N, K] in [0, 1], NaN if unknown; None without labels
-    classes:  name of each label, [] without labels
-    groups:   int64 [N], equal for images of one patient (or another group that must not be split); None without groups
-    objects:  int [N], equal for images of the same object (config.data.pairs); None if the data do not say
+    classes:  the name of each label; [] without labels
+    groups:   int64 [N], equal for images of one patient, or of another group that must not be split; or None
+    objects:  int [N], equal for images of the same object (config.data.pairs); or None
     shape:    (H, W, C) of every image
-    skipped:  the files that could not be read, each with the reason: those left out when the source was opened, and
-              those that failed later
+    skipped:  the unreadable files, each with the reason: those left out when the source was opened, and those that
+              failed later
     replaced: index -> index of the image that stands in for it
 
-    The next readable image stands in for one that cannot be decoded: one of the same label if there are labels, or the
-    one that differs in the fewest labels. This depends on the files alone, so every order of reading gives the same
-    images. UserError if more than `max_bad_share` of all files are unreadable.
+    For an image that cannot be decoded, the next readable one stands in: one with the same label or, for multi-label
+    data, the one with the fewest labels that differ. This depends only on the files, so every order of reading gives
+    the same images. UserError if more than `max_bad_share` of all files are unreadable.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Source:
         max_bad_share: float = 0.0,
         workers: int = 2,
     ):
-        """load: index -> uint8 [H,W,C], or raises UnreadableError. labels: a function is called on first use.
-        array: the images themselves, if they are in memory already."""
+        """load: index -> uint8 [H,W,C]; may raise UnreadableError. labels: a function is called on first use.
+        array: all images, if they are in memory already."""
         self.names, self.shape, self.classes, self.objects = list(names), shape, list(classes), objects
         self.groups = groups
         self.replaced: dict[int, int] = {}
@@ -70,7 +70,7 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Memory that `arrays()` takes, bytes."""
+        """The memory that `arrays()` takes, in bytes."""
         return len(self) * int(np.prod(self.shape))
 
     @property
@@ -80,7 +80,7 @@ class Source:
         return self._labels
 
     def forget_labels(self) -> None:
-        """Any image may now stand in for a damaged one: for callers that need no labels."""
+        """Drops the labels, so that any image may stand in for a damaged one."""
         self._labels = None
 
     @property
@@ -88,12 +88,10 @@ class Source:
         return self.labels is not None and self.labels.ndim == 2
 
     def labels_as(self, classes: Sequence[str], where: str) -> np.ndarray:
-        """The labels as indices into `classes`, int32 [N], -1 if unknown; multi-label: a column for each of `classes`,
-        float32 [N, K], NaN if unknown. UserError without labels, or with a class that is not among `classes`."""
+        """The labels as indices of `classes`, int32 [N], -1 if unknown; multi-label: one column for each of `classes`,
+        float32 [N, K], NaN if unknown. UserError if there are no labels, or a class is not among `classes`."""
         if self.labels is None:
-            raise UserError(
-                f"{where}: has no labels; allowed: data with class folders, a label column or a labels array"
-            )
+            raise UserError(f"{where}: has no labels; use data with class folders, a label column or a labels array")
         unexpected = [name for name in self.classes if name not in classes]
         if unexpected:
             raise unknown(f"{where}: class", unexpected[0], classes)
@@ -121,7 +119,7 @@ class Source:
             if candidate != index:
                 self.replaced[index] = candidate
             return image
-        raise UserError(f"{self.names[index]!r}: unreadable, and no other image of its label to stand in for it")
+        raise UserError(f"{self.names[index]!r}: unreadable, and no other image with its label can stand in for it")
 
     def load_many(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         """The images at `indices`, uint8 [N,H,W,C], each as `load` returns it."""
@@ -131,10 +129,10 @@ class Source:
         yield index
         others = np.roll(np.arange(len(self)), -index)[1:]
         if self.labels is not None:
-            kinds = self.labels if self.labels.ndim == 1 else np.where(np.isnan(self.labels), -1, self.labels >= 0.5)
-            differing = (kinds[others] != kinds[index]).reshape(len(others), -1).sum(axis=1)
-            # Hardly any two images agree in fourteen labels: those with the fewest differences come first.
-            others = others[differing == 0] if kinds.ndim == 1 else others[np.argsort(differing, kind="stable")]
+            labels = self.labels if self.labels.ndim == 1 else np.where(np.isnan(self.labels), -1, self.labels >= 0.5)
+            differing = (labels[others] != labels[index]).reshape(len(others), -1).sum(axis=1)
+            # Hardly any two images agree in, say, fourteen labels, so those with the fewest differences come first.
+            others = others[differing == 0] if labels.ndim == 1 else others[np.argsort(differing, kind="stable")]
         yield from map(int, others)
 
     def _add_bad(self, index: int, reason: str) -> None:
@@ -146,7 +144,7 @@ class Source:
             check_bad_share(self.skipped, len(self) + len(self._skipped), self._max_bad_share)
 
     def arrays(self, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """All images, uint8 [N,H,W,C], decoded by threads. progress(done, total) is called from this thread."""
+        """All images, uint8 [N,H,W,C], decoded by threads. progress(done, total) is called in the calling thread."""
         if self._array is None:
             images = np.empty((len(self), *self.shape), np.uint8)
 
@@ -164,7 +162,7 @@ class Source:
         return self._array
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Source":
-        """A source of these images only, in this order; stand-ins come from among them."""
+        """A source of only these images, in this order. Their stand-ins come from among them."""
         kept = [int(i) for i in indices]
 
         def labels() -> np.ndarray | None:
@@ -185,7 +183,7 @@ class Source:
 
 
 def same_object(values: Sequence[object] | np.ndarray, where: str, pairs: str) -> np.ndarray:
-    """Source.objects from values that identify each image's object. UserError if no object has two images."""
+    """`Source.objects` from values that identify the object of each image. UserError if no object has two images."""
     objects = np.unique(np.asarray(values), return_inverse=True)[1].reshape(-1)
     if np.bincount(objects).max() < 2:
         raise UserError(f"config.data.pairs={pairs!r}: {where} has no two images of one object")
@@ -193,23 +191,23 @@ def same_object(values: Sequence[object] | np.ndarray, where: str, pairs: str) -
 
 
 def printable(path: Path | str) -> str:
-    """A file path as text that can be printed and saved, even if its bytes are not UTF-8."""
+    """A file path as text that can be printed and saved even if its bytes are not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def check_bad_share(bad: Sequence[str], total: int, allowed: float) -> None:
     none_left = len(bad) == total
     if len(bad) > allowed * total or none_left:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        others = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         limit = "fewer than all" if none_left and allowed >= 1 else f"config.data.max_bad_share={allowed:g}"
         raise UserError(
-            f"{len(bad)} of {total} files unreadable ({len(bad) / total:.1%}): {'; '.join(bad[:3])}{more}; "
+            f"{len(bad)} of {total} files unreadable ({len(bad) / total:.1%}): {'; '.join(bad[:3])}{others}; "
             f"allowed: {limit}"
         )
 
 
 def pick_parts(parts: Mapping[str, T], split: str, where: str) -> list[T]:
-    """The parts of the data ("train", "val", "test") that `split` stands for; "all": all of them."""
+    """The parts of the data ("train", "val", "test") that `split` means; "all" means all of them."""
     if split == "all":
         return list(parts.values())
     if split in parts:
@@ -221,14 +219,14 @@ def pick_parts(parts: Mapping[str, T], split: str, where: str) -> list[T]:
     raise unknown("config.data.split", split, [*parts, "all"])
 
 
-# Which images a step sees, and its batch.
+# The images of each step, and their batches.
 
 
 def order(seed: int, examples: int, batch: int, step: int) -> np.ndarray:
-    """Indices int64 [batch] of the images in `step`. Nothing is stored, so steps can be asked for in any order.
+    """Indices int64 [batch] of the images in `step`. Nothing is stored, so steps may come in any order.
 
-    Epoch `step // (examples // batch)` is a permutation of all images; those left over after the last full batch are
-    not used in that epoch. Raises UserError if the batch is larger than the data set.
+    Each epoch of `examples // batch` steps is a permutation of all images. Those left after the last full batch are not
+    used in that epoch. Raises UserError if the batch is larger than the data set.
 
     >>> epoch = [order(0, 10, 5, step) for step in (0, 1)]
     >>> sorted(np.concatenate(epoch).tolist())
@@ -244,16 +242,16 @@ def order(seed: int, examples: int, batch: int, step: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, examples: int, epoch: int) -> np.ndarray:
-    # Two epochs are in use at once while batches are read ahead. The modulus admits negative seeds.
+    # Reading ahead may need two epochs at once. The modulus makes negative seeds possible.
     indices = np.random.Generator(np.random.PCG64([seed % 2**64, epoch])).permutation(examples)
     indices.flags.writeable = False  # callers get slices of the cached array
     return indices
 
 
 class Partners:
-    """For each image of a step another image of the same object, drawn uniformly; an image that is alone gets itself.
+    """For each image of a step, another image of the same object, drawn uniformly; a single image gets itself.
 
-    A function of (seed, step), as `order` is. objects: int [N], numbers from 0 (`Source.objects`).
+    A function of (seed, step), like `order`. objects: int [N], numbers from 0 (`Source.objects`).
 
     >>> Partners(np.array([0, 1, 0]))(0, np.array([0, 1, 2]), 0).tolist()
     [2, 1, 0]
@@ -261,17 +259,17 @@ class Partners:
 
     def __init__(self, objects: np.ndarray):
         self.objects, self.counts = objects, np.bincount(objects)
-        self.by_object = np.argsort(objects, kind="stable")  # images, sorted by their object
-        self.place = np.argsort(self.by_object)  # of each image in by_object
-        self.first = np.cumsum(self.counts) - self.counts  # place of each object's first image in by_object
+        self.by_object = np.argsort(objects, kind="stable")  # images, sorted by object
+        self.position = np.argsort(self.by_object)  # of each image in by_object
+        self.first = np.cumsum(self.counts) - self.counts  # position of each object's first image in by_object
 
     def __call__(self, seed: int, index: np.ndarray, step: int) -> np.ndarray:
         """Indices int64 [B] of the partners of the images `index` [B]."""
         objects = self.objects[index]
         rng = np.random.Generator(np.random.PCG64([seed % 2**64, step, 1]))
-        further = 1 + rng.integers(0, np.maximum(self.counts[objects] - 1, 1))
+        offset = 1 + rng.integers(0, np.maximum(self.counts[objects] - 1, 1))
         first = self.first[objects]
-        return self.by_object[first + (self.place[index] - first + further) % self.counts[objects]]
+        return self.by_object[first + (self.position[index] - first + offset) % self.counts[objects]]
 
 
 def batches(
@@ -285,25 +283,26 @@ def batches(
     rows: np.ndarray | None = None,
     decode: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of steps start to stop - 1, the same images in the same order whether they are decoded or not.
+    """The batches of steps start to stop - 1: the same images in the same order, whether they are decoded or not.
 
-    Every batch has "index", int32 [B]: the images of the step.
-    decode=True: also "image" uint8 [B,H,W,C], "label" if the source has labels, and "pair" uint8 [B,H,W,C], the images
-        of `Partners`, if it has objects. `workers` threads of grain decode about two batches ahead.
-    decode=False, for images that lie in memory: nothing is read; with objects also "partner" int32 [B], their indices.
+    Every batch contains "index", int32 [B]: the images of the step.
+    decode=True: also "image" uint8 [B,H,W,C], "label" if the source has labels and, if it has objects, "pair" uint8
+        [B,H,W,C], the images chosen by `Partners`. `workers` threads of grain decode about two batches ahead.
+    decode=False, for images in memory: nothing is read. If the source has objects, also "partner" int32 [B], the
+        indices chosen by `Partners`.
 
-    rows: the places in the batch to return, such as those of this process; None: all.
+    rows: the rows of the batch to return, such as those of this process; None: all.
     """
     rows = np.arange(batch) if rows is None else rows
     partners = None if source.objects is None else Partners(source.objects)
 
-    @functools.lru_cache(maxsize=4)  # each piece of a step asks for it
+    @functools.lru_cache(maxsize=4)  # every piece of a step calls it
     def indices(step: int) -> dict[str, np.ndarray]:
         index = order(seed, len(source), batch, step)
-        at = {"index": index[rows].astype(np.int32)}
+        selected = {"index": index[rows].astype(np.int32)}
         if partners:
-            at["partner"] = partners(seed, index, step)[rows].astype(np.int32)
-        return at
+            selected["partner"] = partners(seed, index, step)[rows].astype(np.int32)
+        return selected
 
     if not decode:
         yield from (dict(indices(step)) for step in range(start, stop))
@@ -323,7 +322,7 @@ def _decode_ahead(
     stop: int,
     workers: int,
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """Yields "image" of each step, and "pair" if it has partners, read ahead by grain in pieces of PIECE images."""
+    """Yields the "image" of each step, and its "pair" if there are partners; grain reads PIECE images at a time."""
     import grain
 
     pieces = -(-size // PIECE)
@@ -332,9 +331,9 @@ def _decode_ahead(
     def load(position: int) -> dict[str, np.ndarray]:
         step, piece = divmod(position, pieces)
         part = slice(piece * PIECE, (piece + 1) * PIECE)
-        return {names[key]: source.load_many(at[part]) for key, at in indices(step).items()}
+        return {names[key]: source.load_many(values[part]) for key, values in indices(step).items()}
 
-    indices(start)  # an impossible batch is an error here, not in a thread
+    indices(start)  # a batch that is too large fails here rather than in a thread
     positions = grain.MapDataset.range(start * pieces, stop * pieces)
     reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2 * pieces, workers))
     loaded = iter(positions.map(load).to_iter_dataset(reading))

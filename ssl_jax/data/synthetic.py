@@ -1,4 +1,4 @@
-"""Coloured shapes on noise, drawn from (seed, part, index): data without files, for trying things out."""
+"""Coloured shapes on noise, to try things out without files. Each image is a function of (seed, part, index)."""
 
 import re
 
@@ -13,8 +13,8 @@ DEFAULTS = {"classes": 4, "n": 1024, "test": 256, "seed": 0}
 
 
 def read(data: Data) -> Source:
-    """data.path: "classes=4,n=1024,test=256,seed=0" or any of these options: up to 8 classes, and the numbers of
-    training (n) and test images.
+    """Generated images. data.path may set any of "classes=4,n=1024,test=256,seed=0": up to 8 classes, and the numbers
+    of training (n) and test images.
 
     Images have 32 px and 3 channels unless data.size and data.channels are set. The label of image i is i mod classes.
     """

@@ -1,4 +1,4 @@
-"""Tables of image files: columns of text, the labels and groups in them, and errors that name the line."""
+"""Reads tables of image files: columns of text, and the labels and groups in them. Errors name the line."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.errors import UserError, unknown
 
-# The range in which an uncertain label (-1) is replaced, uniformly (smooth: Pham et al., https://arxiv.org/abs/1911.06475).
+# The range from which an uncertain label (-1) is drawn, uniformly (smooth: Pham et al., https://arxiv.org/abs/1911.06475).
 UNCERTAIN = {
     "ignore": (np.nan, np.nan),
     "zeros": (0.0, 0.0),
@@ -23,20 +23,20 @@ UNCERTAIN = {
 
 
 class Table(NamedTuple):
-    """N rows of text by column, with their line numbers. `where` names the table in messages."""
+    """N rows of text as columns, with their line numbers. `where` names the table in messages."""
 
     where: str
     header: list[str]
-    cells: Sequence[Sequence[str]]  # a column of N cells per name in the header
-    lines: Sequence[int]  # the line of each row in the file
+    cells: Sequence[Sequence[str]]  # for each name in the header, a column of N cells
+    lines: Sequence[int]  # the line number of each row
 
     def find(self, *names: str) -> str | None:
-        """The first of these columns that exists, as the header spells it. Upper and lower case are the same."""
-        known = {name.lower(): name for name in reversed(self.header)}
-        return next((known[name.lower()] for name in names if name.lower() in known), None)
+        """The first of these columns that exists, as the header spells it; case is ignored."""
+        columns = {name.lower(): name for name in reversed(self.header)}
+        return next((columns[name.lower()] for name in names if name.lower() in columns), None)
 
     def demand(self, key: str, name: str) -> str:
-        """The column `name`, which config.data.`key` names. Raises UserError if there is none."""
+        """The column `name` that config.data.`key` asks for, as the header spells it. UserError if there is none."""
         column = self.find(name)
         if column is None:
             raise unknown(f"config.data.{key}", name, self.header)
@@ -52,17 +52,19 @@ class Table(NamedTuple):
         return UserError(f"{self.where}{self.at(row)}: {message}")
 
     def filled(self, name: str, meaning: str) -> list[str]:
-        """A column. Raises UserError if it has an empty cell. meaning: what belongs there, for the message."""
+        """A column. Raises UserError if a cell is empty. meaning: what should be there, for the message."""
         cells = self.column(name)
         if "" in cells:
-            raise self.fail(cells.index(""), f"{name} is empty; allowed: {meaning}")
+            raise self.fail(cells.index(""), f"{name} is empty; expected {meaning}")
         return cells
 
 
 def read_table(path: Path, where: str) -> Table:
-    """The table in a file, separated by commas, semicolons or tabs, with or without quotes, in UTF-8 with or without a
-    byte order mark. The first line is the header; empty lines are skipped. Raises UserError if the file cannot be read
-    or the length of a row differs from the header's."""
+    """Reads a table in UTF-8, separated by commas, semicolons or tabs. Quotes and a byte order mark are optional.
+
+    The first line is the header; empty lines are skipped. Raises UserError if the file cannot be read, or if the number
+    of cells in a row differs from the header's.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -73,35 +75,35 @@ def read_table(path: Path, where: str) -> Table:
     reader = csv.reader(io.StringIO(text), delimiter=max(",\t;", key=lambda mark: _width(first, mark)))
     try:
         header = [name.strip() for name in next(reader, [])]
-        # Tuples, because the garbage collector does not visit tuples of text again and again, as it does lists.
+        # Tuples, because the garbage collector skips tuples of strings, but visits lists again and again.
         rows = [(reader.line_num, *row) for row in reader if any(row)]
     except csv.Error as error:
         raise UserError(f"{where} (line {reader.line_num}): {error}") from error
     for row in rows:
         if len(row) != len(header) + 1:
-            many = f"{len(row) - 1} values; the header has {len(header)} columns"
-            raise UserError(f"{where} (line {row[0]}): {many}")
+            problem = f"{len(row) - 1} values, but the header has {len(header)} columns"
+            raise UserError(f"{where} (line {row[0]}): {problem}")
     columns: list[tuple] = list(zip(*rows, strict=True)) or [()] * (len(header) + 1)
     return Table(where, header, columns[1:], columns[0])
 
 
 def several_labels(table: Table, names: Sequence[str], paths: Sequence[str], data: Data, blank: float) -> np.ndarray:
-    """The columns `names` as float32 [N, K]: 1, 0 or a share between them, NaN where unknown.
+    """The columns `names` as float32 [N, K]: 1, 0 or a value in between; NaN where unknown.
 
-    -1 means uncertain and is replaced according to data.uncertain (`UNCERTAIN`); an empty cell, or nan, becomes
-    `blank`. The value within a range is a function of the image's path and the column's name alone. Raises UserError
-    for any other value.
+    -1 means uncertain and is replaced according to data.uncertain (`UNCERTAIN`). A value drawn from a range depends
+    only on the image's path and the column's name. An empty cell, or nan, becomes `blank`. Raises UserError for any
+    other value.
     """
     labels = np.empty((len(table.lines), len(names)), np.float32)
     low, high = UNCERTAIN[data.uncertain]
     for k, name in enumerate(table.demand("labels", name) for name in names):
         cells = table.cells[table.header.index(name)]
-        meaning = {cell: _share(cell.strip(), blank) for cell in set(cells)}
-        invalid = [cells.index(cell) for cell, value in meaning.items() if value is None]
+        values = {cell: _parse_label(cell.strip(), blank) for cell in set(cells)}
+        invalid = [cells.index(cell) for cell, value in values.items() if value is None]
         if invalid:
             row = min(invalid)
             raise table.fail(row, f"{name}={cells[row]!r}; allowed: 0 to 1, -1 (uncertain) or an empty cell")
-        labels[:, k] = np.fromiter(map(meaning.__getitem__, cells), np.float32, len(cells))
+        labels[:, k] = np.fromiter(map(values.__getitem__, cells), np.float32, len(cells))
         uncertain = np.flatnonzero(labels[:, k] == -1)
         labels[uncertain, k] = low
         if low < high:
@@ -110,15 +112,15 @@ def several_labels(table: Table, names: Sequence[str], paths: Sequence[str], dat
 
 
 def group_numbers(values: Sequence[str]) -> np.ndarray:
-    """Groups as int64 [N]: the values themselves if all are whole numbers, else their ranks in sorted order."""
+    """Groups as int64 [N]: the values themselves if all are whole numbers, or else their ranks in sorted order."""
     texts = sorted(set(values))
-    numbers = all(text.isdecimal() and len(text) < 19 and str(int(text)) == text for text in texts)
-    number = {text: int(text) if numbers else rank for rank, text in enumerate(texts)}
-    return np.array([number[value] for value in values], np.int64)
+    are_numbers = all(text.isdecimal() and len(text) < 19 and str(int(text)) == text for text in texts)
+    numbers = {text: int(text) if are_numbers else rank for rank, text in enumerate(texts)}
+    return np.array([numbers[value] for value in values], np.int64)
 
 
 def in_two_parts(groups: np.ndarray, parts: Sequence[str] | np.ndarray) -> tuple[int, int] | None:
-    """The first row whose group is in another part on an earlier row, and that row; None if no group is in two."""
+    """The first row whose group is also in another part, and an earlier row that shows it; None if there is none."""
     _, first, group = np.unique(groups, return_index=True, return_inverse=True)
     part = np.unique(np.asarray(parts), return_inverse=True)[1]
     conflicts = np.flatnonzero(part != part[first[group]])
@@ -126,12 +128,12 @@ def in_two_parts(groups: np.ndarray, parts: Sequence[str] | np.ndarray) -> tuple
 
 
 def _width(header: Sequence[str], mark: str) -> int:
-    """The number of columns of a header (one line) if `mark`, outside of quotes, separates them."""
+    """The number of columns in a header (one line) if `mark`, outside of quotes, separates them."""
     return len(next(csv.reader(header, delimiter=mark), []))
 
 
-def _share(cell: str, blank: float) -> float | None:
-    """The value of a label, -1 if it is uncertain; None if it is not a label."""
+def _parse_label(cell: str, blank: float) -> float | None:
+    """The value of a label, -1 if it is uncertain; None if the cell is not a label."""
     try:
         value = float(cell) if cell else np.nan
     except ValueError:
@@ -140,5 +142,5 @@ def _share(cell: str, blank: float) -> float | None:
 
 
 def _uniform(name: str, path: str) -> float:
-    """A number in [0, 1), uniform over names and paths."""
+    """A number in [0, 1) that depends only on name and path, and is uniform over them."""
     return int.from_bytes(blake2b(f"{name}\n{path}".encode(), digest_size=8).digest(), "big") / 2**64

@@ -1,4 +1,4 @@
-"""Any image data set that TensorFlow Datasets has prepared; reading it needs no TensorFlow."""
+"""Image data sets prepared by TensorFlow Datasets. Reading them needs no TensorFlow."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from ssl_jax.errors import NoPartError, UserError
 
 
 def command(name: str) -> str:
-    """The command that prepares a data set."""
+    """The shell command that prepares a data set."""
     return f"pip install tensorflow && tfds build {name} --file_format=array_record"
 
 
@@ -24,12 +24,12 @@ def read(data: Data) -> Source:
     """A prepared data set.
 
     data.path: a name ("cifar10", "cifar10:3.0.2"), looked up in TFDS_DATA_DIR or ~/tensorflow_datasets, or the folder
-    of a prepared version, which contains dataset_info.json. data.split: in the syntax of TFDS, such as "train[:10%]";
-    "all" is the sum of all splits. The image is the feature "image", or the only feature that is an image; the label is
+    of a prepared version, which contains dataset_info.json. data.split: in TFDS's syntax, such as "train[:10%]"; "all"
+    means all splits. The image is the feature "image", or the only feature that is an image. The label is the feature
     "label", or the only class label.
     """
     if not data.path:
-        raise UserError("config.data.path='': missing; allowed: the name of a TFDS data set, such as cifar10")
+        raise UserError("config.data.path='': missing; set it to the name of a TFDS data set, such as cifar10")
     with _quiet():
         records, info = _open(data)
     image_name, label_name = _features(info, data.path)
@@ -42,7 +42,7 @@ def read(data: Data) -> Source:
 
     def labels() -> np.ndarray | None:
         numbers = np.array([records[i][label_name] for i in range(count)], np.int32)
-        return None if numbers.max() < 0 else numbers  # all -1: a test part whose labels are secret
+        return None if numbers.max() < 0 else numbers  # a test part whose labels are secret
 
     return Source(
         [str(i) for i in range(count)],
@@ -56,7 +56,7 @@ def read(data: Data) -> Source:
 
 
 def _open(data: Data) -> tuple[Any, Any]:
-    """The records, with images still encoded, and the data set's description."""
+    """(records, with images still encoded; the description of the data set)."""
     where = f"config.data.path={data.path!r}"
     try:
         import tensorflow_datasets as tfds
@@ -68,16 +68,14 @@ def _open(data: Data) -> tuple[Any, Any]:
         else:
             builder = tfds.builder(data.path, data_dir=os.environ.get("TFDS_DATA_DIR"))
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(
-            f"{where}: TFDS knows no data set of this name, and there is no such prepared folder"
-        ) from error
+        raise UserError(f"{where}: TFDS knows no data set of this name, and no prepared folder is there") from error
     except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"{where}: TFDS can't open it: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{where}: TFDS cannot open it: {str(error).strip().splitlines()[0]}") from error
     info = builder.info
     if not info.splits:
         raise UserError(f"{where}: not prepared in {builder.data_path.parent.parent}; {command(data.path)}")
     split = "+".join(info.splits) if data.split == "all" else data.split
-    available = f"available: {', '.join([*info.splits, 'all'])}, or the syntax of TFDS"
+    available = f"available: {', '.join([*info.splits, 'all'])}, or a split in TFDS's syntax"
     if split == "test" and split not in info.splits:
         raise NoPartError(f"{where}: no test part; {available}")
     image_name, _ = _features(info, data.path)
@@ -85,7 +83,7 @@ def _open(data: Data) -> tuple[Any, Any]:
         records = builder.as_data_source(split, decoders={image_name: tfds.decode.SkipDecoding()})
     except NotImplementedError as error:
         raise UserError(
-            f"{where}: prepared as {info.file_format.value}, which can't be read in random order; "
+            f"{where}: prepared as {info.file_format.value}, which cannot be read in random order; "
             f"{command(data.path)} --overwrite"
         ) from error
     except ValueError as error:
@@ -95,7 +93,7 @@ def _open(data: Data) -> tuple[Any, Any]:
 
 
 def _features(info: Any, where: str) -> tuple[str, str | None]:
-    """The names of the image and of the label, None if there is no label."""
+    """(name of the image, name of the label or None)."""
     import tensorflow_datasets as tfds
 
     def find(kind: type, name: str) -> str | None:
@@ -105,14 +103,14 @@ def _features(info: Any, where: str) -> tuple[str, str | None]:
     image_name = find(tfds.features.Image, "image")
     if image_name is None or info.features[image_name].np_dtype == np.float32:
         raise UserError(
-            f"config.data.path={where!r}: features are {', '.join(info.features)}; allowed: data with one uint8 image"
+            f"config.data.path={where!r}: features are {', '.join(info.features)}; there must be one uint8 image"
         )
     return image_name, find(tfds.features.ClassLabel, "label")
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS from logging what our own error explains better."""
+    """Keeps TFDS from logging what our own errors explain better."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

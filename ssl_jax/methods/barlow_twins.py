@@ -50,5 +50,5 @@ def make(config, encoder, run):
         return barlow_twins(*z, off_diagonal=config.off_diagonal), {"projection_std": z[0].std(axis=0).mean()}
 
     # The correlation does not see the scale until the 1e-5 beside the variance does.
-    collapsed = std_collapse("a learning rate or weight decay too high", least=0.01)
+    collapsed = std_collapse("a learning rate or weight decay too high", threshold=0.01)
     return Method(init_network(network), forward, loss, collapsed=collapsed)

@@ -1,8 +1,8 @@
-"""The one interface behind which every method stands. A new method is one new file beside this one.
+"""The interface of all methods, and what several of them share. A new method is one new file beside this one.
 
-Such a file holds a docstring (its first line says what the method does, a paragraph "Source: https://..." where it is
-from), a frozen dataclass `Config`, a dict `RECIPE` of the settings in other sections that differ from their defaults,
-such as {"optim.lr": 0.3}, and
+Such a file contains a docstring (the first line says what the method does, a paragraph "Source: https://..."
+says where it is from), a frozen dataclass `Config`, a dict `RECIPE` with the defaults that the method changes in other
+sections, such as {"optim.lr": 0.3}, and
 
     make(config: Config, encoder: Network, run: RunInfo) -> Method
 """
@@ -29,28 +29,28 @@ Metrics = dict[str, jax.Array]
 
 
 class RunInfo(NamedTuple):
-    """What a method may know about the run it is made for: schedules and sizes depend on it."""
+    """The facts about a run that schedules and sizes of a method may depend on."""
 
     steps: int  # of the whole run
     epoch: int  # steps per epoch
     examples: int  # images in the data set
     classes: int  # number of label classes, 0 without labels
-    bn_batch: int = 0  # images that share BatchNorm statistics (config.train.bn_group, micro_batch); 0: the whole batch
+    bn_batch: int = 0  # images that share BatchNorm statistics (config.train.bn_group, micro_batch); 0: the batch
 
 
 class State(NamedTuple):
-    """What a method keeps beside its parameters."""
+    """What a method keeps besides its parameters."""
 
-    stats: Stats  # running statistics of BatchNorm; a target network's under "target". Only `forward` changes them
-    memory: Memory  # queue, centre, memory bank, ... Only `post_update` changes it
+    stats: Stats  # BatchNorm's running statistics, with a target network's under "target"; only `forward` updates them
+    memory: Memory  # queue, centre, memory bank, ...; only `post_update` updates it
 
 
 class Context(NamedTuple):
-    """What `loss` and `post_update` know beside outputs and state."""
+    """What `loss` and `post_update` get besides outputs and state."""
 
-    step: jax.Array  # the one counter that every schedule follows: learning rate, momentum, temperature, freezing
+    step: jax.Array  # the counter that all schedules follow: learning rate, momentum, temperature, freezing
     key: jax.Array  # a random key for this step, the same in both functions
-    params: Params  # in `loss` those being trained, gradients flow into them; in `post_update` those after the step
+    params: Params  # in `loss` those before the step, which receive gradients; in `post_update` those after the step
 
 
 Init = Callable[[jax.Array, Sequence[jax.Array]], tuple[Params, State]]
@@ -60,13 +60,13 @@ PostUpdate = Callable[[Outputs, State, Context], tuple[Params, Memory]]
 
 
 def no_update(outputs: Outputs, state: State, ctx: Context) -> tuple[Params, Memory]:
-    """The `post_update` of a method that has nothing to do after a step."""
+    """The `post_update` of a method that updates nothing after a step."""
     del outputs
     return ctx.params, state.memory
 
 
 def online_encoder(params: Params, target: Params, state: State) -> tuple[Params, Stats]:
-    """The `encoder` of a method that keeps it under params["encoder"] and state.stats["encoder"]."""
+    """The `encoder` of a method that has it in params["encoder"] and state.stats["encoder"]."""
     del target
     return params["encoder"], state.stats["encoder"]
 
@@ -75,23 +75,25 @@ class Method(NamedTuple):
     """A self-supervised (or supervised) method. Shapes: B images per batch, V views, D features.
 
     init: (key, views) -> params, State. `views`: V arrays [B, H, W, C].
-    forward: (params, target, state, batch, key) -> outputs, stats. Networks: one image at a time (BatchNorm aside), so
-        it may be called on micro-batches. `target`: the parameters of `transforms.track_target`, None without one.
-        batch["views"]: V arrays [B, H, W, C] in [0, 1]; batch["drawn"]: V dicts of the parameters they were drawn with
-        (see `augment.draw`); and what `needs` names, batch["label"] [B] for example. `key` [B]: one key per image.
-        outputs: a dict of arrays [B, ...], or of lists and dicts of such arrays; outputs["embedding"] [B, D] is the
-        encoder's output for the first view. stats: the new state.stats, of the same structure.
-    loss: (outputs, state, batch, ctx) -> scalar, metrics. Compares images: sees the whole global batch. `batch` holds
-        what `needs` names.
+    forward: (params, target, state, batch, key) -> outputs, stats. Runs the networks. Apart from BatchNorm, it must
+        treat each image on its own, because it may be called on micro-batches. `target`: the parameters that
+        `transforms.track_target` keeps, or None. batch["views"]: V arrays [B, H, W, C] in [0, 1]; batch["drawn"]: V
+        dicts of the parameters that they were drawn with (see `augment.draw`); and what `needs` names, such as
+        batch["label"] [B]. `key` [B]: one key per image. outputs: a dict of arrays [B, ...], or of lists and dicts of
+        such arrays; outputs["embedding"] [B, D] is the encoder's output for the first view. stats: the new
+        state.stats, with the same structure.
+    loss: (outputs, state, batch, ctx) -> scalar, metrics. Compares images; it sees the whole global batch. `batch`
+        contains what `needs` names.
     views: number of views drawn from each image.
-    local_views: whether the method takes further, smaller views after these (config.augment.local_views).
+    local_views: whether the method accepts more, smaller views after these (config.augment.local_views).
     shares: for each view, the factors (`augment.FACTORS`) that it has in common with the first view.
-    needs: what the data must provide beyond images: a subset of {"label", "index"}.
-    transform: the last link of the optimizer's chain, optax.identity() or transforms.track_target(...).
+    needs: what the data must provide besides images: a subset of {"label", "index"}.
+    transform: the end of the optimizer's chain, optax.identity() or transforms.track_target(...).
     constant_lr: top-level names of params whose learning rate stays at its peak.
-    post_update: (outputs, state, ctx) -> params, memory. After the optimizer: moves a queue, normalises prototypes.
-    encoder: (params, target, state) -> params, stats of the encoder that is evaluated, exported and fine-tuned.
-    collapsed: metrics as floats -> the sign of a collapse that only this method knows, in words, or "".
+    post_update: (outputs, state, ctx) -> params, memory. Runs after the optimizer: updates a queue, normalises
+        prototypes.
+    encoder: (params, target, state) -> params, stats of the encoder to evaluate, export and fine-tune.
+    collapsed: metrics as floats -> a description of a collapse that only this method can see, or "".
     """
 
     init: Init
@@ -109,7 +111,7 @@ class Method(NamedTuple):
 
 
 def init_network(network: Network) -> Init:
-    """The `init` of a method that is one network, without target or memory."""
+    """The `init` of a method with a single network, without target or memory."""
 
     def init(key, views):
         params, stats = network.init(key, views[0])
@@ -123,7 +125,7 @@ def init_with_target(network: Network, *names: str) -> Init:
 
     def init(key, views):
         params, stats = network.init(key, views[0])
-        # Copies: a donated state must not hold one buffer twice.
+        # Copies, because a donated state must not hold one buffer twice.
         target = {name: jax.tree.map(jnp.copy, stats[name]) for name in names or stats}
         return params, State({**stats, "target": target}, {})
 
@@ -135,27 +137,27 @@ def one_label(batch: Batch) -> jax.Array:
     label = batch["label"]
     if label.ndim != 1:
         raise UserError(
-            f"config.method.name: needs one label per image, the data have {label.shape[1]}; "
-            "allowed: supervised, methods without labels, or a single column in config.data.labels"
+            f"config.method.name: needs one label per image, but the data have {label.shape[1]}; "
+            "use supervised, a method without labels, or a single column in config.data.labels"
         )
     return label
 
 
 def require_shuffle(bn_groups: int, run: RunInfo, encoder: Network) -> None:
-    """UserError if shuffling the keys cannot hide which images a query was normalised with (`network.shuffle_bn`).
+    """UserError if shuffling the keys (`network.shuffle_bn`) cannot hide which images a query was normalised with.
 
-    Where BatchNorm sees a part of the batch at a time, a single group holds the same images for query and key, whatever
-    their order.
+    If BatchNorm sees only a part of the batch at a time, a single group contains the same images for query and key,
+    whatever their order.
     """
     if run.bn_batch and bn_groups == 1 and not encoder.patch:  # a ViT has no BatchNorm
         raise UserError(
-            "config.method.bn_groups=1: with config.train.micro_batch or bn_group set, query and key would be "
-            "normalised over the same images, which gives the positive away; allowed: 2 or more"
+            "config.method.bn_groups=1: with config.train.micro_batch or bn_group, query and key would be normalised "
+            "over the same images, which gives the positive away; allowed: 2 or more"
         )
 
 
 def select_entries(*names: str) -> Callable[[Params], Params]:
-    """Of a dict, these entries: what `track_target` selects when the predictor has no target."""
+    """Selects these entries of a dict, for `track_target` of a method whose predictor has no target."""
     return lambda tree: {name: tree[name] for name in names}
 
 
@@ -167,7 +169,7 @@ def require_vit(encoder: Network, method: str) -> int:
 
 
 def init_with_head(encoder: Network, head: Callable[[jax.Array], Network]) -> Init:
-    """The `init` of a method that predicts pixels: a ViT, and head(images), which takes its tokens [B, 1 + N, D]."""
+    """The `init` of a method that predicts pixels with a ViT and head(images), which takes its tokens [B, 1 + N, D]."""
 
     def init(key, views):
         images = views[0][:1]
@@ -192,47 +194,49 @@ def masked_loss(power: int) -> Loss:
 
 
 def require_batch(views: Sequence[jax.Array], method: str) -> None:
-    """UserError if a single image is embedded at a time, so that nothing varies."""
+    """UserError if images are embedded one at a time, so that they have no variance."""
     if len(views[0]) < 2:
         raise UserError(
             f"config.train: {method} gets one image at a time; allowed: 2 or more (batch, micro_batch, bn_group)"
         )
 
 
-def std_collapse(cause: str, least: float = 0.05) -> Callable[[Mapping[str, float]], str]:
-    """The `collapsed` of a method with the metric "projection_std": words if it is below `least`."""
+def std_collapse(cause: str, threshold: float = 0.05) -> Callable[[Mapping[str, float]], str]:
+    """The `collapsed` of a method with the metric "projection_std": a collapse if it is below `threshold`."""
 
     def collapsed(metrics):
         std = metrics["projection_std"]
-        words = f"projection_std {std:.2g}: all images get almost the same projection; likely cause: {cause}"
-        return words if std < least else ""
+        if std >= threshold:
+            return ""
+        return f"projection_std {std:.2g}: all images get almost the same projection; likely cause: {cause}"
 
     return collapsed
 
 
 def entropies(targets: Sequence[jax.Array]) -> Metrics:
-    """Of probabilities, arrays [B, K]: the mean entropy of an image, and the entropy of the mean over all images."""
+    """The mean entropy of probabilities [B, K], and the entropy of their mean over all images."""
     p = interleave(targets)
     entropy = jax.scipy.special.entr
     return {"target_entropy": entropy(p).sum(axis=1).mean(), "mean_target_entropy": entropy(p.mean(axis=0)).sum()}
 
 
 def entropy_collapse(classes: int, uniform: str, single: str) -> Callable[[Mapping[str, float]], str]:
-    """The `collapsed` of a method with the metrics of `entropies`: the causes if all targets are uniform, or all one.
+    """The `collapsed` of a method with the metrics of `entropies`.
 
-    Uniform is 99.9 % of ln K: targets without any preference. One: together they have less than a tenth of a nat.
+    uniform, single: the likely causes if all targets are uniform (their entropy is above 99.9 % of ln K), or if all
+    images get the same one (the mean target's entropy is below 0.1 nats).
     """
 
     def collapsed(metrics):
-        most = math.log(classes)
-        if metrics["target_entropy"] > 0.999 * most:
+        maximum = math.log(classes)
+        if metrics["target_entropy"] > 0.999 * maximum:
             return (
-                f"target entropy {metrics['target_entropy']:.3f} of ln {classes} = {most:.3f}: no image prefers any "
-                f"output; likely cause: {uniform}"
+                f"target entropy {metrics['target_entropy']:.3f} of at most ln {classes} = {maximum:.3f}: no image "
+                f"prefers any output; likely cause: {uniform}"
             )
         if metrics["mean_target_entropy"] < 0.1:
             return (
-                f"mean target entropy {metrics['mean_target_entropy']:.3f}: all images get one and the same output; "
+                f"mean target entropy {metrics['mean_target_entropy']:.3f}: all images get the same output; "
                 f"likely cause: {single}"
             )
         return ""
@@ -241,39 +245,39 @@ def entropy_collapse(classes: int, uniform: str, single: str) -> Callable[[Mappi
 
 
 def init_queue(key: jax.Array, size: int, *shape: int) -> Memory:
-    """The memory that `enqueue` moves: "queue" [size, *shape] of random unit vectors, and "oldest", its oldest row."""
+    """The memory for `enqueue`: "queue" [size, *shape] of random unit vectors, and "oldest", its oldest row's index."""
     return {"queue": normalize(jax.random.normal(key, (size, *shape))), "oldest": jnp.zeros([], jnp.int32)}
 
 
 def enqueue(memory: Memory, keys: jax.Array) -> Memory:
-    """`memory` with the newest keys [B, ...] written over the oldest rows of its queue, a ring of any length."""
+    """`memory` with keys [B, ...] written over the oldest rows of its queue, a ring buffer of any length."""
     size = len(memory["queue"])
     keys = jax.lax.stop_gradient(keys[-size:])
-    places = (memory["oldest"] + jnp.arange(len(keys))) % size
+    rows = (memory["oldest"] + jnp.arange(len(keys))) % size
     oldest = (memory["oldest"] + len(keys)) % size
-    return {**memory, "queue": memory["queue"].at[places].set(keys), "oldest": oldest}
+    return {**memory, "queue": memory["queue"].at[rows].set(keys), "oldest": oldest}
 
 
-# The images of a batch that `search_metrics` looks at: enough for a mean, at any batch little memory.
+# The images that `search_metrics` looks at: enough for a mean, and little memory whatever the batch.
 METRIC_ROWS = slice(256)
 
 
 def search_metrics(loss: jax.Array, similarity: jax.Array, index: jax.Array | int = 0) -> Metrics:
-    """How well positives are found: "chance", "positive_rank", from InfoNCE `loss` over similarity [B, K].
+    """How well positives are found, from the InfoNCE `loss` and similarity [B, K].
 
-    chance: the loss as a share of ln K, what guessing gives. positive_rank: how many of the others are at least as
-    similar as the positive at `index`, on average; 0 is best, a collapse gives K - 1.
+    chance: the loss divided by ln K, the loss of guessing. positive_rank: how many negatives are at least as similar as
+    the positive at `index`, on average; 0 is best, a collapse gives K - 1.
     """
-    own = jnp.take_along_axis(similarity, jnp.broadcast_to(index, len(similarity))[:, None], axis=1)
-    rank = (similarity >= own).sum(axis=1).mean() - 1
+    positive = jnp.take_along_axis(similarity, jnp.broadcast_to(index, len(similarity))[:, None], axis=1)
+    rank = (similarity >= positive).sum(axis=1).mean() - 1
     return {"chance": loss / math.log(similarity.shape[1]), "positive_rank": rank}
 
 
 def chance_collapse(metrics: Mapping[str, float]) -> str:
-    """The `collapsed` of a method that has the metric "chance"."""
+    """The `collapsed` of a method with the metric "chance"."""
     if metrics["chance"] < 0.99:
         return ""
     return (
-        f"the loss is {metrics['chance']:.0%} of what guessing among all keys gives: positives look like negatives; "
-        "likely a learning rate too high, a temperature too low, or transforms that leave nothing in common"
+        f"the loss is {metrics['chance']:.0%} of that of guessing: positives look like negatives; likely cause: a "
+        "learning rate too high, a temperature too low, or transforms that leave nothing in common"
     )

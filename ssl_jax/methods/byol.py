@@ -61,6 +61,6 @@ def make(config, encoder, run):
         return value, {"projection_std": embedding_std(outputs["pairs"][0][1])}
 
     transform = track_target(cosine_momentum(config.momentum, run.steps), select_entries("encoder", "projector"))
-    collapsed = std_collapse("no predictor, a learning rate too high, or a target that moves too fast", least=0.1)
+    collapsed = std_collapse("no predictor, a learning rate too high, or a target that moves too fast", threshold=0.1)
     init = init_with_target(online, "encoder", "projector")
     return Method(init, forward, loss, transform=transform, collapsed=collapsed)

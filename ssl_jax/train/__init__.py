@@ -1,4 +1,4 @@
-"""Pretraining: the compiled step (`step`, `gradient`), the loop that feeds it, and the hooks that run beside it."""
+"""Pretraining: the compiled step, the loop that feeds it, and the hooks that run between steps."""
 
 from ssl_jax.train.loop import REQUEUE, fit
 from ssl_jax.train.step import Setup, TrainState, init_state, make_step, set_up

@@ -1,7 +1,7 @@
-"""What happens beside the steps of a run: logging, evaluation, checkpoints, and the reasons to end it.
+"""What happens between the steps of a run: logging, evaluation, checkpoints, and checks that may end it.
 
-A hook sees the metrics of every step, in order, a few steps after the devices were given them; and the state right
-after the steps at which it is due. All processes of a run call the same hooks at the same steps.
+A hook gets the metrics of every step, in order but a few steps late, and the state right after each step at which the
+hook is due. All processes of a run call the same hooks at the same steps.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ from ssl_jax.run_folder import RunFolder
 from ssl_jax.train.step import Setup, TrainState, encoder_of
 from ssl_jax.train.writers import open_writers
 
-REQUEUE = 75  # exit code after SIGTERM or SIGINT: "try again later" (EX_TEMPFAIL), for schedulers
-COLLAPSE_PATIENCE = 50  # steps in a row that must show a collapse before a warning: untrained networks look alike, too
-MAX_SKIPPED = 10  # steps in a row without finite gradients, before a run with skip_nonfinite gives up
+REQUEUE = 75  # exit code after SIGTERM or SIGINT: "try again later" for schedulers (EX_TEMPFAIL)
+COLLAPSE_PATIENCE = 50  # steps in a row before a warning, because an untrained network looks collapsed too
+MAX_SKIPPED = 10  # steps in a row that skip_nonfinite may skip before the run ends
 
 
 class Clock:
-    """Speed between two log lines. Evaluating and saving do not count as training."""
+    """Measures the speed between two log lines, without the time for evaluating and saving."""
 
     def __init__(self) -> None:
-        self.waited = 0.0  # seconds in which the devices had nothing to do because the next batch was not there
+        self.waited = 0.0  # seconds for which the devices had nothing to do, because the next batch was not ready
         self.since, self.started = 0, time.monotonic()
 
     def restart(self, step: int) -> None:
@@ -48,9 +48,9 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        began = time.monotonic()
+        start = time.monotonic()
         yield
-        self.started += time.monotonic() - began
+        self.started += time.monotonic() - start
 
     def speed(self, step: int, batch: int) -> dict[str, float]:
         seconds = max(time.monotonic() - self.started, 1e-9)
@@ -59,44 +59,44 @@ class Clock:
 
 @dataclasses.dataclass
 class Training:
-    """What is open and fixed while a run trains."""
+    """What stays the same while a run trains."""
 
     config: Config
     setup: Setup
     source: Source
     mesh: Mesh
     folder: RunFolder
-    out: RunFolder  # the same in the main process; elsewhere one that is thrown away
-    start: int  # steps done before
+    out: RunFolder  # the same in the main process; in others a temporary folder
+    start: int  # steps that were done before
     clock: Clock = dataclasses.field(default_factory=Clock)
-    say: Callable[[str], None] = print  # prints a line that stays, beside the progress line if there is one
+    say: Callable[[str], None] = print  # prints a line that stays above the progress line, if there is one
 
     def steps(self, duration: str) -> int:
         return to_steps(duration, len(self.source), self.config.train.batch)
 
 
 class Hook:
-    """Does nothing; hooks override what they need."""
+    """The base of all hooks, which override what they need."""
 
-    every = 0  # steps between calls of `on_state`, which also comes after the last step; 0: never
-    at_stop = False  # whether `on_state` is called when the run is stopped, too
+    every = 0  # steps between calls of `on_state`, which is also called after the last step; 0: never
+    at_stop = False  # whether `on_state` is also called when a signal stops the run
 
     def on_metrics(self, step: int, values: dict[str, Any]) -> None:
-        """The metrics of a step as numbers; entries that are added or removed are so for the hooks behind this one."""
+        """Gets the metrics of a step as numbers. Later hooks see the entries that it adds or removes."""
 
     def on_state(self, step: int, state: TrainState) -> None:
-        """The state after `step`; its arrays are given away in the next one."""
+        """Gets the state after `step`, whose arrays the next step donates."""
 
     def close(self) -> None:
-        """At the end of the run, however it comes."""
+        """Called at the end of the run, even after an error."""
 
 
 class Stop(Hook):
-    """SIGTERM and SIGINT. One process may get the signal alone: the step tells all of them."""
+    """Handles SIGTERM and SIGINT. If only one process gets the signal, the train step passes it on to all."""
 
     def __init__(self) -> None:
-        self.received = 0  # what this process got
-        self.requested = 0  # what any process got, known in all of them at the same step
+        self.received = 0  # the signal that this process got
+        self.requested = 0  # the signal that any process got; all of them learn of it at the same step
         self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _receive(self, number: int, frame: Any) -> None:
@@ -112,7 +112,7 @@ class Stop(Hook):
 
 
 class Finite(Hook):
-    """Ends the run at a loss that is not finite, or with skip_nonfinite after too many skipped steps in a row."""
+    """Ends the run if the loss is not finite; with skip_nonfinite, after too many skipped steps in a row."""
 
     def __init__(self, training: Training, checkpoint: "Checkpoint"):
         self.training, self.checkpoint, self.skipped_in_a_row = training, checkpoint, 0
@@ -123,45 +123,45 @@ class Finite(Hook):
         if skipped and self.skipped_in_a_row <= MAX_SKIPPED:
             self.training.say(f"step {step}: gradients not finite, step skipped")
         elif not np.isfinite(values["loss"]):
-            lr, likely = self.training.config.optim.lr, "a learning rate too high for this batch size and warm-up"
+            lr, cause = self.training.config.optim.lr, "a learning rate too high for this batch size and warm-up"
             if step == 1:
-                likely = "broken input (config.model.mean, std) or initial weights"
+                cause = "broken input (config.model.mean, std) or initial weights"
             raise UserError(
-                f"step {step}: loss is {values['loss']}, lr {values['lr']:.3g}; likely cause: {likely} "
+                f"step {step}: loss is {values['loss']}, lr {values['lr']:.3g}; likely cause: {cause} "
                 f"(config.optim.lr={lr}; config.optim.clip_norm and skip_nonfinite may help); "
                 f"{self.checkpoint.newest()}"
             )
 
 
 class Collapse(Hook):
-    """Warns once, or ends the run, when embeddings have looked collapsed for COLLAPSE_PATIENCE steps in a row."""
+    """Warns once, or ends the run, after COLLAPSE_PATIENCE steps in a row with collapsed embeddings."""
 
     def __init__(self, training: Training, checkpoint: "Checkpoint"):
         self.training, self.checkpoint = training, checkpoint
         self.in_a_row, self.warned = 0, False
 
     def on_metrics(self, step, values):
-        sign = self.training.setup.method.collapsed(values)
-        if not sign and values["embedding_std"] < STD_COLLAPSED:
-            sign = (
+        reason = self.training.setup.method.collapsed(values)
+        if not reason and values["embedding_std"] < STD_COLLAPSED:
+            reason = (
                 f"embedding std {values['embedding_std']:.2g}: all images get almost the same embedding; "
                 "likely cause: a learning rate too high, a batch too small, or transforms too weak"
             )
-        if sign:
-            values["collapsed"] = sign
-        self.in_a_row = self.in_a_row + 1 if sign else 0
+        if reason:
+            values["collapsed"] = reason
+        self.in_a_row = self.in_a_row + 1 if reason else 0
         if self.in_a_row != COLLAPSE_PATIENCE or self.warned:
             return
         self.warned = True
         if self.training.config.on_collapse == "stop":
             raise UserError(
-                f"step {step}: collapsed: {sign}; stopped by config.on_collapse=stop; {self.checkpoint.newest()}"
+                f"step {step}: collapsed: {reason}; stopped by config.on_collapse=stop; {self.checkpoint.newest()}"
             )
-        self.training.say(f"warning: step {step}: collapsed: {sign}")
+        self.training.say(f"warning: step {step}: collapsed: {reason}")
 
 
 class Log(Hook):
-    """metrics.jsonl, timing.jsonl, the trackers of config.log, and the progress line."""
+    """Writes metrics.jsonl, timing.jsonl, the trackers of config.log, and the progress line."""
 
     def __init__(self, training: Training):
         self.training, config = training, training.config
@@ -180,13 +180,13 @@ class Log(Hook):
             writer.scalars(step, values, group)
 
     def picture(self, step: int, name: str, image: Path | np.ndarray) -> None:
-        """image: a PNG file, or uint8 [H, W, C]. Only the trackers take it."""
+        """image: a PNG file, or uint8 [H, W, C], for the trackers."""
         for writer in self.writers:
             writer.image(step, name, image)
 
     def on_metrics(self, step, values):
         training, clock, batch = self.training, self.training.clock, self.training.config.train.batch
-        if step == training.start + 1:  # compiled
+        if step == training.start + 1:  # it included compiling
             clock.restart(step)
         if step % self.log_every and step != self.total:
             return
@@ -207,23 +207,23 @@ class Log(Hook):
 
 
 class Evaluate(Hook):
-    """RankMe of some training images, and with labels a kNN vote: others of them vote, these are classified."""
+    """Logs RankMe of some training images and, if there are labels, how well other images classify them by kNN."""
 
     def __init__(self, training: Training, log: Log):
         self.training, self.log = training, log
         self.every = training.steps(training.config.eval.every)
         settings, source = training.config.eval, training.source
-        known = np.arange(len(source)) if source.labels is None else labelled_indices(source.labels)
-        chosen = np.random.default_rng(training.config.train.seed).permutation(known)
-        chosen = chosen[: settings.knn_bank + settings.knn_queries]
-        self.queries = min(settings.knn_queries, len(chosen) // 2)
+        candidates = np.arange(len(source)) if source.labels is None else labelled_indices(source.labels)
+        indices = np.random.default_rng(training.config.train.seed).permutation(candidates)
+        indices = indices[: settings.knn_bank + settings.knn_queries]
+        self.queries = min(settings.knn_queries, len(indices) // 2)
         if not self.queries:
             self.every = 0
         if not self.every:
             return
-        self.labels = None if source.labels is None else np.asarray(source.labels)[chosen]
-        self.chosen = chosen if self.labels is not None else chosen[: self.queries]
-        self.images = source.load_many(self.chosen)
+        self.labels = None if source.labels is None else np.asarray(source.labels)[indices]
+        self.indices = indices if self.labels is not None else indices[: self.queries]
+        self.images = source.load_many(self.indices)
 
     def on_state(self, step, state):
         features = encoder_of(self.training.setup, self.training.config, state).embed(self.images)
@@ -248,12 +248,12 @@ class Evaluate(Hook):
         )
         if labels.ndim == 1:
             return {"knn_accuracy": float((scores.argmax(axis=1) == labels[:queries]).mean())}
-        auc = mean_auc(scores, labels[:queries])  # the mean over classes; 0 if none has both labels
+        auc = mean_auc(scores, labels[:queries])  # 0 if no class has both labels
         return {"knn_auc": round(auc, 4)} if auc else {}
 
 
 class Checkpoint(Hook):
-    """Saves the whole state, from which the run can be continued to the last bit; the files are written meanwhile."""
+    """Saves the whole state, from which a run continues bit by bit. Files are written while training goes on."""
 
     at_stop = True
 
@@ -265,19 +265,19 @@ class Checkpoint(Hook):
         self.checkpoints.save(step, state)
 
     def newest(self) -> str:
-        with contextlib.suppress(UserError):  # the error that asks for this comes first
+        with contextlib.suppress(UserError):  # the caller reports a more important error
             self.checkpoints.wait()
         steps = self.checkpoints.steps()
         return f"last checkpoint: step {steps[-1]} in {self.checkpoints.folder}" if steps else "no checkpoint yet"
 
 
 class Profile(Hook):
-    """A trace of config.train.profile, once the step is compiled: RUN/profile, for TensorBoard, XProf or Perfetto."""
+    """Traces config.train.profile, after the step has compiled, to RUN/profile for TensorBoard, XProf or Perfetto."""
 
     def __init__(self, training: Training):
         self.training, self.folder = training, training.out.profile
         self.steps = training.steps(training.config.train.profile)
-        self.last = 0 if self.steps else -1  # the step with which the trace ends; -1: no trace, or it has ended
+        self.last = 0 if self.steps else -1  # the step after which the trace ends; 0: not started; -1: none, or ended
 
     def on_metrics(self, step, values):
         if self.last == 0:
@@ -294,9 +294,9 @@ class Profile(Hook):
 
 
 def _neighbours(images: np.ndarray, features: np.ndarray, queries: int) -> np.ndarray:
-    """A picture [H, W, C]: each row shows one of the first eight queries, then its six nearest neighbours."""
+    """An image [H, W, C]: each row shows one of the first eight queries and its six nearest neighbours."""
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    bank = queries if len(images) > queries else 0  # without labels all images are queries, and each finds itself first
+    bank = queries if len(images) > queries else 0  # without labels, each query is also its own nearest neighbour
     nearest = bank + np.argsort(-(unit[: min(8, queries)] @ unit[bank:].T), axis=1)[:, :6]
     return np.concatenate([np.concatenate([images[i], *images[row]], axis=1) for i, row in enumerate(nearest)])
 
@@ -315,11 +315,11 @@ def make_hooks(training: Training, checkpoints: Checkpoints) -> Iterator[Hook]:
 
 
 def write_views(training: Training, log: Log) -> None:
-    """views.png: what the transforms do to six images."""
+    """Writes views.png, which shows what the transforms do to six images."""
     from ssl_jax.augment.sheet import view_sheet
 
     path = training.out.views
     if not path.exists():
-        chosen = np.random.default_rng(training.config.train.seed).permutation(len(training.source))[:6]
-        view_sheet(training.source.load_many(chosen), training.setup.views, path)
+        indices = np.random.default_rng(training.config.train.seed).permutation(len(training.source))[:6]
+        view_sheet(training.source.load_many(indices), training.setup.views, path)
         log.picture(training.start, "views", path)

@@ -1,4 +1,4 @@
-"""`fit`: makes or continues a run, and feeds the compiled step. What happens beside the steps is in `hooks`."""
+"""`fit` starts or continues a run, and feeds the compiled step. See `hooks` for what happens between steps."""
 
 import contextlib
 import dataclasses
@@ -24,14 +24,14 @@ from ssl_jax.run_folder import RunFolder
 from ssl_jax.train.hooks import REQUEUE, Stop, Training, make_hooks
 from ssl_jax.train.step import TrainState, batches, compile_step, encoder_of, init_state, set_up
 
-AHEAD = 2  # steps handed to the devices before the metrics of an earlier one are read: so they never wait for the host
+AHEAD = 2  # steps sent to the devices before an earlier one's metrics are read, so that they never wait for the host
 
 
 def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Network | None = None) -> Encoder:
-    """Trains, or continues to train, the run in `workdir`; returns its encoder. A finished run is only loaded.
+    """Starts or continues the run in `workdir`, and returns its encoder. A finished run is only loaded.
 
-    encoder: see `set_up`. Raises UserError for mistakes and for a loss that is not finite; SystemExit(75) after SIGTERM
-    or SIGINT, once the state is saved.
+    encoder: see `set_up`. Raises UserError for mistakes and for a loss that is not finite. After SIGTERM or SIGINT it
+    saves the state and raises SystemExit(75).
     """
     source = source or open_source(config.data)
     total = to_steps(config.train.duration, len(source), config.train.batch)
@@ -39,26 +39,26 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
     with contextlib.ExitStack() as stack:
 
         def enter() -> dict[str, Any]:
-            done = folder.finished(total)
-            # A finished run is only read: tasks of one study that start together all want its encoder.
-            stack.enter_context(folder.lock(shared=done))
+            finished = folder.finished(total)
+            # A finished run is only read: tasks of a study that start at the same time all need its encoder.
+            stack.enter_context(folder.lock(shared=finished))
             folder.start(config)
-            # How convolutions are written changes the last bits: a continued run keeps what it began with.
+            # The way convolutions are computed changes the last bits, so a run continues as it started.
             conv = read_json(folder.environment).get("conv") or resolve_conv(config.model.conv)
-            if not done:
+            if not finished:
                 folder.record_environment(conv=conv)
-            return {"done": done, "conv": conv}
+            return {"finished": finished, "conv": conv}
 
-        begun = parallel.run_on_main(enter)
-        if begun["done"]:
+        entry = parallel.run_on_main(enter)
+        if entry["finished"]:
             return load_encoder(workdir)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=begun["conv"]))
-        # All processes do the same; what others than the first write is thrown away, except their part of checkpoints.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=entry["conv"]))
+        # All processes run the same code. Only the first one's files are kept, and every process's part of checkpoints.
         main = parallel.is_main_process()
         out = folder if main else RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
         setup = set_up(config, source, encoder)
-        sizes = config.train
-        mesh = parallel.make_mesh(sizes.devices, sizes.batch, sizes.micro_batch, sizes.shard)
+        options = config.train
+        mesh = parallel.make_mesh(options.devices, options.batch, options.micro_batch, options.shard)
         state = init_state(setup, config.train.seed, mesh)
         warn = functools.partial(print, flush=True) if main else lambda _: None
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep, warn))
@@ -73,7 +73,7 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
 
 
 def train(training: Training, state: TrainState, checkpoints: Checkpoints) -> TrainState:
-    """Runs the steps that are left. SystemExit(75) after a stop signal, after the same step in every process."""
+    """Runs the remaining steps. After a stop signal, every process raises SystemExit(75) after the same step."""
     config, mesh, total, clock = training.config, training.mesh, training.setup.steps, training.clock
     step_fn = compile_step(training.setup, config, mesh, state)
     feed = batches(config, training.source, mesh, training.start, total)
@@ -82,19 +82,19 @@ def train(training: Training, state: TrainState, checkpoints: Checkpoints) -> Tr
         stop = next(hook for hook in hooks if isinstance(hook, Stop))
         pending: deque[tuple[int, dict[str, Any]]] = deque()  # steps whose metrics are still on the devices
         for step in range(training.start + 1, total + 1):
-            asked = time.monotonic()
+            started = time.monotonic()
             batch = next(feed)
-            if pending and pending[-1][1]["loss"].is_ready():  # the devices were idle at most while this was awaited
-                clock.waited += time.monotonic() - asked
+            if pending and pending[-1][1]["loss"].is_ready():  # the devices became idle meanwhile
+                clock.waited += time.monotonic() - started
             state, metrics = step_fn(state, batch, parallel.per_device(mesh, stop.received))
             pending.append((step, metrics))
             due = [hook for hook in hooks if hook.every and (step % hook.every == 0 or step == total)]
-            # Before a state is judged or saved, all metrics up to it are looked at: nothing broken is saved.
+            # Before a state is evaluated or saved, its metrics have been checked, so nothing broken is saved.
             while len(pending) > (0 if due or stop.requested else AHEAD):
-                at, on_device = pending.popleft()
+                earlier, on_device = pending.popleft()
                 values = {name: value.item() for name, value in jax.device_get(on_device).items()}
                 for hook in hooks:
-                    hook.on_metrics(at, values)
+                    hook.on_metrics(earlier, values)
             if stop.requested:
                 due += [hook for hook in hooks if hook.at_stop and hook not in due]
             with clock.paused():

@@ -1,8 +1,8 @@
-"""What a config means for one data set: the method and its optimizer, the initial state, and the compiled step.
+"""From a config and a data set to the compiled step: the method, its optimizer, the initial state and the gradient.
 
-A batch travels: data.order -> raw uint8 images -> (inside the step) views -> method.forward -> method.loss -> gradient
--> optimizer -> method.post_update. The data order and all randomness are functions of (seed, step), so a run is
-continued from its TrainState alone.
+The way of a batch: data.order -> raw uint8 images -> (inside the step) views -> method.forward -> method.loss ->
+gradient -> optimizer -> method.post_update. The data order and all randomness are functions of (seed, step), so a run
+continues from its TrainState alone.
 """
 
 import dataclasses
@@ -32,15 +32,15 @@ from ssl_jax.transforms import learning_rate, optimizer, target_of
 
 
 class TrainState(NamedTuple):
-    step: jax.Array  # the one counter: schedules, data order and randomness follow it
+    step: jax.Array  # the only counter: schedules, data order and randomness follow it
     params: Any
     opt_state: Any
-    model_state: State  # the method's own: BatchNorm statistics, queue ...
+    model_state: State  # the method's: BatchNorm statistics, queue, ...
     probe: Any  # the online linear probe and its optimizer; () without labels
 
 
 class Setup(NamedTuple):
-    """What a config means for one data set."""
+    """Everything that a config and a data set determine."""
 
     method: Method
     encoder: Network
@@ -53,9 +53,9 @@ class Setup(NamedTuple):
 
 
 def set_up(config: Config, source: Source, encoder: Network | None = None) -> Setup:
-    """Builds method and optimizer. Whatever the data or the config lack is an error here, before anything compiles.
+    """Builds the method and its optimizer. If config and data do not fit, it fails here, before anything compiles.
 
-    encoder: used in place of the network that config.model describes.
+    encoder: replaces the network that config.model describes.
     """
     examples, batch, shape = len(source), config.train.batch, source.shape
     if batch > examples:
@@ -65,7 +65,7 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
     classes = len(source.classes) if source.labels is not None else 0
     steps = to_steps(config.train.duration, examples, batch)
     if steps < 1:
-        raise UserError(f"config.train.duration={config.train.duration!r}: not even one step; allowed: one or more")
+        raise UserError(f"config.train.duration={config.train.duration!r}: less than one step; allowed: 1 step or more")
     size = min(shape[:2])
     micro_batch = config.train.micro_batch if config.train.micro_batch < batch else 0
     bn_batch = config.train.bn_group or micro_batch
@@ -79,7 +79,7 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
     if "label" in method.needs and not classes:
         raise UserError(
             f"config.method.name={config.method_name!r}: needs labels, but the data set "
-            f"{config.data.path or config.data.name!r} has none; allowed: data with class folders or a label column"
+            f"{config.data.path or config.data.name!r} has none; use data with class folders or a label column"
         )
     schedule = learning_rate(config.optim, batch, steps, to_steps(config.optim.warmup, examples, batch))
     tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr)
@@ -88,41 +88,41 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
 
 
 def _check_parts(config: Config) -> None:
-    """Each part must divide what it is a part of: the batch, then the micro-batch."""
-    whole_key = "batch"
+    """The micro-batch must divide the batch, and the BatchNorm group must divide the micro-batch, if there is one."""
+    total_key = "batch"
     for key in ("micro_batch", "bn_group"):
-        whole, part = getattr(config.train, whole_key), getattr(config.train, key)
-        if part and whole % part:
-            raise UserError(f"config.train.{key}={part}: allowed: 0, or a divisor of config.train.{whole_key}={whole}")
-        whole_key = key if part else whole_key
+        total, part = getattr(config.train, total_key), getattr(config.train, key)
+        if part and total % part:
+            raise UserError(f"config.train.{key}={part}: allowed: 0, or a divisor of config.train.{total_key}={total}")
+        total_key = key if part else total_key
 
 
 PROBE = optax.adam(1e-3)
 
 
 def init_state(setup: Setup, seed: int, mesh: Mesh | None = None) -> TrainState:
-    """Parameters, optimizer and state of step 0, a function of the seed alone; laid out over `mesh` if there is one."""
+    """The state before the first step, a function of the seed alone; laid out over `mesh` if there is one."""
     views = [jnp.zeros((2, v.size, v.size, setup.shape[2])) for v in setup.views]
 
     def init(key):
         params, model_state = setup.method.init(key, views)
         probe: Any = ()
         if setup.classes:
-            width = jax.eval_shape(setup.encoder.init, key, views[0])
-            features = jax.eval_shape(lambda p, s: setup.encoder.apply(p, s, views[0], train=True)[0], *width)
+            shapes = jax.eval_shape(setup.encoder.init, key, views[0])
+            features = jax.eval_shape(lambda p, s: setup.encoder.apply(p, s, views[0], train=True)[0], *shapes)
             linear = {"w": jnp.zeros((features.shape[1], setup.classes)), "b": jnp.zeros(setup.classes)}
             probe = (linear, PROBE.init(linear))
         return TrainState(jnp.zeros([], jnp.int32), params, setup.tx.init(params), model_state, probe)
 
-    # A generator of its own: the data order and the views use fold_in(key(seed), step).
+    # A random stream of its own: step n uses fold_in(key(seed), n).
     key = jax.random.fold_in(jax.random.key(seed), 2**31 - 1)
     return jax.jit(init, out_shardings=mesh and parallel.state_sharding(mesh, jax.eval_shape(init, key)))(key)
 
 
 def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """The train step, to be jitted: (state, {"image" uint8 [B, H, W, C], "index" [B], ...}) -> state, metrics.
+    """The train step, not yet jitted: (state, {"image" uint8 [B, H, W, C], "index" [B], ...}) -> state, metrics.
 
-    The batch holds "label" [B] if the data have labels, and "pair" [B, H, W, C] if config.data.pairs says so.
+    The batch contains "label" [B] if the data have labels, and "pair" [B, H, W, C] if config.data.pairs is set.
     """
     method, augment = setup.method, make_views(setup.views, setup.method.shares)
     train = config.train
@@ -152,7 +152,7 @@ def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState,
             probe, probe_metrics = _probe_step(state.probe, embedding, batch["label"])
             metrics, after = metrics | probe_metrics, after._replace(probe=probe)
         if config.optim.skip_nonfinite:
-            # The whole state stays, or a queue and statistics of the broken batch would remain.
+            # All of the state is kept as it was, including the queue and the statistics.
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
             after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
             metrics["skipped"] = 1 - finite.astype(jnp.int32)
@@ -162,22 +162,24 @@ def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState,
 
 
 def compile_step(setup: Setup, config: Config, mesh: Mesh, state: TrainState) -> Callable[..., tuple[TrainState, dict]]:
-    """The jitted step of a run, (state, batch, stop int [devices]) -> state, metrics: `state` is given away, and the
-    metric "stop" is the largest number that any device's process has put into `stop`."""
+    """The jitted step of a run: (state, batch, stop int [devices]) -> state, metrics. It donates `state`.
+
+    The metric "stop" is the maximum of `stop`, so every process learns of a stop signal to any of them.
+    """
     step = make_step(setup, config, mesh)
 
     def with_stop(state, batch, stop):
         state, metrics = step(state, batch)
         return state, {**metrics, "stop": stop.max()}
 
-    placed = parallel.state_sharding(mesh, state)
-    return jax.jit(with_stop, donate_argnums=0, out_shardings=(placed, parallel.replicated(mesh)))
+    shardings = parallel.state_sharding(mesh, state), parallel.replicated(mesh)
+    return jax.jit(with_stop, donate_argnums=0, out_shardings=shardings)
 
 
 def _probe_step(probe, embedding, label):
-    """One step of the online linear probe, and its accuracy, or for several labels per image its loss.
+    """One step of the online linear probe; returns it with its accuracy, or its loss for multi-label data.
 
-    `embedding` carries no gradient, so labels never reach the encoder.
+    `embedding` passes on no gradient, so labels never reach the encoder.
     """
     linear, opt_state = probe
     multilabel = label.ndim == 2
@@ -192,15 +194,15 @@ def _probe_step(probe, embedding, label):
     if multilabel:
         return probe, {"probe_loss": loss}
     known = label >= 0
-    right = (logits.argmax(axis=-1) == label) & known
-    return probe, {"probe_accuracy": right.sum() / jnp.maximum(known.sum(), 1)}
+    correct = (logits.argmax(axis=-1) == label) & known
+    return probe, {"probe_accuracy": correct.sum() / jnp.maximum(known.sum(), 1)}
 
 
 def batches(config: Config, source: Source, mesh: Mesh, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
-    """The batches of steps start to stop - 1 on the devices. Each process makes the rows of its own devices only.
+    """The batches of steps start to stop - 1, on the devices. Each process makes only the rows of its own devices.
 
-    A data set that is held in memory lies on the devices, where a program of its own gathers each batch: so the step is
-    the same to the last digit wherever images come from.
+    A data set that fits in memory is stored on the devices. A separate program gathers each batch there, so the train
+    step is the same program, and its results the same to the last digit, wherever the images come from.
     """
     size, rows, memory = config.train.batch, parallel.local_rows(mesh, config.train.batch), in_memory(config, source)
     options: Any = {"seed": config.train.seed, "workers": config.data.workers, "rows": rows, "decode": not memory}
@@ -210,30 +212,30 @@ def batches(config: Config, source: Source, mesh: Mesh, start: int, stop: int) -
 
 
 def device_store(source: Source, mesh: Mesh) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
-    """Puts all images on the devices; returns what turns {"index", "partner"} into a batch of images and labels."""
+    """Puts all images on the devices; returns a function {"index", "partner"} -> batch of images and labels."""
     arrays: dict[str, Any] = {"image": source.arrays()}
     if source.labels is not None:
         arrays["label"] = source.labels
     store = parallel.replicate(mesh, arrays)
 
     def gather(store, batch):
-        found = {name: values[batch["index"]] for name, values in store.items()}
+        gathered = {name: values[batch["index"]] for name, values in store.items()}
         if "partner" in batch:
-            found["pair"] = store["image"][batch["partner"]]
-        return {"index": batch["index"], **found}
+            gathered["pair"] = store["image"][batch["partner"]]
+        return {"index": batch["index"], **gathered}
 
     return functools.partial(jax.jit(gather, out_shardings=parallel.batch_sharding(mesh)), store)
 
 
 def in_memory(config: Config, source: Source) -> bool:
-    """Whether the whole data set is decoded once and lies on the devices."""
+    """Whether the data set is decoded once and stored on the devices."""
     if config.data.engine == "auto":
         return len(source) * int(np.prod(source.shape)) <= config.data.memory_gb * 1e9
     return config.data.engine == "memory"
 
 
 def encoder_of(setup: Setup, config: Config, state: TrainState) -> Encoder:
-    """The encoder in a state, as arrays that this process may use alone. All processes must ask."""
+    """The encoder in a state, as arrays local to this process. All processes must call this together."""
     params, stats = setup.method.encoder(state.params, target_of(state.opt_state), state.model_state)
     params, stats = parallel.to_local((params, stats))
     size, channels = min(setup.shape[:2]), setup.shape[2]
@@ -244,43 +246,43 @@ def encoder_of(setup: Setup, config: Config, state: TrainState) -> Encoder:
 
 # The gradient of a method's loss: of the batch at once, or exactly the same in micro-batches that fit in memory.
 #
-# A loss that compares images is not a sum over parts of the batch. So all parts are embedded first, without a gradient;
-# then the gradient of the loss of the whole batch is taken with respect to these outputs; and then it is pulled back
-# through each part, which is embedded a second time, with the same views, masks and permutations: all of them are
-# functions of (key, place in the batch). Memory grows with the micro-batch and with the outputs, not with the batch.
+# A loss that compares images is not a sum over parts of the batch. So all parts are first embedded without a gradient.
+# Then the gradient of the whole batch's loss is taken with respect to these outputs. Finally it is pulled back through
+# each part, which is embedded a second time with the same views, masks and permutations: all of these are functions of
+# (key, position in the batch). Memory grows with the micro-batch and with the outputs, but not with the batch.
 # Source: GradCache, https://arxiv.org/abs/2101.06983.
 #
-# BatchNorm is the exception: it sees a micro-batch where it saw the batch. With `bn_group` set, that many images share
-# their statistics in either case, and the gradients are equal again. Running statistics are means over all groups.
+# BatchNorm is the exception: it sees a micro-batch instead of the batch. With `bn_group`, the same number of images
+# share their statistics in both cases, and the gradients are equal again. Running statistics are means over the groups.
 
 Inputs = Mapping[str, jax.Array]
 
 
 def split_batch(tree: Any, parts: int, stretch: int = 1) -> Any:
-    """Arrays [B, ...] as [parts, B / parts, ...]; part i has the stretches of so many images i, i + parts, ...
+    """Arrays [B, ...] as [parts, B / parts, ...]: the batch is a row of stretches, and part i gets every parts-th.
 
-    A batch that is laid out over devices one part after the other is so cut without moving any image: every part lies
-    on all devices. And the parts are the same however many devices there are.
+    stretch: images in a stretch. No image of a batch that is split over devices has to move, because every part lies
+    on all devices; and the parts do not depend on the number of devices.
     """
 
-    def cut(x):
+    def split(x):
         return x.reshape(-1, parts, stretch, *x.shape[1:]).swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
 
-    return jax.tree.map(cut, tree)
+    return jax.tree.map(split, tree)
 
 
 def join_batch(tree: Any, stretch: int = 1) -> Any:
-    """What `split_batch` has cut: [parts, B / parts, ...] as [B, ...], in the order of the batch."""
+    """The inverse of `split_batch`: [parts, B / parts, ...] as [B, ...], in the order of the batch."""
 
-    def mend(x):
+    def join(x):
         return x.reshape(len(x), -1, stretch, *x.shape[2:]).swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-    return jax.tree.map(mend, tree)
+    return jax.tree.map(join, tree)
 
 
-def keys_at(key: jax.Array, places: jax.Array) -> jax.Array:
-    """A key for each of `places` [B], a function of nothing else."""
-    return jax.vmap(lambda place: jax.random.fold_in(key, place))(places)
+def keys_at(key: jax.Array, positions: jax.Array) -> jax.Array:
+    """One key for each of `positions` [B], which depends on nothing else."""
+    return jax.vmap(lambda position: jax.random.fold_in(key, position))(positions)
 
 
 def make_gradient(
@@ -288,20 +290,20 @@ def make_gradient(
 ) -> Callable[..., Any]:
     """A function (ctx, target, state, inputs, keys) -> (loss, (outputs, stats, metrics)), gradients of ctx.params.
 
-    inputs: arrays [B, ...] under "image" (uint8), and "pair", "label", "index" where there are any.
+    inputs: arrays [B, ...]: "image" (uint8), and "pair", "label" and "index" if there are any.
     keys: two random keys, for the views and for `forward`.
     micro_batch: images embedded at a time, a divisor of B; 0: all.
-    bn_group: images that share the statistics of BatchNorm, neighbours in the batch, a divisor of that; 0: all of
-    them. Groups stay whole in micro-batches, and on their devices if their number divides among them.
-    mesh: what `parallel.shard_batch` in the method's forward lays images out over; a group's stay where they are.
+    bn_group: number of neighbouring images that share BatchNorm statistics, a divisor of micro_batch; 0: all that are
+    embedded at a time. Micro-batches never split a group, nor do devices if their number divides that of the groups.
+    mesh: where `parallel.shard_batch` in a method's forward lays out images, unless BatchNorm works in groups.
     """
     stretch = bn_group or 1
 
     def forward(params, target, state, inputs, keys):
         key_views, key_forward = keys
-        views, drawn = augment(key_views, inputs["image"], inputs.get("pair"), inputs["place"])
+        views, drawn = augment(key_views, inputs["image"], inputs.get("pair"), inputs["position"])
         batch = {"views": views, "drawn": drawn, **{name: inputs[name] for name in method.needs}}
-        key = keys_at(key_forward, inputs["place"])
+        key = keys_at(key_forward, inputs["position"])
         if not bn_group or bn_group == len(key):
             with parallel.use_mesh(mesh):
                 outputs, stats = method.forward(params, target, state, batch, key)
@@ -312,7 +314,7 @@ def make_gradient(
         check_structure("forward", "statistics", stats, state.stats)
         return outputs, stats
 
-    def whole(ctx, target, state, inputs, keys):
+    def at_once(ctx, target, state, inputs, keys):
         def objective(params):
             outputs, stats = forward(params, target, state, inputs, keys)
             loss, metrics = method.loss(outputs, state, needed(inputs), ctx._replace(params=params))
@@ -321,7 +323,7 @@ def make_gradient(
         return jax.value_and_grad(objective, has_aux=True)(ctx.params)
 
     def in_parts(ctx, target, state, inputs, keys):
-        count = len(inputs["place"]) // micro_batch
+        count = len(inputs["position"]) // micro_batch
         parts = split_batch(inputs, count, stretch)
 
         def embed(total, part):
@@ -331,47 +333,47 @@ def make_gradient(
         total, outputs = jax.lax.scan(embed, jax.tree.map(jnp.zeros_like, state.stats), parts)
         stats, outputs = jax.tree.map(lambda x: x / count, total), join_batch(outputs, stretch)
         leaves, structure = jax.tree.flatten(outputs)
-        real = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        floats = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]  # have gradients
 
-        def objective(real_leaves, params):
-            filled = list(leaves)
-            for n, leaf in zip(real, real_leaves, strict=True):
-                filled[n] = leaf
-            tree = jax.tree.unflatten(structure, filled)
+        def objective(float_leaves, params):
+            replaced = list(leaves)
+            for n, leaf in zip(floats, float_leaves, strict=True):
+                replaced[n] = leaf
+            tree = jax.tree.unflatten(structure, replaced)
             return method.loss(tree, state, needed(inputs), ctx._replace(params=params))
 
-        # `direct`: what reaches parameters that the loss itself reads, past the outputs.
-        (loss, metrics), (pulls, direct) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
-            [leaves[n] for n in real], ctx.params
+        # `direct` is the gradient of parameters that the loss itself reads (ctx.params).
+        (loss, metrics), (cotangents, direct) = jax.value_and_grad(objective, argnums=(0, 1), has_aux=True)(
+            [leaves[n] for n in floats], ctx.params
         )
 
-        def pull_back(total, part_and_pulls):
-            part, pulls = part_and_pulls
+        def pull_back(total, part_and_cotangents):
+            part, cotangents = part_and_cotangents
 
-            def pulled(params):
-                again = jax.tree.leaves(forward(params, target, state, part, keys)[0])
-                return sum(jnp.vdot(again[n], pull) for n, pull in zip(real, pulls, strict=True))
+            def inner_product(params):
+                leaves = jax.tree.leaves(forward(params, target, state, part, keys)[0])
+                return sum(jnp.vdot(leaves[n], cotangent) for n, cotangent in zip(floats, cotangents, strict=True))
 
-            return jax.tree.map(jnp.add, total, jax.grad(pulled)(ctx.params)), None
+            return jax.tree.map(jnp.add, total, jax.grad(inner_product)(ctx.params)), None
 
-        grads, _ = jax.lax.scan(pull_back, direct, (parts, split_batch(pulls, count, stretch)))
+        grads, _ = jax.lax.scan(pull_back, direct, (parts, split_batch(cotangents, count, stretch)))
         return (loss, (outputs, stats, metrics)), grads
 
     def needed(inputs):
         return {name: inputs[name] for name in method.needs}
 
     def gradient(ctx: Context, target, state: State, inputs: Inputs, keys):
-        inputs = {**inputs, "place": jnp.arange(len(inputs["image"]))}
-        cut = micro_batch and micro_batch < len(inputs["image"])
-        return (in_parts if cut else whole)(ctx, target, state, inputs, keys)
+        inputs = {**inputs, "position": jnp.arange(len(inputs["image"]))}
+        in_micro_batches = micro_batch and micro_batch < len(inputs["image"])
+        return (in_parts if in_micro_batches else at_once)(ctx, target, state, inputs, keys)
 
     return gradient
 
 
 def check_structure(function: str, what: str, after: Any, before: Any) -> None:
-    """TypeError if a method's function returns a tree of another structure than the part of the state it replaces."""
-    wanted, got = str(jax.tree.structure(before)), str(jax.tree.structure(after))
-    if got != wanted:
+    """TypeError if a function of a method changes the structure of the part of the state that it replaces."""
+    expected, actual = str(jax.tree.structure(before)), str(jax.tree.structure(after))
+    if actual != expected:
         raise TypeError(
-            f"a method's {function} must return {what} of the structure that init made, {wanted}, not {got}"
+            f"a method's {function} must return {what} with the structure that init created, {expected}, not {actual}"
         )

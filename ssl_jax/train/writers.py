@@ -1,7 +1,7 @@
-"""Where the numbers and pictures of a run go: into JSON lines always, and into the trackers that config.log names.
+"""Where metrics and images of a run go: always to JSON lines, and to the trackers that config.log names.
 
-A tracker is imported only when it is asked for. It works in a thread of its own, so a slow or lost connection neither
-delays nor ends training. A run that is continued goes on in the same TensorBoard folder, W&B run or MLflow run.
+A tracker is imported only if it is used. It runs in a thread of its own, so a slow or lost connection neither delays
+nor ends training. A continued run stays in the same TensorBoard folder, W&B run or MLflow run.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from ssl_jax.errors import UserError, unknown
 from ssl_jax.files import read_json, read_lines, write_bytes, write_json
 
 GROUPS = ("metrics", "timing")
-CLOSE_SECONDS = 60  # how long the end of a run waits for a tracker to send what is left
+CLOSE_SECONDS = 60  # how long the end of a run waits for a tracker to send the rest
 
-Values = Mapping[str, float | str | None]  # None, as in JSON, where a number is not finite; text: what has gone wrong
+Values = Mapping[str, float | str | None]  # None: not finite, as in JSON; text: a problem
 Picture = str | Path | np.ndarray  # a PNG file, or uint8 [H, W, C] with 1 or 3 channels
 
 
 class Writer(Protocol):
     def scalars(self, step: int, values: Values, group: str = "metrics") -> None:
-        """group: one of GROUPS; "timing" is what no rerun repeats."""
+        """group: one of GROUPS; "timing" is for values that differ between reruns."""
 
     def image(self, step: int, name: str, image: Picture) -> None: ...
 
@@ -40,24 +40,24 @@ class Writer(Protocol):
 def open_writers(
     names: str, folder: Path, config: Mapping[str, Any] | None, start: int, say: Callable[[str], None] = print
 ) -> list[Writer]:
-    """JSON lines in the run folder and the trackers of `names`, such as "tensorboard,wandb", opened at step `start`.
+    """Opens JSON lines in the run folder, and the trackers in `names`, such as "tensorboard,wandb", at step `start`.
 
     config: the resolved options, recorded once as parameters. say: prints a warning when a tracker fails.
-    Only the main process of a run may name trackers. Raises UserError for an unknown name, a missing package and W&B
-    without a login; a tracker that can't be reached is left out, with a warning.
+    Only the main process of a run may use trackers. Raises UserError for an unknown name, a missing package, and W&B
+    without a login; a tracker that cannot be reached is left out, with a warning.
     """
-    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    for name in chosen:
+    trackers = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in trackers:
         if name not in TRACKERS:
             raise unknown("config.log", name, TRACKERS)
     writers: list[Writer] = [JsonLines(folder, start)]
     with contextlib.ExitStack() as on_error:
-        for name in chosen:
+        for name in trackers:
             try:
                 tracker = TRACKERS[name](folder, flatten(config or {}), start)
             except ImportError as error:
-                why = "" if isinstance(error, ModuleNotFoundError) else f" ({_first_line(error)})"
-                raise UserError(f"config.log={name!r}: needs {name}: pip install 'ssl_jax[{name}]'{why}") from error
+                reason = "" if isinstance(error, ModuleNotFoundError) else f" ({_first_line(error)})"
+                raise UserError(f"config.log={name!r}: needs {name}: pip install 'ssl_jax[{name}]'{reason}") from error
             except UserError:
                 raise
             except Exception as error:
@@ -70,7 +70,7 @@ def open_writers(
 
 
 class JsonLines:
-    """metrics.jsonl and timing.jsonl, which survive kills: opened at a step, they forget every line after it."""
+    """metrics.jsonl and timing.jsonl. Opening them at a step drops later lines, which a killed run may have left."""
 
     def __init__(self, folder: Path, start: int):
         self.folder = folder
@@ -90,14 +90,14 @@ class JsonLines:
             raise UserError(f"{self._path(group)}: cannot be written ({error.strerror})") from error
 
     def image(self, step: int, name: str, image: Picture) -> None:
-        """Nothing: the pictures are files in the run folder already."""
+        """Does nothing: images are files in the run folder already."""
 
     def close(self) -> None:
         pass
 
 
 class TensorBoard:
-    """RUN/tensorboard. TensorBoard itself drops the steps that a killed run had written after its checkpoint."""
+    """RUN/tensorboard. TensorBoard itself drops the steps that a killed run wrote after its last checkpoint."""
 
     def __init__(self, folder: Path, config: dict[str, Any], start: int):
         from tensorboardX import SummaryWriter
@@ -105,14 +105,14 @@ class TensorBoard:
 
         logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # it would report every NaN
         path = folder / "tensorboard"
-        before = len(list(path.glob("events*")))
+        count = len(list(path.glob("events*")))
         self.writer = SummaryWriter(
             str(path),
             purge_step=start + 1 if start else 0,
             flush_secs=10,
-            filename_suffix=f".{before}",  # names hold the second: two files of the same one stay apart and in order
+            filename_suffix=f".{count}",  # file names contain only the second: keeps two files apart and in order
         )
-        if not start or not before:
+        if not start or not count:
             for summary in hparams(config, {"loss": 0.0}):
                 self.writer.file_writer.add_summary(summary)
 
@@ -131,16 +131,16 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, whose id is kept in RUN/wandb.json; its local files are in RUN/wandb.
+    """A run of Weights & Biases. Its id is in RUN/wandb.json, and its local files are in RUN/wandb.
 
-    W&B's own variables apply: WANDB_MODE=offline, WANDB_DIR, WANDB_PROJECT, WANDB_ENTITY and so on. W&B cannot take
-    back a step, but a continued run repeats steps exactly: those that W&B already has are not sent again. SIGKILL may
-    cost it the steps of the last seconds, which metrics.jsonl has. Offline, each continuation is a segment of the same
-    run, and `wandb sync` uploads them in order.
+    W&B's own environment variables apply: WANDB_MODE=offline, WANDB_DIR, WANDB_PROJECT, WANDB_ENTITY and so on. W&B
+    cannot take back a step. But a continued run repeats steps exactly, so those that W&B already has are not sent
+    again. After SIGKILL it may lack the steps of the last seconds, which metrics.jsonl has. Offline, each continuation
+    is a segment of the same run, and `wandb sync` uploads them in order.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], start: int):
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its crash reports to its makers
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no crash reports to W&B
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", str(CLOSE_SECONDS))
         import wandb
 
@@ -154,14 +154,14 @@ class WandB:
                 id=saved.get("id"),
                 resume="allow",
                 config=config,
-                reinit="create_new",  # leaves a run alone that the caller's own code has open
+                reinit="create_new",  # leaves alone a run that the caller has open
             )
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             hint = "WANDB_MODE=offline keeps the run on this machine"
             raise UserError(f"config.log='wandb': {_first_line(error)} {hint}") from error
-        # The first step that W&B does not have. The server knows it; offline, RUN/wandb.json does.
+        # The first step that W&B does not have yet: known to the server or, offline, from RUN/wandb.json.
         self.start = saved.get("step", -1) + 1 if self.run.offline else self.run.starting_step
-        self.counted = self.start - 1
+        self.recorded = self.start - 1
         if not self.run.disabled:
             write_json(self.file, {**saved, "id": self.run.id})
 
@@ -175,25 +175,25 @@ class WandB:
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         self.run.log(values, step=step)
-        if self.run.offline and step > self.counted:
+        if self.run.offline and step > self.recorded:
             write_json(self.file, {"id": self.run.id, "step": step})
-            self.counted = step
+            self.recorded = step
 
     def close(self) -> None:
         self.run.finish()
 
 
 class MLflow:
-    """A run of MLflow, whose id is kept in RUN/mlflow.json.
+    """A run of MLflow, whose id is in RUN/mlflow.json.
 
-    It goes to MLFLOW_TRACKING_URI, by default to the database RUN/mlflow.db. MLflow keeps every value of a step: after
-    a kill, steps past the last checkpoint are there twice, with the same numbers.
+    It is stored at MLFLOW_TRACKING_URI, by default the database RUN/mlflow.db. MLflow keeps every value that it gets:
+    after a kill, steps past the last checkpoint appear twice, with the same numbers.
     """
 
-    MAX_PARAMS, MAX_CHARS = 100, 6000  # in one call; in one value
+    MAX_PARAMS, MAX_CHARS = 100, 6000  # per call; per value
 
     def __init__(self, folder: Path, config: dict[str, Any], start: int):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # its usage reports to its makers
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no usage reports to MLflow
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
@@ -208,17 +208,18 @@ class MLflow:
             try:
                 self.client.update_run(self.id, status="RUNNING")
                 return
-            except MlflowException as error:  # another server, or the run was deleted there
+            except MlflowException as error:  # another server, or a deleted run
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ssl_jax")
         try:
             experiment = self.client.create_experiment(name, location)
         except MlflowException as error:
-            known = self.client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
-            if known is None:
+            exists = error.error_code == "RESOURCE_ALREADY_EXISTS"
+            existing = self.client.get_experiment_by_name(name) if exists else None
+            if existing is None:
                 raise
-            experiment = known.experiment_id
+            experiment = existing.experiment_id
         self.id = self.client.create_run(experiment, run_name=folder.name).info.run_id
         write_json(folder / "mlflow.json", {"id": self.id})
         params = [Param(key, str(value)[: self.MAX_CHARS]) for key, value in config.items()]
@@ -248,7 +249,7 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], Writer]] = {
 
 
 class Background:
-    """Passes everything on to a tracker in a thread. When the tracker fails it says so once and goes on."""
+    """Passes everything on to a tracker in a thread. If the tracker fails, it warns once and goes on."""
 
     def __init__(self, name: str, tracker: Writer, say: Callable[[str], None]):
         self.name, self.tracker, self.say = name, tracker, say
@@ -284,7 +285,7 @@ class Background:
 
 
 def _warning(name: str, error: Exception) -> str:
-    return f"warning: config.log={name!r}: {_first_line(error)}; training goes on without it"
+    return f"warning: config.log={name!r}: {_first_line(error)}; training continues without it"
 
 
 def _first_line(error: Exception) -> str:
@@ -292,7 +293,7 @@ def _first_line(error: Exception) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by their dotted keys, such as "train.batch"; what is neither a number nor a text is written out."""
+    """Options under dotted keys, such as "train.batch"; values other than numbers and strings become strings."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -303,7 +304,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def pixels(image: Picture) -> np.ndarray:
-    """uint8 [H, W, 3]."""
+    """The picture as uint8 [H, W, 3]."""
     from PIL import Image
 
     if isinstance(image, np.ndarray):
@@ -314,7 +315,7 @@ def pixels(image: Picture) -> np.ndarray:
 
 
 def _split(values: Values, group: str) -> tuple[dict[str, float], dict[str, str]]:
-    """(numbers, texts). All trackers show NaN where a number is missing; those of "timing" form a group of charts."""
+    """(numbers, texts). A missing number becomes NaN; names of "timing" get a prefix, which groups their charts."""
     prefix = "" if group == "metrics" else f"{group}/"
     numbers = {prefix + k: math.nan if v is None else float(v) for k, v in values.items() if not isinstance(v, str)}
     return numbers, {prefix + k: v for k, v in values.items() if isinstance(v, str)}

@@ -1,4 +1,4 @@
-"""The test of a classifier, for a reader: metrics with intervals by patient, and thresholds."""
+"""The test report of a classifier: metrics with intervals by patient, and thresholds per class."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,13 @@ from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.uncertainty import auc_intervals
 
 
-def thresholds_of(
+def choose_thresholds(
     logits: np.ndarray, labels: np.ndarray, classes: Sequence[str], sensitivity: float
 ) -> dict[str, dict[str, Any]]:
-    """For each class with a positive image in labels [N, K]: the `Threshold` that reaches `sensitivity`, as a
-    probability, and the number of positives it rests on."""
+    """The `Threshold` per class that reaches `sensitivity`, as a probability, and the number of positives behind it.
+
+    Classes without a positive image in labels [N, K] are left out.
+    """
     thresholds = {}
     for c, name in enumerate(classes):
         if positives := int((labels[:, c] >= 0.5).sum()):
@@ -24,7 +26,7 @@ def thresholds_of(
     return thresholds
 
 
-def judge(
+def evaluate_on_test(
     scores: np.ndarray,
     labels: np.ndarray,
     classes: Sequence[str],
@@ -32,8 +34,11 @@ def judge(
     groups: np.ndarray | None,
     thresholds: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """`metrics` of logits [N, K]. For labels [N, K] also interval (of the AUCs, by groups [N]), groups (their number)
-    and at_threshold (sensitivity and specificity here of `thresholds`, which were chosen on other images)."""
+    """`metrics` of logits [N, K], and for labels [N, K] also:
+
+    interval      95 % intervals of the AUCs, from a bootstrap over groups [N]; groups: their number
+    at_threshold  sensitivity and specificity that `thresholds`, chosen on other images, give on these
+    """
     result = metrics(scores, labels, classes)
     if labels.ndim == 1:
         return result
@@ -47,8 +52,8 @@ def judge(
     return result
 
 
-def table(result: Mapping[str, Any]) -> list[str]:
-    """The result of `judge` for labels [N, K] as text, one line per class."""
+def format_report(result: Mapping[str, Any]) -> list[str]:
+    """The result of `evaluate_on_test` for labels [N, K] as lines of text, one per class."""
     width = max(map(len, result["support"]))
     lines = [f"  {'':{width}}  positives     AUC (95 % interval)      AP   sensitivity  specificity"]
     for name, auc in result["auc"].items():
@@ -61,8 +66,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _format(share: float | None) -> str:
-    return "–" if share is None else f"{share:.3f}"
+def _format(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -72,5 +77,5 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _to_json(threshold: Threshold) -> dict[str, float | None]:
-    """With None for nan, which JSON cannot write."""
+    """As a dict, with None for nan, which JSON does not have."""
     return {key: None if math.isnan(value) else value for key, value in threshold._asdict().items()}
