@@ -17,7 +17,7 @@ from ssl_jax.testing.tiny import Images, set_up, tiny_config
 from ssl_jax.train.step import join_batch, make_gradient, split_batch
 from ssl_jax.transforms import target_of
 
-QUICK = ("simclr", "moco", "dino", "swav", "mae", "instance_discrimination")  # the others are slow tests
+QUICK = ("simclr", "moco", "swav", "mae")  # the others are slow tests
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in method_names()]
 
 
@@ -99,7 +99,7 @@ def test_running_statistics_are_the_means_over_groups():
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_steps_in_micro_batches_on_devices(devices):
     """Losses of 20 steps are those of the whole batch on one device, when groups of BatchNorm are the same."""
     source, losses = Images(), {}

@@ -114,7 +114,7 @@ def test_value_and_gradient_equal_loops(name, seed):
     generator = np.random.default_rng(seed)
     inputs = [generator.normal(size=shape) for shape in shapes]
     with jax.enable_x64(True):
-        value, gradients = jax.value_and_grad(lambda x: loss(*x, **hyper))([jnp.asarray(x) for x in inputs])
+        value, gradients = jax.jit(jax.value_and_grad(lambda x: loss(*x, **hyper)))([jnp.asarray(x) for x in inputs])
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, by_hand(*inputs, **hyper), rtol=1e-12)
         for position, gradient in enumerate(gradients):
@@ -125,7 +125,7 @@ def test_value_and_gradient_equal_loops(name, seed):
 @pytest.mark.parametrize("name", CASES)
 def test_zero_inputs_are_finite(name):
     loss, _, shapes, hyper = CASES[name]
-    made = jax.value_and_grad(lambda x: loss(*x, **hyper))([jnp.zeros(shape) for shape in shapes])
+    made = jax.jit(jax.value_and_grad(lambda x: loss(*x, **hyper)))([jnp.zeros(shape) for shape in shapes])
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(made))
 
 
@@ -161,7 +161,7 @@ def test_limits_of_memory_banks():
 def test_nce_at_a_low_temperature_is_finite():
     """exp(1 / 0.01) is no float32; the loss never forms it."""
     q = jnp.eye(4)
-    value, gradient = jax.value_and_grad(losses.nce)(q, q, -q, normalizer=1.0, examples=10, temperature=0.01)
+    value, gradient = jax.jit(jax.value_and_grad(losses.nce))(q, q, -q, normalizer=1.0, examples=10, temperature=0.01)
     assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
 
 
@@ -188,9 +188,10 @@ def test_in_chunks_as_in_one_piece(name, dtype, monkeypatch):
     rng = np.random.default_rng(0)
     with jax.enable_x64(dtype == np.float64):
         given = [jnp.asarray(rng.normal(size=(n, 5)), dtype) for n in (150, 150, 301)]
-        whole, in_one = jax.value_and_grad(CHUNKED[name], (0, 1, 2))(*given)
+        whole, in_one = jax.jit(jax.value_and_grad(CHUNKED[name], (0, 1, 2)))(*given)
         monkeypatch.setattr("ssl_jax.losses.contrastive.DENSE_UP_TO", 150)
-        value, gradients = jax.value_and_grad(CHUNKED[name], (0, 1, 2))(*given)
+        chunked = jax.value_and_grad(lambda *x: CHUNKED[name](*x), (0, 1, 2))  # traced anew
+        value, gradients = jax.jit(chunked)(*given)
         text = str(jax.make_jaxpr(jax.grad(CHUNKED[name], (0, 1, 2)))(*given))
     assert "scan" in text and "300,300" not in text and "150,301" not in text
     tolerance = 1e-12 if dtype == np.float64 else 1e-6

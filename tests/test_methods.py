@@ -12,8 +12,10 @@ from ssl_jax.parallel import make_mesh
 from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config
 from ssl_jax.transforms import target_of
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("looc", "dino", "moco_v3", "tico")]
 
-@pytest.mark.parametrize("name", ["byol", "looc", "dino", "moco", "moco_v3", "tico"])
+
+@pytest.mark.parametrize("name", ["byol", "moco", *SLOW])
 def test_target_follows_the_explicit_formula(name):
     """Target <- tau target + (1 - tau) params, with the parameters after the step, at every step."""
     config, source = tiny_config(name), Images()

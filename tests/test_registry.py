@@ -183,6 +183,7 @@ def test_test_data_of_a_study_may_come_from_outside(package):
         resolve(config)
 
 
+@pytest.mark.slow
 def test_entry_points_on_the_command_line(installed, tmp_path, capsys, monkeypatch):
     flags = ["--config.data.name=mysource", "--config.model.name=mymodel", *SMALL, f"--workdir={tmp_path / 'run'}"]
     pretrain(installed, "--config=pretrain:mine", *flags)

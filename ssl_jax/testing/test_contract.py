@@ -23,6 +23,7 @@ from ssl_jax.train.hooks import COLLAPSE_PATIENCE
 from ssl_jax.transforms import target_of
 
 STEPS = 60
+QUICK = ("simclr", "moco", "swav", "mae", "instance_discrimination")  # the other methods' are slow tests
 
 
 class Tried:
@@ -64,7 +65,10 @@ class Tried:
 def pytest_generate_tests(metafunc):
     if "name" in metafunc.fixturenames:
         chosen = [name for name in os.environ.get("SSL_JAX_METHODS", "").split(",") if name]
-        metafunc.parametrize("name", chosen or method_names(), scope="module")
+        names: list = chosen or method_names()
+        if metafunc.function is test_jit_equals_no_jit and not chosen:  # without jit each operation is compiled alone
+            names = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+        metafunc.parametrize("name", names, scope="module")
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config, to_steps
 from ssl_jax.data import Source, open_source
 from ssl_jax.encoder import Encoder, export, load_encoder
-from ssl_jax.files import read_json
 from ssl_jax.models import resolve_conv
 from ssl_jax.network import Network
 from ssl_jax.run_folder import RunFolder
@@ -35,23 +34,12 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
     """
     source = source or open_source(config.data)
     total = to_steps(config.train.duration, len(source), config.train.batch)
-    folder = RunFolder(workdir)
+    folder, conv = RunFolder(workdir), resolve_conv(config.model.conv)
     with contextlib.ExitStack() as stack:
-
-        def enter() -> dict[str, Any]:
-            finished = folder.finished(total)
-            # A finished run is only read: tasks of a study that start at the same time all need its encoder.
-            stack.enter_context(folder.lock(shared=finished))
-            folder.start(config)
-            # The way convolutions are computed changes the last bits, so a run continues as it started.
-            conv = read_json(folder.environment).get("conv") or resolve_conv(config.model.conv)
-            if not finished:
-                folder.record_environment(conv=conv)
-            return {"finished": finished, "conv": conv}
-
-        entry = parallel.run_on_main(enter)
+        entry = parallel.run_on_main(lambda: folder.enter(config, total, stack, conv=conv))
         if entry["finished"]:
             return load_encoder(workdir)
+        # The way convolutions are computed changes the last bits, so a run continues as it started.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=entry["conv"]))
         # All processes run the same code. Only the first one's files are kept, and every process's part of checkpoints.
         main = parallel.is_main_process()
