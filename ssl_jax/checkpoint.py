@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ssl_jax import parallel
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, first_line
 
 FORMAT = 2  # of the metadata; 1, without this number, had another train state and SHA-256 digests
 TEMPORARY, REMOVED = ".orbax-checkpoint-tmp", ".removed"  # in the names of what a killed run may leave behind
@@ -175,10 +175,8 @@ def _start(path: Path, state: Any, metadata: dict[str, Any]) -> Any:
 
 
 def _not_written(path: Path, error: Exception) -> UserError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(
-        f"{path}: checkpoint not written ({lines[0][:300]}); earlier checkpoints stay, free space and rerun"
-    )
+    reason = first_line(error)
+    return UserError(f"{path}: checkpoint not written ({reason}); earlier checkpoints stay, free space and rerun")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

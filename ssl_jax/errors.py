@@ -20,6 +20,11 @@ class UnreadableError(Exception):
     """The bytes of an image cannot be decoded; str() says why in one line. The caller decides what to do about it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, on one line of at most 300 characters: for the UserError raised instead."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def unknown(key: str, value: object, allowed: Iterable[str]) -> UserError:
     """The error `key=value: unknown; did you mean ...? available: ...`, for the caller to raise."""
     names = sorted(allowed)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from ssl_jax import files, hlo, parallel
 from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import UserError, first_line, unknown
 from ssl_jax.models import resolve_conv
 from ssl_jax.report.figures import scaling
 from ssl_jax.train.step import Setup, TrainState, in_memory, init_state, make_step, set_up
@@ -167,7 +167,7 @@ def tpu_devices(topology: Topology) -> list[Any]:
         options = {"topology_name": str(topology), "chip_config_name": core}
         return list(topologies.get_topology_desc(platform="tpu", **options).devices)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         if "libtpu" in reason or "not installed" in reason:
             raise UserError("plan: needs the TPU compiler (libtpu); pip install 'ssl_jax[plan]'") from error
         raise UserError(f"--topology={topology}: {reason}") from error

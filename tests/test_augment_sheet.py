@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ssl_jax.augment import resolve_views
-from ssl_jax.augment.sheet import describe, view_sheet
+from ssl_jax.augment.sheet import describe_view, view_sheet
 from ssl_jax.config import Augment
 from ssl_jax.errors import UserError
 
@@ -32,9 +32,7 @@ def test_sheet_refuses_what_is_no_picture(tmp_path):
 
 
 def test_description_holds_the_numbers_that_are_on():
-    first, second = resolve_views(Augment("natural", {"gray": 0.0}), 2, 64)
-    assert "crop 0.08-1, flip 0.5, jitter 0.8 (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1)" in describe(
-        first
-    )
-    assert "kernel 7 px" in describe(first) and "gray" not in describe(first) and "solarize" not in describe(first)
-    assert "solarize 0.2 (from 0.5)" in describe(second)
+    first, second = map(describe_view, resolve_views(Augment("natural", {"gray": 0.0}), 2, 64))
+    assert "crop 0.08-1, flip 0.5, jitter 0.8 (brightness 0.4, contrast 0.4, saturation 0.2, hue 0.1)" in first
+    assert "kernel 7 px" in first and "gray" not in first and "solarize" not in first
+    assert "solarize 0.2 (from 0.5)" in second

@@ -23,6 +23,7 @@ from ssl_jax.parallel import make_mesh
 from ssl_jax.report import html
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.testing.tiny import Images, tiny_config, tiny_encoder
+from ssl_jax.train import loop
 from ssl_jax.train.step import device_store
 from ssl_jax.transforms import target_of
 
@@ -199,11 +200,12 @@ def test_two_processes_in_one_folder(tmp_path):
 def test_full_disk_while_training_is_one_line_and_can_be_resumed(tmp_path):
     """No file may grow beyond 3 kB after the first save: metrics or a checkpoint hit it."""
     script = (
-        "import resource, signal, sys; from ssl_jax import checkpoint, cli; save = checkpoint.save\n"
-        "def first(folder, step, *rest):\n"
-        "    save(folder, step, *rest); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import resource, signal, sys; from ssl_jax import cli; from ssl_jax.checkpoint import Checkpoints\n"
+        "save = Checkpoints.save\n"
+        "def first(self, step, state):\n"
+        "    save(self, step, state); self.wait(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
-        "checkpoint.save = first; sys.exit(cli.main(sys.argv[1:]))"
+        "Checkpoints.save = first; sys.exit(cli.main(sys.argv[1:]))"
     )
     args = command(tmp_path / "run", duration="30 steps")
     done = subprocess.run([args[0], "-c", script, *args[3:]], capture_output=True, text=True, timeout=200)
@@ -286,6 +288,25 @@ def test_everything_follows_one_counter_also_after_a_skipped_step():
             want = jax.tree.map(lambda t, p, tau=tau: tau * t + (1 - tau) * p, old, {k: state.params[k] for k in old})
             for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(want), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_metrics_read_late_change_nothing(tmp_path, monkeypatch):
+    """The devices may be any number of steps ahead of the host: metrics, state and collapse are the same."""
+    config = tiny_config("simclr", train__duration="12 steps", train__save_every="5 steps", eval__every="4 steps")
+    for ahead in (0, 2, 7):
+        monkeypatch.setattr(loop, "AHEAD", ahead)
+        train.fit(config, tmp_path / str(ahead), Images(), tiny_encoder())
+    runs = [tmp_path / name for name in ("0", "2", "7")]
+    assert len({(run / "metrics.jsonl").read_bytes() for run in runs}) == 1
+    assert len({str(final_arrays(run)) for run in runs}) == 1
+    assert [steps(run / "checkpoints") for run in runs] == [[10, 12]] * 3
+
+
+def test_profile_traces_the_steps_that_are_asked_for(tmp_path, capsys):
+    config = tiny_config("simclr", train__duration="8 steps", train__profile="2 steps", eval__every="0 steps")
+    train.fit(config, tmp_path / "run", Images(), tiny_encoder())
+    assert "profile: " in capsys.readouterr().err
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 def test_collapse_is_told_in_words(tmp_path, capsys):

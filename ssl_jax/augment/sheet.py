@@ -50,7 +50,7 @@ def view_sheet(
     blocks: list[tuple[str, list[Any]]] = [("original", [(images, outlines or bare)])]
     for v, view in enumerate(views):
         columns = [(shown[v], _moved(outlines, parameters[v], view) or bare) for shown, parameters in drawn]
-        blocks.append((f"view {v + 1}: {describe(view)}", columns))
+        blocks.append((f"view {v + 1}: {describe_view(view)}", columns))
     kinds = sorted({name for masks in outlines or () for name in masks})
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(kinds)}
 
@@ -115,10 +115,10 @@ def _outline(axes, mask: np.ndarray, x: float, y: float, color: str) -> None:
         axes.contour(across, down, mask, levels=[0.5], colors=[color], linewidths=1.2)
 
 
-def describe(view: View) -> str:
+def describe_view(view: View) -> str:
     """The transforms of a view and their numbers, in one line.
 
-    >>> describe(View(size=28, crop_scale=(0.25, 1.0), flip=0.5))
+    >>> describe_view(View(size=28, crop_scale=(0.25, 1.0), flip=0.5))
     '28 px, crop 0.25-1, flip 0.5'
     """
     parts = [f"{view.size} px"]

@@ -12,7 +12,7 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.data.folder import SIZE, decode
 from ssl_jax.data.source import Source
-from ssl_jax.errors import NoPartError, UserError
+from ssl_jax.errors import NoPartError, UserError, first_line
 
 
 def command(name: str) -> str:
@@ -70,7 +70,7 @@ def _open(data: Data) -> tuple[Any, Any]:
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"{where}: TFDS knows no data set of this name, and no prepared folder is there") from error
     except (ValueError, ImportError, OSError) as error:
-        raise UserError(f"{where}: TFDS cannot open it: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{where}: TFDS cannot open it: {first_line(error)}") from error
     info = builder.info
     if not info.splits:
         raise UserError(f"{where}: not prepared in {builder.data_path.parent.parent}; {command(data.path)}")

@@ -286,7 +286,7 @@ def keys_at(key: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def make_gradient(
-    method: Method, augment: Callable[..., Any], *, micro_batch: int = 0, bn_group: int = 0, mesh: Any = None
+    method: Method, augment: Callable[..., Any], *, micro_batch: int = 0, bn_group: int = 0, mesh: Mesh | None = None
 ) -> Callable[..., Any]:
     """A function (ctx, target, state, inputs, keys) -> (loss, (outputs, stats, metrics)), gradients of ctx.params.
 

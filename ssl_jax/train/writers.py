@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import UserError, first_line, unknown
 from ssl_jax.files import read_json, read_lines, write_bytes, write_json
 
 GROUPS = ("metrics", "timing")
@@ -56,7 +56,7 @@ def open_writers(
             try:
                 tracker = TRACKERS[name](folder, flatten(config or {}), start)
             except ImportError as error:
-                reason = "" if isinstance(error, ModuleNotFoundError) else f" ({_first_line(error)})"
+                reason = "" if isinstance(error, ModuleNotFoundError) else f" ({first_line(error)})"
                 raise UserError(f"config.log={name!r}: needs {name}: pip install 'ssl_jax[{name}]'{reason}") from error
             except UserError:
                 raise
@@ -87,7 +87,7 @@ class JsonLines:
             with self._path(group).open("a") as file:
                 file.write(json.dumps({"step": step, **finite}) + "\n")
         except OSError as error:
-            raise UserError(f"{self._path(group)}: cannot be written ({error.strerror})") from error
+            raise UserError(f"{self._path(group)}: not written ({error.strerror})") from error
 
     def image(self, step: int, name: str, image: Picture) -> None:
         """Does nothing: images are files in the run folder already."""
@@ -158,7 +158,7 @@ class WandB:
             )
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             hint = "WANDB_MODE=offline keeps the run on this machine"
-            raise UserError(f"config.log='wandb': {_first_line(error)} {hint}") from error
+            raise UserError(f"config.log='wandb': {first_line(error)} {hint}") from error
         # The first step that W&B does not have yet: known to the server or, offline, from RUN/wandb.json.
         self.start = saved.get("step", -1) + 1 if self.run.offline else self.run.starting_step
         self.recorded = self.start - 1
@@ -285,11 +285,7 @@ class Background:
 
 
 def _warning(name: str, error: Exception) -> str:
-    return f"warning: config.log={name!r}: {_first_line(error)}; training continues without it"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return f"warning: config.log={name!r}: {first_line(error)}; training continues without it"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
