@@ -13,7 +13,7 @@ test: $(VENV)/installed-test  ## the tests
 
 test-slow: $(VENV)/installed-test  ## those that take long and seldom find what the others don't
 	$(BIN)/python -m pytest -m slow
-	TEST_DEVICES=8 $(BIN)/python -m pytest -m slow tests/test_methods.py -k 'many_devices_agree and 8'
+	TEST_DEVICES=8 $(BIN)/python -m pytest -m slow ssl_jax/testing/test_contract.py -k 'many_devices_agree and 8'
 
 check: lint test test-slow  ## lint, types, all tests
 
