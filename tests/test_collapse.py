@@ -1,4 +1,4 @@
-"""A collapse is named within 200 steps, by the trainer's rule: a sign that stands for `COLLAPSE_PATIENCE` in a row."""
+"""A collapse is named within 200 steps, by the loop's rule: a sign that stands for `COLLAPSE_PATIENCE` in a row."""
 
 import numpy as np
 import pytest
