@@ -14,11 +14,10 @@ import pytest
 
 from ssl_jax import checkpoint, train
 from ssl_jax.config import default, method_module, method_names, resolve
-from ssl_jax.data import order
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Context, State
-from ssl_jax.parallel import batch_sharding, make_mesh, replicated
-from ssl_jax.testing.tiny import Images, set_up, tiny_config, tiny_network, views_of
+from ssl_jax.parallel import make_mesh, replicated
+from ssl_jax.testing.tiny import Images, batch_of, set_up, tiny_config, tiny_network, views_of
 from ssl_jax.train.hooks import COLLAPSE_PATIENCE
 from ssl_jax.transforms import target_of
 
@@ -50,9 +49,7 @@ class Tried:
         state = jax.device_put(self.start if state is None else state, replicated(mesh))
         states, metrics = [], []
         for step in range(first, last):
-            index = order(self.config.train.seed, len(source), self.config.train.batch, step)
-            batch = {"image": source.images[index], "index": index.astype(np.int32), "label": source.labels[index]}
-            state, values = step_fn(state, jax.device_put(batch, batch_sharding(mesh)))
+            state, values = step_fn(state, batch_of(self.config, source, step, mesh))
             states.append(state)
             metrics.append(jax.device_get(values))
         return states, metrics
