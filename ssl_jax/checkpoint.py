@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
 from ssl_jax import parallel
 from ssl_jax.errors import UserError, first_line
@@ -242,37 +242,42 @@ def fingerprints(tree: Any) -> dict[str, str]:
     i, and the results are summed modulo 2^32: four times with other constants. So one changed word always changes the
     fingerprint, and any other damage all but surely. It is a checksum: it does not stop someone who forges one.
 
-    Integer sums are exact in any order. Each device sums what lies on it, nothing is gathered, and one, two or four
-    devices give the same number. In arrays of more than 2^32 words i is counted modulo 2^32: there, an exchange of two
-    words just that far apart goes unnoticed.
+    Integer sums are exact in any order. Each device sums the part that lies on it, nothing is gathered, and one, two or
+    four devices give the same number. In arrays of more than 2^32 words i is counted modulo 2^32: there, an exchange of
+    two words just that far apart goes unnoticed. All processes must call this together.
     """
     # A program per shape, not one of the whole tree: a ResNet-50 with its optimizer has 25 shapes in 600 arrays, and
     # compiles in a fifth of the time.
-    sums = [_summed(_result(x))(x) for _, x in _named(tree)]
-    return {
-        name: "".join(f"{int(lane):08x}" for lane in lanes)
-        for (name, _), lanes in zip(_named(tree), jax.device_get(sums), strict=True)
-    }
+    parts = jax.device_get([_sums_of_parts(x) for _, x in _named(tree)])
+    zero = np.zeros(len(LANES), np.uint32)
+    sums = np.array([np.sum(part, axis=0, dtype=np.uint32) if part else zero for part in parts]).reshape(-1, len(zero))
+    sums = parallel.sum_over_processes(sums)
+    return {name: "".join(f"{lane:08x}" for lane in lanes) for (name, _), lanes in zip(_named(tree), sums, strict=True)}
 
 
-def _result(x: Any) -> NamedSharding | None:
-    """Where the sums of x go: to all devices that hold a part of it."""
-    at = getattr(x, "sharding", None)
-    return NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else None
+def _sums_of_parts(x: Any) -> list[jax.Array]:
+    """The four sums, uint32 [4], of each part on this process's devices. If several hold the same part, one counts."""
+    x = jnp.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+    parts = [part for part in x.addressable_shards if part.replica_id == 0]
+    return [_sums(part.data, _place(part.index), x.shape) for part in parts]
 
 
-@functools.cache
-def _summed(result: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(_sums, out_shardings=result)
+def _place(index: tuple[slice, ...]) -> np.ndarray:
+    """Where a part of an array begins along each axis, modulo 2^32."""
+    return np.array([(axis.start or 0) % 2**32 for axis in index], np.uint32)
 
 
-def _sums(x: jax.Array) -> jax.Array:
-    """The four sums, uint32 [4]."""
+@functools.partial(jax.jit, static_argnames="shape")
+def _sums(x: jax.Array, place: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The four sums, uint32 [4], of x, the part at `place` of an array of this shape."""
     words = _words(x)
     index, stride = jnp.zeros(words.shape, jnp.uint32), 1
-    for axis in reversed(range(words.ndim)):  # not by flattening, which would gather an array that is split
-        index += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= words.shape[axis]
+    if words.ndim > x.ndim:  # two words per element
+        index, stride = jax.lax.broadcasted_iota(jnp.uint32, words.shape, x.ndim), 2
+    for axis in reversed(range(x.ndim)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) + place[axis]
+        index += along * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
     terms = [_mix(words + index * jnp.uint32(lane)) for lane in LANES]
     # One reduction of four operands reads the array once.
     zeros = [jnp.uint32(0)] * len(LANES)
@@ -285,8 +290,6 @@ def _add(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _words(x: jax.Array) -> jax.Array:
     """The bits of x as uint32, with a last axis of two, low word first, if an element has 64."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint32)
     size = min(x.dtype.itemsize, 4)

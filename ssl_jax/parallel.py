@@ -155,6 +155,15 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(process_allgather(np.array(flag))))
 
 
+def sum_over_processes(x: np.ndarray) -> np.ndarray:
+    """The sum of every process's x, which has the same shape and type in all."""
+    if jax.process_count() == 1:
+        return x
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.sum(process_allgather(x), axis=0, dtype=x.dtype)
+
+
 def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """The rows of a batch that this process's devices hold, int64 [N], ascending."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch,)).values()
