@@ -27,7 +27,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # The longest files first, and many short groups last, so that all workers end at about the same time.
-FIRST = ("test_processes.py", "test_train.py", "test_methods_negative_free.py", "test_methods_pretext.py", "test_cli.py")
+FIRST = (
+    "test_processes.py",
+    "test_train.py",
+    "test_methods_negative_free.py",
+    "test_methods_pretext.py",
+    "test_cli.py",
+)
 LAST = "test_contract.py"
 
 # Tracing makes millions of objects that stay: with Python's defaults the collector looks at them all every few steps.
