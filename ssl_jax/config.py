@@ -136,9 +136,8 @@ class Model:
     )
     conv: str = option(
         "auto",
-        "on CPUs, how convolutions are computed: natively, or as products of patches (auto: without AVX-512); "
-        "looped: native within micro-batches; lax: native for every shape",
-        choices=("auto", "native", "patches", "looped", "lax"),
+        "on CPUs, how convolutions are computed: natively, as products of patches, or all by XLA (lax); auto: native",
+        choices=("auto", "native", "patches", "lax"),
     )
     mean: tuple[float, ...] = option((), "per channel, for images in [0, 1]; empty: ImageNet's (3 channels) or 0.5")
     std: tuple[float, ...] = option((), "per channel; empty: ImageNet's (3 channels) or 0.25")

@@ -35,7 +35,7 @@ def values_and_gradients(function, x, kernel):
 )
 @pytest.mark.parametrize("chunk_bytes", [1, 20_000])
 def test_formulations_agree(size, channels, k, stride, chunk_bytes, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes // jax.device_count())
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
     x, kernel = case(size, channels, k)
     pad = (k - 1) // 2
 
@@ -44,7 +44,7 @@ def test_formulations_agree(size, channels, k, stride, chunk_bytes, monkeypatch)
         return lax.conv_general_dilated(x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=numbers)
 
     wanted = values_and_gradients(lax_conv, x, kernel)
-    for how in ("native", "looped", "patches"):
+    for how in ("native", "patches"):
         found = values_and_gradients(lambda x, kernel, how=how: conv(x, kernel, stride, pad, how), x, kernel)
         for a, b in zip(found, wanted, strict=True):
             assert a.shape == b.shape
@@ -54,10 +54,10 @@ def test_formulations_agree(size, channels, k, stride, chunk_bytes, monkeypatch)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_in_a_loop_have_the_order_of_axes_that_is_fast(stride):
     """Micro-batches are a loop, and in a loop XLA's CPU compiler does not put axes right (over 13 times slower)."""
-    (x, kernel), how = case(8, 3, 3), resolve_conv("native", in_loop=True)
+    x, kernel = case(8, 3, 3)
 
     def looped(x, kernel):
-        grads = jax.grad(lambda x, kernel: jnp.sin(conv(x, kernel, stride, 1, how)).sum(), (0, 1))
+        grads = jax.grad(lambda x, kernel: jnp.sin(conv(x, kernel, stride, 1)).sum(), (0, 1))
         return lax.fori_loop(0, 2, lambda _, now: jax.tree.map(jnp.add, now, grads(*now)), (x, kernel))
 
     compiled = jax.jit(looped).lower(x, kernel).compile().as_text()
@@ -65,34 +65,27 @@ def test_gradients_in_a_loop_have_the_order_of_axes_that_is_fast(stride):
 
 
 def test_chunks_divide_the_batch(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 9 * 16 * 64 * 4 // jax.device_count())  # 4 images
+    monkeypatch.setattr(module, "CHUNK_BYTES", 9 * 16 * 64 * 4)  # an image per device
     for batch, chunks in ((12, 3), (10, 5), (7, 7), (3, 1)):
         assert module._chunks(jnp.zeros((batch, 8, 8, 16)), jnp.zeros((3, 3, 16, 5)), 1, 1) == chunks
 
 
-def test_split_over_devices_gathers_nothing():
+@pytest.mark.parametrize("how", ["native", "patches"])
+def test_split_over_devices_gathers_nothing(how):
     from ssl_jax import parallel
 
     mesh = parallel.make_mesh(4, 64)
     x, kernel = np.zeros((64, 14, 14, 24), np.float32), np.zeros((3, 3, 24, 24), np.float32)
-    step = jax.grad(lambda kernel, x: jnp.square(conv(conv(x, kernel, 1, 1, "patches"), kernel, 1, 1, "patches")).sum())
+    step = jax.grad(lambda kernel, x: jnp.square(conv(conv(x, kernel, 1, 1, how), kernel, 1, 1, how)).sum())
     given = (parallel.replicated(mesh), parallel.batch_sharding(mesh))
     text = jax.jit(step, in_shardings=given).lower(kernel, x).compile().as_text()
     assert "all-reduce(" in text
     assert "all-gather(" not in text
 
 
-@pytest.mark.parametrize(
-    ("machine", "flags", "how"),
-    [("x86_64", "fma avx2 avx512f", "native"), ("x86_64", "fma avx2", "patches"), ("arm64", "", "native")],
-)
-def test_auto_asks_the_processor(machine, flags, how, monkeypatch, tmp_path):
-    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
-    monkeypatch.setattr(module, "CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(module.platform, "machine", lambda: machine)
-    assert resolve_conv("auto") == how
-    assert resolve_conv("native") == "native"
-    assert resolve_conv("patches", in_loop=True) == "patches"
+def test_what_is_asked_for_and_what_a_run_records():
+    assert [resolve_conv(how) for how in ("auto", "native", "patches", "lax")] == ["native", "native", "patches", "lax"]
+    assert [resolve_conv(how, backend="tpu") for how in ("auto", "patches")] == ["lax", "lax"]
 
 
 def test_unknown_formulation():

@@ -1,14 +1,12 @@
 """The layers that all networks are made of, and the conversion of a flax module to a `Network`.
 
 Convolution, NHWC with HWIO kernels, is written in the formulation that is fastest on the machine at hand. Accelerators
-always get `jax.lax.conv_general_dilated`. On a CPU, XLA's own convolution is at 10 to 60 % of the speed of its matrix
-product, so there a convolution can also be written as patches (im2col) times the kernel as a matrix.
+always get `jax.lax.conv_general_dilated`. On a CPU, the gradient of a kernel is a product with patches (im2col), and
+small or, on request, all convolutions are products of patches with the kernel as a matrix.
 """
 
 import functools
-import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -211,98 +209,90 @@ def linear(size: int, bias: bool = True, zero: bool = False) -> Network:
 
 # Convolution, in several formulations.
 
-# Patches of one chunk of images, in bytes. They have to stay in the cache from being written to being multiplied.
-# Forward and both gradients of a 3x3 convolution, 14x14, 24 channels, 512 images, 2 cores with 32 MB of level-3 cache:
-# 32 ms with 1 to 5 MB, 77 ms with 10 MB, 119 ms with 20 MB; natively 53 ms.
-CHUNK_BYTES = 3_000_000
-CPU_INFO = Path("/proc/cpuinfo")
+# Patches of one chunk of images, in bytes, that `_by_patches` and the gradient of a kernel multiply at a time. They have
+# to stay in the cache from being written to being multiplied.
+CHUNK_BYTES = 2_400_000
 
 
-def resolve_conv(how: str = "auto", in_loop: bool = False, backend: str | None = None) -> str:
+def resolve_conv(how: str = "auto", backend: str | None = None) -> str:
     """The formulation that `config.model.conv` means, as `conv` takes it; a resolved one is returned as it is.
 
     It changes the last bits of a result, so a run records it.
 
-    in_loop: the program runs it inside a loop; on a CPU "native" is then "looped".
     backend: the platform the program is compiled for, such as "tpu"; None for this machine's.
     """
-    if how in ("lax", "looped"):
-        return how
-    if how not in ("auto", "native", "patches"):
+    if how not in ("auto", "native", "patches", "lax"):
         raise unknown("config.model.conv", how, ("auto", "native", "patches"))
-    if backend not in (None, "cpu"):
+    if how == "lax" or backend not in (None, "cpu"):
         return "lax"
-    if jax.default_backend() != "cpu":
-        return "native"
-    if how == "auto":
-        how = "native" if _native_is_fast() else "patches"
-    return "looped" if in_loop and how == "native" else how
-
-
-def _native_is_fast() -> bool:
-    """Whether the processor has AVX-512. Where that is unknown (macOS), XLA's own convolution is used."""
-    if platform.machine() not in ("x86_64", "AMD64") or not CPU_INFO.exists():
-        return True
-    return "avx512f" in CPU_INFO.read_text()
+    return "patches" if how == "patches" and jax.default_backend() == "cpu" else "native"
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how: str = "native") -> jax.Array:
     """Convolution of x [B, H, W, C] with kernel [k, k, C, D] -> [B, H', W', D], padded by `padding` on all sides.
 
     how: what `resolve_conv` returned. They agree up to rounding.
-      "native"   XLA's convolution, but on a CPU patches for the shapes that XLA is slow at
-      "looped"   the same, with gradients that are fast inside a loop on a CPU
-      "patches"  on a CPU patches for every shape
-      "lax"      XLA's convolution for every shape, also when a CPU traces the program for another platform
+      "native"   XLA's convolution; on a CPU, with a kernel's gradient that is several times faster than XLA's
+      "patches"  on a CPU, products of patches with the kernel, for every shape
+      "lax"      XLA's convolution and gradients, also when a CPU traces the program for another platform
     """
     k = kernel.shape[0]
     height, width = (_out(n, k, stride, padding) for n in x.shape[1:3])
     if jax.default_backend() == "cpu" and how != "lax":
         if k == 1 and padding == 0:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
-        # Natively, 16 to 127 channels run on one thread. Forward and both gradients on 2 cores with AVX-512, native
-        # versus patches: 512 images of 14x14, 24 channels: 53 and 30 ms; 7x7, 48 channels: 40 and 24; 4x4, 96 channels:
-        # 39 and 28; 64 images of 32x32, 64 channels: 180 and 107. A stem's few channels and 128 or more: about equal.
-        # Outputs under 4x4: 2 GFLOP/s natively, 80 to 140 with patches.
-        if how == "patches" or min(height, width) < 4 or 16 <= x.shape[-1] < 128:
+        # XLA computes outputs of less than 4x4 at 2 GFLOP/s; products of patches reach 80 to 140.
+        if how == "patches" or min(height, width) < 4:
             return _by_patches(x, kernel, stride, padding)
-        if how == "looped":
-            return _looped(x, kernel, stride, padding)
-    return _native(x, kernel, stride, padding)
+        return _native(x, kernel, stride, padding)
+    return _lax(x, kernel, stride, padding)
 
 
 _convolve = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _native(x, kernel, stride, padding):
+def _lax(x, kernel, stride, padding):
     return _convolve(x, kernel, (stride, stride), [(padding, padding)] * 2)
 
 
-# For the body of a loop on a CPU: gradients with explicit transposes. JAX's own have their axes in another order, which
-# XLA corrects, but not in a loop: there it falls back to a convolution more than 13 times slower
-# (https://github.com/jax-ml/jax/issues/12868). Outside of loops JAX's own are better: under `vmap` (train.bn_group)
-# these compute the kernel's gradient once per group.
-_looped = jax.custom_vjp(_native, nondiff_argnums=(2, 3))
+# On CPUs XLA computes a convolution and the gradient of its input well, but that of its kernel at 4 to 60 GFLOP/s where
+# 50 to 110 are possible. In a loop (micro-batches) both gradients are slower still, as XLA does not put the axes of
+# JAX's own gradients right there (https://github.com/jax-ml/jax/issues/12868). So both are written out here.
+_native = jax.custom_vjp(_lax, nondiff_argnums=(2, 3))
 
 
-def _looped_forward(x, kernel, stride, padding):
-    return _native(x, kernel, stride, padding), (x, kernel)
+def _native_forward(x, kernel, stride, padding):
+    return _lax(x, kernel, stride, padding), (x, kernel)
 
 
-def _looped_backward(stride, padding, saved, dy):
+def _native_backward(stride, padding, saved, dy):
     x, kernel = saved
-    k, dilation = kernel.shape[0], (stride, stride)
+    k = kernel.shape[0]
     # Rows and columns at the end of the padded x that no window reaches.
     unread = [n + 2 * padding - k - (out - 1) * stride for n, out in zip(x.shape[1:3], dy.shape[1:3], strict=True)]
     flipped = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     pads = [(k - 1 - padding, k - 1 - padding + n) for n in unread]
-    dx = _convolve(dy, flipped, (1, 1), pads, lhs_dilation=dilation)
-    pads = [(padding, padding - n) for n in unread]
-    dkernel = _convolve(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), pads, rhs_dilation=dilation)
-    return dx, dkernel.transpose(1, 2, 0, 3)
+    dx = _convolve(dy, flipped, (1, 1), pads, lhs_dilation=(stride, stride))
+    return dx, _kernel_gradient(x, kernel, dy, stride, padding)
 
 
-_looped.defvjp(_looped_forward, _looped_backward)
+def _kernel_gradient(x, kernel, dy, stride, padding):
+    """dy, transposed, times the patches of x, a chunk of images at a time. With the patches transposed instead, on the
+    left, the product takes twice as long."""
+    k, _, c, d = kernel.shape
+    chunks = _chunks(x, kernel, stride, padding, at_least=2)
+    parts, dparts = _cut(x, chunks), _cut(dy, chunks)
+
+    def step(i, total):
+        patches = _patches(parts[:, i], k, stride, padding)
+        return total + dparts[:, i].reshape(-1, d).T @ patches.reshape(-1, k * k * c)
+
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)  # summed in float32 also under bfloat16
+    total = lax.fori_loop(0, chunks, step, jnp.zeros((d, k * k * c), wide))
+    return total.reshape(d, k, k, c).transpose(1, 2, 3, 0).astype(kernel.dtype)
+
+
+_native.defvjp(_native_forward, _native_backward)
 
 
 def _out(size: int, k: int, stride: int, padding: int) -> int:
@@ -324,13 +314,16 @@ def _product(x, kernel, stride, padding):
     return _patches(x, k, stride, padding) @ kernel.reshape(k * k * c, d)
 
 
-def _chunks(x, kernel, stride, padding) -> int:
-    """The number of equal chunks of images into which the batch is cut, a divisor of the batch."""
+def _chunks(x, kernel, stride, padding, at_least: int = 1) -> int:
+    """The number of equal chunks of images into which the batch is cut, a divisor of the batch.
+
+    at_least: images that a device has of a chunk, even if their patches take more than CHUNK_BYTES.
+    """
     k, _, c, _ = kernel.shape
     height, width = (_out(n, k, stride, padding) for n in x.shape[1:3])
     bytes_per_image = height * width * k * k * c * x.dtype.itemsize
     # With several devices the batch is split over them, and so is each chunk.
-    limit = max(1, CHUNK_BYTES * jax.device_count() // bytes_per_image)
+    limit = max(at_least, CHUNK_BYTES // bytes_per_image) * jax.device_count()
     return next(n for n in range(-(-len(x) // limit), len(x) + 1) if len(x) % n == 0)
 
 

@@ -26,7 +26,6 @@ from ssl_jax.encoder import Encoder, build, encoder_metadata, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Context, Method, RunInfo, State
-from ssl_jax.models import resolve_conv
 from ssl_jax.network import Network
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
@@ -70,8 +69,7 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
     micro_batch = config.train.micro_batch if config.train.micro_batch < batch else 0
     bn_batch = config.train.bn_group or micro_batch
     if encoder is None:
-        conv = resolve_conv(config.model.conv, in_loop=bool(micro_batch))
-        encoder = build(dataclasses.replace(config.model, conv=conv), shape[2], size)
+        encoder = build(config.model, shape[2], size)
     if config.model.init:
         encoder = started_from(encoder, config.model.init)
     run = RunInfo(steps, examples // batch, examples, classes, bn_batch if bn_batch < batch else 0)
