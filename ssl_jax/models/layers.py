@@ -209,8 +209,8 @@ def linear(size: int, bias: bool = True, zero: bool = False) -> Network:
 
 # Convolution, in several formulations.
 
-# Patches of one chunk of images, in bytes, that `_by_patches` and the gradient of a kernel multiply at a time. They have
-# to stay in the cache from being written to being multiplied.
+# Bytes of patches that `_by_patches` and the gradient of a kernel multiply at a time: a chunk of images. They have to
+# stay in the cache from being written to being multiplied.
 CHUNK_BYTES = 2_400_000
 
 

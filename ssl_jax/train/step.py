@@ -5,7 +5,6 @@ gradient -> optimizer -> method.post_update. The data order and all randomness a
 continues from its TrainState alone.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
