@@ -18,7 +18,7 @@ from ssl_jax.train import REQUEUE
 
 # One process and two have other threads, so other rounding. At a larger rate it decides, once in a while, on which side
 # of 0 an input of a ReLU falls: seen at 0.003 as a jump from 1e-6 to 2e-4 within one step. At this rate the second loss
-# still differs by RATE_SHOWS from that at 0.001, so a gradient that is wrong by a factor would show.
+# still differs by 0.2 from that at 0.001, so a gradient that is wrong by a factor would show.
 SMALL = {
     "data.name": "synthetic", "data.limit": 48, "data.size": 16, "model.name": "ssl_jax.testing.model",
     "method.hidden": 16, "method.out": 8, "train.batch": 16, "train.duration": "12 steps",

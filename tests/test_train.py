@@ -324,11 +324,12 @@ def test_profile_traces_the_steps_that_are_asked_for(tmp_path, capsys):
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
-def test_collapse_is_told_in_words(tmp_path, capsys):
+def test_collapse_is_told_in_words(tmp_path, capsys, monkeypatch):
     """Black images all look the same: the embedding cannot spread."""
+    monkeypatch.setattr(hooks, "COLLAPSE_PATIENCE", 15)
     source = Images(n=64, labels=False)
     source.images[:] = 0
-    config = tiny_config("simclr", train__duration="60 steps", eval__every="30 steps")
+    config = tiny_config("simclr", train__duration="20 steps", eval__every="10 steps")
     train.fit(config, tmp_path / "run", source, tiny_encoder())
     assert "collapsed: embedding std" in capsys.readouterr().err
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")

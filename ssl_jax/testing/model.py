@@ -1,4 +1,4 @@
-"""`tiny_encoder` by name, `--config.model.name=ssl_jax.testing.model`: for runs in which the network does not matter."""
+"""`tiny_encoder` by name (--config.model.name=ssl_jax.testing.model): for runs whose network does not matter."""
 
 from ssl_jax.config import Model
 from ssl_jax.network import Network
