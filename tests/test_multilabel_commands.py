@@ -61,7 +61,7 @@ def opened(monkeypatch):
 @pytest.fixture
 def encoder(tmp_path):
     config = resolve(default("simclr"))
-    model = dataclasses.replace(config.model, name="ssl_jax.testing.model")
+    model = dataclasses.replace(config.model, name="resnet_thin", width=0.25)
     export(tmp_path / "run" / "encoder", random_encoder(model, 18, 1, 0))
     data = dataclasses.replace(config.data, name="npz", path="images")
     write_json(tmp_path / "run" / "config.json", to_json(dataclasses.replace(config, data=data)))
