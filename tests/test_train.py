@@ -117,7 +117,7 @@ def test_run_folder_holds_everything(uninterrupted):
 def test_killed_at_any_moment_it_ends_bit_identical(uninterrupted, tmp_path):
     """SIGKILL at three random moments: about the first saves, right when a checkpoint appears, and later on."""
     workdir = tmp_path / "run"
-    # A checkpoint appears at most ten steps later: the next save but one would wait for it. So the last moment is new.
+    # The save at step 20 waits for that of step 15, so the second process does not come as far as the third.
     moments = [("metrics", random.randint(0, 12)), ("checkpoint", 15), ("metrics", random.randint(29, 38))]
     for what, count in moments:
         process = start(workdir)
