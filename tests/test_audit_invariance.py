@@ -95,8 +95,7 @@ SMALL = [
     "--config.data.path=n=24",
     "--config.data.size=12",
     "--config.data.channels=1",
-    "--config.model.name=resnet_thin",
-    "--config.model.width=0.25",
+    "--config.model.name=ssl_jax.testing.model",
 ]
 
 

@@ -51,8 +51,7 @@ SMALL = [
     "--config.data.channels=1",
     "--config.data.max_bad_share=0.1",
     "--config.augment.preset=grayscale",
-    "--config.model.name=resnet_thin",
-    "--config.model.width=0.25",
+    "--config.model.name=ssl_jax.testing.model",
     "--config.method.hidden=16",
     "--config.method.out=8",
     "--config.train.batch=16",
@@ -140,7 +139,7 @@ def test_embed_in_every_format(images, trained):
     with files[".csv"].open() as file:
         rows = list(csv.reader(file))[1:]
     table = pyarrow.parquet.read_table(files[".parquet"])
-    assert packed["embeddings"].shape == (90, 24) and not any("broken" in n for n in packed["names"])
+    assert packed["embeddings"].shape == (90, 12) and not any("broken" in n for n in packed["names"])
     assert [r[0] for r in rows] == list(packed["names"]) == table["file"].to_pylist()
     np.testing.assert_allclose(np.array([r[1:] for r in rows], float), packed["embeddings"], rtol=1e-5)
     np.testing.assert_allclose(table["e3"].to_numpy(), packed["embeddings"][:, 3])
@@ -164,7 +163,7 @@ def get_config():
     config.data.update({"name": "synthetic", "size": 16, "channels": 1, "limit": 120})
     config.study.test.update({"name": "synthetic", "split": "test", "limit": 60})
     config.augment.preset = "grayscale"
-    config.model.update({"name": "resnet_thin", "width": 0.25})
+    config.model.name = "ssl_jax.testing.model"
     config.method.update({"hidden": 16, "out": 8})
     config.train.update({"batch": 16, "duration": "10 steps", "devices": 1})
     config.finetune.update({"steps": 4, "batch": 8, "lr": (1e-3,)})

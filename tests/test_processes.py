@@ -7,34 +7,40 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ssl_jax import cli, parallel
 from ssl_jax.checkpoint import steps
 from ssl_jax.files import read_lines
 from ssl_jax.train import REQUEUE
 
 # One process and two have other threads, so other rounding. At a larger rate it decides, once in a while, on which side
 # of 0 an input of a ReLU falls: seen at 0.003 as a jump from 1e-6 to 2e-4 within one step. At this rate the second loss
-# still differs by 0.03 from that at 0.001, so a gradient that is wrong by a factor would show.
+# still differs by 0.2 from that at 0.001, so a gradient that is wrong by a factor would show.
 SMALL = {
-    "data.name": "synthetic", "data.limit": 48, "data.size": 16, "model.name": "resnet_thin", "model.width": 0.25,
+    "data.name": "synthetic", "data.limit": 48, "data.size": 16, "model.name": "ssl_jax.testing.model",
     "method.hidden": 16, "method.out": 8, "train.batch": 16, "train.duration": "12 steps",
     "train.save_every": "4 steps", "train.log_every": "1 steps", "optim.name": "sgd", "optim.lr": 0.0003,
     "optim.lr_batch": 0, "eval.every": "6 steps",
 }  # fmt: skip
 
 
-def start(workdir, count, devices, method="simclr", **changes):
+def arguments(workdir, method="simclr", **changes):
+    flags = [f"--config.{key}={value}" for key, value in {**SMALL, **changes}.items()]
+    return ["pretrain", f"--config=pretrain:{method}", f"--workdir={workdir}", *flags]
+
+
+def start(workdir, count, devices, method="simclr", timeout=parallel.TIMEOUT, **changes):
     """`count` processes of one job; each has a share of `devices` simulated devices."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {**SMALL, **changes}
-    command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config=pretrain:{method}", f"--workdir={workdir}"]
-    command += [f"--config.{key}={value}" for key, value in settings.items()]
+    code = (
+        f"import sys; from ssl_jax import cli, parallel; parallel.TIMEOUT = {timeout}; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments(workdir, method, **changes)]
     made = []
     for number in range(count):
         flags = re.sub(r"(device_count)=\d+", rf"\1={devices // count}", os.environ["XLA_FLAGS"])
@@ -60,8 +66,7 @@ def losses(workdir):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    [(code, _, err)] = finish(start(workdir, 1, 2))
-    assert code == 0, err
+    assert cli.main(arguments(workdir, **{"train.devices": 2})) == 0
     return workdir
 
 
@@ -74,7 +79,16 @@ def test_two_processes_train_as_one(alone, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == names
 
 
-def test_a_signal_to_one_ends_both_and_one_process_goes_on(alone, tmp_path):
+@pytest.mark.slow
+def test_two_processes_train_a_resnet_as_one(tmp_path):
+    resnet = {"model.name": "resnet_thin", "model.width": 0.25}
+    assert cli.main(arguments(tmp_path / "one", **resnet, **{"train.devices": 2})) == 0
+    both = finish(start(tmp_path / "two", 2, 2, **resnet))
+    assert [code for code, *_ in both] == [0, 0], both
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
+
+
+def test_a_signal_to_one_ends_both_and_one_process_goes_on(alone, tmp_path, capsys):
     workdir = tmp_path / "run"
     processes = start(workdir, 2, 2, **{"data.engine": "disk"})
     end = time.monotonic() + 200
@@ -85,9 +99,8 @@ def test_a_signal_to_one_ends_both_and_one_process_goes_on(alone, tmp_path):
     assert [code for code, *_ in both] == [REQUEUE, REQUEUE], both
     saved = steps(workdir / "checkpoints")[-1]
     assert 5 <= saved < 12 and f"saved step {saved}" in both[0][2]
-    [(code, _, err)] = finish(start(workdir, 1, 1, **{"data.engine": "disk"}))
-    assert code == 0, err
-    assert f"from step {saved}" in err
+    assert cli.main(arguments(workdir, **{"data.engine": "disk", "train.devices": 1})) == 0
+    assert f"from step {saved}" in capsys.readouterr().err
     np.testing.assert_allclose(losses(workdir), losses(alone), rtol=0, atol=1e-5)
 
 
@@ -112,10 +125,11 @@ def test_two_processes_share_the_parameters(tmp_path):
 
 
 def test_a_dead_process_ends_the_job(tmp_path):
-    processes = start(tmp_path / "run", 2, 2, **{"train.duration": "100000 steps"})
+    processes = start(tmp_path / "run", 2, 2, timeout=10, **{"train.duration": "1000000 steps"})
     end = time.monotonic() + 200
     while time.monotonic() < end and len(losses(tmp_path / "run")) < 3 and processes[0].poll() is None:
         time.sleep(0.02)
+    assert processes[0].poll() is None, finish(processes)
     processes[1].kill()
     began = time.monotonic()
     (code, _, err), _ = finish(processes)
@@ -131,7 +145,7 @@ def test_a_mistake_is_told_once(tmp_path):
     assert "not empty and not a run folder" in both[0][2] and "not empty" not in both[1][2]
 
 
-def test_half_of_what_names_a_job(tmp_path, monkeypatch):
+def test_half_of_what_names_a_job(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    [(code, _, err)] = finish(start(Path(tmp_path) / "run", 1, 1))
-    assert code == 2 and "JAX_NUM_PROCESSES" in err
+    assert cli.main(arguments(tmp_path / "run")) == 2
+    assert "JAX_NUM_PROCESSES" in capsys.readouterr().err

@@ -41,12 +41,7 @@ class Config(simclr.Config):
 from ssl_jax.data.synthetic import read
 """,
     "mymodel": """
-import dataclasses
-from ssl_jax.models import build as own
-
-
-def build(model, channels, size):
-    return own.build(dataclasses.replace(model, name="resnet_thin"), channels, size)
+from ssl_jax.testing.model import build
 """,
     "plain": "from ssl_jax.methods.simclr import Config, make",
     "empty": "",
@@ -68,7 +63,6 @@ mymodel = mypackage.mymodel
 SMALL = [
     "--config.data.path=n=48,test=24",
     "--config.data.size=8",
-    "--config.model.width=0.25",
     "--config.augment.preset=grayscale",
     "--config.method.hidden=16",
     "--config.method.out=8",

@@ -115,7 +115,7 @@ def get_config():
     config.data.update({"name": "synthetic", "size": 16, "channels": 1, "limit": 60})
     config.study.test.limit = 30
     config.augment.preset = "grayscale"
-    config.model.update({"name": "resnet_thin", "width": 0.25})
+    config.model.name = "ssl_jax.testing.model"
     config.method.update({"hidden": 16, "out": 8})
     config.train.update({"batch": 16, "duration": "2 steps", "devices": 1})
     config.finetune.update({"steps": 2, "batch": 8, "lr": (1e-3,)})
@@ -202,7 +202,13 @@ def test_phantoms_pass_through_the_readers_and_the_study(tmp_path, capsys, monke
     monkeypatch.setattr("ssl_jax.train.fit", _untrained)
     data, folder = tmp_path / "phantoms", tmp_path / "study"
     assert cli.main(["phantom", f"--out={data}", "--patients=12", "--size=32", "--test=16"]) == 0
-    smaller = ["data.size=32", "model.width=0.125", "finetune.steps=2", "finetune.epochs=0", "study.labels=(10,)"]
+    smaller = [
+        "data.size=32",
+        "model.name=ssl_jax.testing.model",
+        "finetune.steps=2",
+        "finetune.epochs=0",
+        "study.labels=(10,)",
+    ]
     flags = [f"--config.{change}" for change in [*smaller, f"data.path={data}", "study.seeds=1"]]
     assert cli.main(["study", "--config=study_chexpert:phantom", *flags, f"--workdir={folder}"]) == 0
     truth, about = np.load(folder / "test.npz"), json.loads((folder / "study.json").read_text())
