@@ -1,6 +1,7 @@
 """The gradient in micro-batches is that of the batch, for every method: float64, and on several devices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,29 +23,38 @@ NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) f
 
 
 def double(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, tree)
+    return jax.tree.map(lambda x: jnp.asarray(np.float64(x)) if x.dtype == jnp.float32 else x, tree)
 
 
-def gradients(name, *, micro_batch, bn_group):
-    """(loss, metrics, statistics, gradients) of a step on 64 images, in float64."""
+@functools.cache
+def given(name):
+    """(method, its state, the views of 64 images and how they were drawn), in float64."""
     source = Images(n=64)
     config = tiny_config(name, train__batch=64)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
     setup = set_up(config, source)
-    state = double(train.init_state(setup, 0))
     # Drawn once: that those of a part are the same but for rounding in float32 is a test of its own.
-    drawn = double(jax.jit(make_views(setup.views, setup.method.shares))(jax.random.key(2), source.images))
+    drawn = jax.jit(make_views(setup.views, setup.method.shares))(jax.random.key(2), source.images)
+    return setup.method, *double((train.init_state(setup, 0), drawn))
+
+
+@functools.cache
+def gradients(name, *, micro_batch, bn_group):
+    """(loss, metrics, statistics, gradients) of a step on 64 images, in float64."""
+    source = Images(n=64)
+    method, state, drawn = given(name)
 
     def augment(key, images, pairs, places):
         return jax.tree.map(lambda x: x[places], drawn)
 
     inputs = {"image": source.images, "label": source.labels, "index": np.arange(64)}
-    gradient = make_gradient(setup.method, augment, micro_batch=micro_batch, bn_group=bn_group)
+    gradient = make_gradient(method, augment, micro_batch=micro_batch, bn_group=bn_group)
     ctx = Context(jnp.int32(5), jax.random.key(2), state.params)
     keys = tuple(jax.random.split(jax.random.key(1)))
     args = ctx, target_of(state.opt_state), state.model_state, inputs, keys
     (loss, (outputs, stats, metrics)), grads = jax.jit(gradient)(*args)
-    return {"loss": loss, "metrics": metrics, "stats": stats, "grads": grads, "embedding": outputs["embedding"]}
+    made = {"loss": loss, "metrics": metrics, "stats": stats, "grads": grads, "embedding": outputs["embedding"]}
+    return jax.device_get(made)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,11 +62,11 @@ def test_micro_batches_have_the_gradient_of_the_batch(name):
     with jax.enable_x64(True):
         whole = gradients(name, micro_batch=0, bn_group=8)
         parts = gradients(name, micro_batch=8, bn_group=8)
-    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(whole["grads"])) > 1e-4
+    assert max(np.abs(g).max() for g in jax.tree.leaves(whole["grads"])) > 1e-4
     for key in ("loss", "metrics", "stats", "grads", "embedding"):
         for a, b in zip(jax.tree.leaves(parts[key]), jax.tree.leaves(whole[key]), strict=True):
             # jax.nn.dot_product_attention takes its softmax in float32: for ViTs 1e-6 of the largest.
-            least = 1e-6 * float(jnp.abs(b).max()) if name in ("mae", "simmim") else 1e-9
+            least = 1e-6 * np.abs(b).max() if name in ("mae", "simmim") else 1e-9
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=least)
 
 
@@ -76,7 +86,7 @@ def test_views_of_a_part_are_those_of_the_batch():
 
 
 def test_parts_are_strided_and_come_back_in_order():
-    x = {"a": jnp.arange(12), "b": jnp.arange(24).reshape(12, 2)}
+    x = {"a": np.arange(12), "b": np.arange(24).reshape(12, 2)}
     assert split_batch(x, 3)["a"].tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
     assert split_batch(x, 3, stretch=2)["a"].tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
     for stretch in (1, 2, 4):
@@ -86,14 +96,9 @@ def test_parts_are_strided_and_come_back_in_order():
 def test_running_statistics_are_the_means_over_groups():
     with jax.enable_x64(True):
         grouped = gradients("simclr", micro_batch=0, bn_group=8)["stats"]
-        images, config = Images(n=64), tiny_config("simclr", train__batch=64)
-        setup = set_up(config, images)
-        state = double(train.init_state(setup, 0))
-        views, drawn = jax.jit(make_views(setup.views))(jax.random.key(2), images.images)
-        each = []
-        for i in range(8):
-            batch = {"views": [v[8 * i : 8 * i + 8] for v in views], "drawn": drawn}
-            each.append(setup.method.forward(state.params, None, state.model_state, batch, None)[1])
+        method, state, (views, _) = given("simclr")
+        forward = jax.jit(lambda views: method.forward(state.params, None, state.model_state, {"views": views}, None))
+        each = [jax.device_get(forward([v[8 * i : 8 * i + 8] for v in views])[1]) for i in range(8)]
         mean = jax.tree.map(lambda *x: sum(x) / 8, *each)
     for a, b in zip(jax.tree.leaves(grouped), jax.tree.leaves(mean), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
