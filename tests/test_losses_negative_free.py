@@ -227,31 +227,28 @@ def test_targets_get_no_gradient():
         assert not np.any(gradient), name
 
 
-sinkhorn = jax.jit(losses.sinkhorn, static_argnames="iterations")
-
-
 @pytest.mark.parametrize("iterations", [0, 1, 3, 20])
 def test_sinkhorn_equals_the_matrix_iteration(iterations):
     scores = np.random.default_rng(iterations).uniform(-1, 1, (7, 5))
     with jax.enable_x64(True):
-        q = sinkhorn(scores, epsilon=0.05, iterations=iterations)
+        q = losses.sinkhorn(jnp.asarray(scores), epsilon=0.05, iterations=iterations)
         np.testing.assert_allclose(q, sinkhorn_by_hand(scores, 0.05, iterations), rtol=1e-10, atol=1e-14)
 
 
 def test_sinkhorn_is_balanced_and_does_not_overflow():
     """Rows sum to 1 and columns to B / K; exp(1000 / 0.05) is far outside float32."""
     scores = np.float32(np.random.default_rng(0).uniform(-1, 1, (12, 4)))
-    q = np.asarray(sinkhorn(scores, epsilon=0.5, iterations=200))
+    q = np.asarray(losses.sinkhorn(scores, epsilon=0.5, iterations=200))
     np.testing.assert_allclose(q.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(q.sum(axis=0), 3, rtol=1e-4)
-    q = np.asarray(sinkhorn(1000 * scores, epsilon=0.05, iterations=3))
+    q = np.asarray(losses.sinkhorn(1000 * scores, epsilon=0.05, iterations=3))
     assert np.all(np.isfinite(q))
     np.testing.assert_allclose(q.sum(axis=1), 1, rtol=1e-5)
 
 
 def test_sinkhorn_gives_identical_images_a_uniform_assignment():
     """The collapse that SwAV's balance cannot prevent: its sign is an entropy of ln K for each image."""
-    q = sinkhorn(np.tile(np.linspace(-1, 1, 5, dtype=np.float32), (8, 1)), epsilon=0.05, iterations=3)
+    q = losses.sinkhorn(jnp.tile(jnp.linspace(-1, 1, 5), (8, 1)), epsilon=0.05, iterations=3)
     np.testing.assert_allclose(q, 0.2, rtol=1e-5)
 
 
