@@ -53,7 +53,7 @@ def in_batch_info_nce_by_hand(q, k, temperature):
     return total / len(q)
 
 
-LABELS = np.array([0, 1, 0, -1, -1])  # images of a class with two, a class with one, and two without a label
+LABELS = np.int32([0, 1, 0, -1, -1])  # images of a class with two, a class with one, and two without a label
 
 
 def sup_con_by_hand(a, b, temperature):

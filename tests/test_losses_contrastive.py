@@ -11,7 +11,7 @@ from test_losses import numeric_gradient, unit
 
 from ssl_jax import losses
 
-LABEL = np.array([0, 1, 0, 2, 1, -1, 0, 1, -1])  # class 2 has one example, two have no label
+LABEL = np.int32([0, 1, 0, 2, 1, -1, 0, 1, -1])  # class 2 has one example, two have no label
 
 
 def mined_by_hand(z, margin, mining):
@@ -43,7 +43,7 @@ def info_nce_with_own_by_hand(q, k, queue, own, temperature):
     return total / len(q)
 
 
-INDEX = np.array([4, 0, 4])
+INDEX = np.int32([4, 0, 4])
 
 
 def indexed_by_hand(q, keys, temperature):
