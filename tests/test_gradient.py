@@ -23,7 +23,7 @@ NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) f
 
 
 def double(tree):
-    return jax.tree.map(lambda x: jnp.asarray(np.float64(x)) if x.dtype == jnp.float32 else x, tree)
+    return jax.tree.map(lambda x: np.float64(x) if x.dtype == jnp.float32 else x, tree)
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def gradients(name, *, micro_batch, bn_group):
     method, state, drawn = given(name)
 
     def augment(key, images, pairs, places):
-        return jax.tree.map(lambda x: x[places], drawn)
+        return jax.tree.map(lambda x: jnp.asarray(x)[places], drawn)
 
     inputs = {"image": source.images, "label": source.labels, "index": np.arange(64)}
     gradient = make_gradient(method, augment, micro_batch=micro_batch, bn_group=bn_group)
