@@ -27,14 +27,19 @@ def double(tree):
 
 
 @functools.cache
+def draw(views, shares):
+    return jax.jit(make_views(views, shares))(jax.random.key(2), Images(n=64).images)
+
+
+@functools.cache
 def given(name):
     """(method, its state, the views of 64 images and how they were drawn), in float64."""
     source = Images(n=64)
-    config = tiny_config(name, train__batch=64)
+    config = tiny_config(name, train__batch=64, eval__online_probe=False)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float64"))
     setup = set_up(config, source)
     # Drawn once: that those of a part are the same but for rounding in float32 is a test of its own.
-    drawn = jax.jit(make_views(setup.views, setup.method.shares))(jax.random.key(2), source.images)
+    drawn = draw(setup.views, tuple(map(tuple, setup.method.shares)))
     return setup.method, *double((train.init_state(setup, 0), drawn))
 
 
@@ -79,9 +84,9 @@ def test_batch_norm_over_other_groups_is_another_gradient():
 
 def test_views_of_a_part_are_those_of_the_batch():
     images = Images(n=12).images
-    draw = jax.jit(make_views(set_up(tiny_config("simclr"), Images()).views))
+    views = jax.jit(make_views(set_up(tiny_config("simclr"), Images()).views))
     key = jax.random.key(0)
-    whole, parts = jax.device_get((draw(key, images), draw(key, images[2::3], None, np.arange(12)[2::3])))
+    whole, parts = jax.device_get((views(key, images), views(key, images[2::3], None, np.arange(12)[2::3])))
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b[2::3], atol=1e-6)
 
@@ -108,16 +113,17 @@ def test_running_statistics_are_the_means_over_groups():
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_steps_in_micro_batches_on_devices(devices):
     """Losses of 20 steps are those of the whole batch on one device, when groups of BatchNorm are the same."""
-    source, losses = Images(), {}
+    source, losses, start = Images(labels=False), {}, None
     for name, mesh_of, changes in (("whole", 1, {}), ("parts", devices, {"train__micro_batch": 4})):
         config = tiny_config("simclr", train__bn_group=4, **changes)
         setup, mesh = set_up(config, source), make_mesh(mesh_of, 16, 4)
-        state = jax.device_put(train.init_state(setup, 0), replicated(mesh))
+        start = start or train.init_state(setup, 0)
+        state = jax.device_put(start, replicated(mesh))
         step_fn = jax.jit(train.make_step(setup, config, mesh))
         losses[name] = []
         for step in range(20):
             index = np.arange(step * 16, step * 16 + 16) % 48
-            batch = {"image": source.images[index], "index": index, "label": source.labels[index]}
+            batch = {"image": source.images[index], "index": index}
             state, metrics = step_fn(state, jax.device_put(batch, batch_sharding(mesh)))
             losses[name].append(float(metrics["loss"]))
     np.testing.assert_allclose(losses["parts"], losses["whole"], atol=1e-5)

@@ -40,6 +40,7 @@ def test_the_loss_sees_the_state_of_before_and_the_step_updates_it_after(config)
     for before, after, metrics, outputs in steps(config, 3):
         ctx = Context(before.step, metrics["key"], before.params)
         np.testing.assert_allclose(metrics["loss"], loss(outputs, before.model_state, {}, ctx)[0], rtol=1e-4)
+        jax.tree.map(np.testing.assert_array_equal, metrics["target"], target_of(before.opt_state))
         old, new = before.model_state.memory, after.model_state.memory
         if config.method_name == "tico":
             z = np.asarray(outputs["z"], np.float64)

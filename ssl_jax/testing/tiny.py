@@ -127,19 +127,24 @@ STARTED: dict[
 
 
 def watched(setup):
-    """`setup`, but the metrics of a step also hold what forward got and gave ("batch", "outputs"), and ctx.key."""
+    """`setup`, but the metrics of a step also hold what forward got and gave, and the loss's random key.
+
+    "batch" and "target"; "outputs"; "key".
+    """
     method = setup.method
 
     def forward(params, target, state, batch, key):
         outputs, stats = method.forward(params, target, state, batch, key)
-        return {**outputs, "batch": batch}, stats
+        return {"outputs": outputs, "embedding": outputs["embedding"], "batch": batch, "target": target}, stats
 
     def loss(outputs, state, batch, ctx):
-        value, metrics = method.loss(outputs, state, batch, ctx)
-        given = {name: made for name, made in outputs.items() if name != "batch"}
-        return value, {**metrics, "batch": outputs["batch"], "outputs": given, "key": ctx.key}
+        value, metrics = method.loss(outputs["outputs"], state, batch, ctx)
+        return value, {**metrics, **outputs, "key": ctx.key}
 
-    return setup._replace(method=method._replace(forward=forward, loss=loss))
+    def post_update(outputs, state, ctx):
+        return method.post_update(outputs["outputs"], state, ctx)
+
+    return setup._replace(method=method._replace(forward=forward, loss=loss, post_update=post_update))
 
 
 def start(config, source, devices=1, watch=False):
