@@ -1,5 +1,6 @@
 """Losses in float64 against loops in NumPy, gradients against central differences of those loops, and known limits."""
 
+import functools
 import math
 
 import jax
@@ -52,7 +53,7 @@ def in_batch_info_nce_by_hand(q, k, temperature):
     return total / len(q)
 
 
-LABELS = np.array([0, 1, 0, -1, -1])  # images of a class with two, a class with one, and two without a label
+LABELS = np.int32([0, 1, 0, -1, -1])  # images of a class with two, a class with one, and two without a label
 
 
 def sup_con_by_hand(a, b, temperature):
@@ -100,16 +101,20 @@ def numeric_gradient(function, inputs, position, step=1e-5):
     return numeric
 
 
+@functools.cache
+def value_and_gradients(name):
+    loss, _, _, hyper, positions = CASES[name]
+    return jax.jit(jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=positions))
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", range(3))
 def test_value_and_gradient_equal_loops(name, seed):
-    loss, by_hand, shapes, hyper, positions = CASES[name]
+    _, by_hand, shapes, hyper, positions = CASES[name]
     generator = np.random.default_rng(seed)
     inputs = [generator.normal(size=shape) for shape in shapes]
     with jax.enable_x64(True):
-        value, gradients = jax.jit(jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=positions))(
-            *map(jnp.asarray, inputs)
-        )
+        value, gradients = value_and_gradients(name)(*inputs)
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, by_hand(*inputs, **hyper), rtol=1e-12)
         for position, gradient in zip(positions, gradients):
@@ -118,29 +123,45 @@ def test_value_and_gradient_equal_loops(name, seed):
 
 
 def test_limits():
-    one, identity = jnp.ones((4, 6)), jnp.eye(6)
-    assert losses.nt_xent(one, one, temperature=0.5) == pytest.approx(math.log(7), rel=1e-6)  # collapse: ln(2N - 1)
-    assert losses.nt_xent(identity, identity, temperature=0.01) == pytest.approx(0, abs=1e-5)  # perfect alignment
-    assert losses.info_nce(one, one, jnp.ones((9, 6)), temperature=0.1) == pytest.approx(math.log(10), rel=1e-6)
-    assert losses.negative_cosine(one, 3 * one) == pytest.approx(-1, rel=1e-6)
-    assert losses.negative_cosine(one, -one) == pytest.approx(1, rel=1e-6)
-    assert losses.triplet(one, one, one, margin=0.3) == pytest.approx(0.3, rel=1e-5)
-    assert losses.triplet(one, one, one + 9, margin=0.3) == 0
-    assert losses.in_batch_info_nce(one, one, temperature=0.1) == pytest.approx(math.log(4), rel=1e-6)
-    assert losses.sup_con(one, one, jnp.arange(4), temperature=0.1) == pytest.approx(math.log(7), rel=1e-6)
-    alone = losses.sup_con(identity, 2 * identity, jnp.arange(6), temperature=0.2)  # each class has one image
-    assert alone == pytest.approx(float(losses.nt_xent(identity, identity, temperature=0.2)), rel=1e-6)
+    @jax.jit
+    def made(one, identity, many):
+        return {
+            "collapse: ln(2N - 1)": losses.nt_xent(one, one, temperature=0.5),
+            "perfect alignment": losses.nt_xent(identity, identity, temperature=0.01),
+            "collapse with a queue": losses.info_nce(one, one, many, temperature=0.1),
+            "same direction": losses.negative_cosine(one, 3 * one),
+            "opposite direction": losses.negative_cosine(one, -one),
+            "margin": losses.triplet(one, one, one, margin=0.3),
+            "far negative": losses.triplet(one, one, one + 9, margin=0.3),
+            "collapse in the batch": losses.in_batch_info_nce(one, one, temperature=0.1),
+            "collapse of classes": losses.sup_con(one, one, jnp.arange(4), temperature=0.1),
+            "one image in each class": losses.sup_con(identity, 2 * identity, jnp.arange(6), temperature=0.2),
+            "without classes": losses.nt_xent(identity, identity, temperature=0.2),
+        }
+
+    made = {name: float(x) for name, x in made(*map(np.float32, (np.ones((4, 6)), np.eye(6), np.ones((9, 6))))).items()}
+    assert made["far negative"] == 0
+    assert made["perfect alignment"] == pytest.approx(0, abs=1e-5)
+    assert made["margin"] == pytest.approx(0.3, rel=1e-5)
+    wanted = {
+        "collapse: ln(2N - 1)": math.log(7),
+        "collapse with a queue": math.log(10),
+        "same direction": -1,
+        "opposite direction": 1,
+        "collapse in the batch": math.log(4),
+        "collapse of classes": math.log(7),
+        "one image in each class": made["without classes"],
+    }
+    assert {name: made[name] for name in wanted} == pytest.approx(wanted, rel=1e-6)
 
 
 def test_no_gradient_into_the_target():
-    z = jnp.arange(12.0).reshape(3, 4) + 1
-    assert jnp.all(jax.jit(jax.grad(lambda t: losses.negative_cosine(z, t)))(z + 1) == 0)
-    assert jnp.all(jax.jit(jax.grad(lambda t: losses.in_batch_info_nce(z, t, temperature=0.2)))(z + 1) == 0)
+    z = np.arange(12, dtype=np.float32).reshape(3, 4) + 1
+    for loss in (losses.negative_cosine, functools.partial(losses.in_batch_info_nce, temperature=0.2)):
+        assert not np.any(jax.jit(jax.grad(loss, argnums=1))(z, z + 1))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_zero_inputs_are_finite(name):
-    loss, _, shapes, hyper, positions = CASES[name]
-    zeros = [jnp.zeros(shape) for shape in shapes]
-    made = jax.jit(jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=positions))(*zeros)
-    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(made))
+    made = value_and_gradients(name)(*(np.zeros(shape, np.float32) for shape in CASES[name][2]))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(made))

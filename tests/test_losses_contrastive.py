@@ -1,5 +1,6 @@
 """Losses with mined triplets, memory banks and several spaces: float64 against loops in plain Python, and limits."""
 
+import functools
 import math
 
 import jax
@@ -10,7 +11,7 @@ from test_losses import numeric_gradient, unit
 
 from ssl_jax import losses
 
-LABEL = np.array([0, 1, 0, 2, 1, -1, 0, 1, -1])  # class 2 has one example, two have no label
+LABEL = np.int32([0, 1, 0, 2, 1, -1, 0, 1, -1])  # class 2 has one example, two have no label
 
 
 def mined_by_hand(z, margin, mining):
@@ -42,7 +43,7 @@ def info_nce_with_own_by_hand(q, k, queue, own, temperature):
     return total / len(q)
 
 
-INDEX = np.array([4, 0, 4])
+INDEX = np.int32([4, 0, 4])
 
 
 def indexed_by_hand(q, keys, temperature):
@@ -107,14 +108,20 @@ CASES = {f"mined_triplet {mining}": mined(mining) for mining in ("all", "hard", 
 }
 
 
+@functools.cache
+def value_and_gradients(name):
+    loss, _, _, hyper = CASES[name]
+    return jax.jit(jax.value_and_grad(lambda x: loss(*x, **hyper)))
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", range(3))
 def test_value_and_gradient_equal_loops(name, seed):
-    loss, by_hand, shapes, hyper = CASES[name]
+    _, by_hand, shapes, hyper = CASES[name]
     generator = np.random.default_rng(seed)
     inputs = [generator.normal(size=shape) for shape in shapes]
     with jax.enable_x64(True):
-        value, gradients = jax.jit(jax.value_and_grad(lambda x: loss(*x, **hyper)))([jnp.asarray(x) for x in inputs])
+        value, gradients = value_and_gradients(name)(inputs)
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, by_hand(*inputs, **hyper), rtol=1e-12)
         for position, gradient in enumerate(gradients):
@@ -124,15 +131,16 @@ def test_value_and_gradient_equal_loops(name, seed):
 
 @pytest.mark.parametrize("name", CASES)
 def test_zero_inputs_are_finite(name):
-    loss, _, shapes, hyper = CASES[name]
-    made = jax.jit(jax.value_and_grad(lambda x: loss(*x, **hyper)))([jnp.zeros(shape) for shape in shapes])
-    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(made))
+    made = value_and_gradients(name)([np.zeros(shape, np.float32) for shape in CASES[name][2]])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(made))
 
 
 @pytest.mark.parametrize("mining", ["all", "hard", "semi_hard"])
 def test_limits_of_mined_triplets(mining):
+    mined = jax.jit(functools.partial(losses.mined_triplet, margin=0.3, mining=mining))
+
     def loss(z, label):
-        return losses.mined_triplet(jnp.asarray(z, jnp.float32), jnp.asarray(label), margin=0.3, mining=mining)
+        return mined(np.float32(z), np.array(label))
 
     two = [[0.0], [0.0], [5.0], [5.0]]
     assert loss(np.ones((4, 2)), [0, 0, 1, 1]) == pytest.approx(0.3, rel=1e-5)  # collapsed: the margin
@@ -144,33 +152,36 @@ def test_limits_of_mined_triplets(mining):
 
 
 def test_semi_hard_takes_the_farthest_negative_where_none_lies_beyond_the_positive():
-    z, label = jnp.array([[0.0], [4.0], [1.0], [2.0]]), jnp.array([0, 0, 1, -1])
+    z, label = np.float32([[0.0], [4.0], [1.0], [2.0]]), np.array([0, 0, 1, -1])
+    loss = jax.jit(functools.partial(losses.mined_triplet, margin=0.5, mining="semi_hard"))
     # From 0 the positive lies at 4 and the one negative at 1: 4 - 1 + m. From 4: 4 - 3 + m. The pair of 1 is alone.
-    assert losses.mined_triplet(z, label, margin=0.5, mining="semi_hard") == pytest.approx(2.5, rel=1e-5)
+    assert loss(z, label) == pytest.approx(2.5, rel=1e-5)
 
 
 def test_limits_of_memory_banks():
-    one, identity = jnp.ones((4, 6)), jnp.eye(6)
-    assert losses.indexed_info_nce(one, jnp.ones((9, 6)), jnp.arange(4), temperature=0.07) == pytest.approx(math.log(9))
-    assert losses.indexed_info_nce(identity, identity, jnp.arange(6), temperature=0.01) == pytest.approx(0, abs=1e-5)
+    one, many, identity = map(np.float32, (np.ones((4, 6)), np.ones((9, 6)), np.eye(6)))
+    indexed, nce = jax.jit(losses.indexed_info_nce), jax.jit(losses.nce)
+    assert indexed(one, many, np.arange(4), temperature=0.07) == pytest.approx(math.log(9))
+    assert indexed(identity, identity, np.arange(6), temperature=0.01) == pytest.approx(0, abs=1e-5)
     aligned = {"normalizer": 6 * math.exp(20) / 6, "examples": 6, "temperature": 0.05}
     # Aligned with the positive (P = 1) and orthogonal to the noise (P = exp(-20)): h = 1 / (1 + 2 / 6).
-    assert losses.nce(identity[:4], identity[:4], identity[4:], **aligned) == pytest.approx(-math.log(0.75), rel=1e-4)
+    assert nce(identity[:4], identity[:4], identity[4:], **aligned) == pytest.approx(-math.log(0.75), rel=1e-4)
 
 
 def test_nce_at_a_low_temperature_is_finite():
     """exp(1 / 0.01) is no float32; the loss never forms it."""
-    q = jnp.eye(4)
+    q = np.eye(4, dtype=np.float32)
     value, gradient = jax.jit(jax.value_and_grad(losses.nce))(q, q, -q, normalizer=1.0, examples=10, temperature=0.01)
-    assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
+    assert np.isfinite(value) and np.all(np.isfinite(gradient))
 
 
 def test_own_negatives_count_like_the_queue():
     """Moving negatives from the queue to `own` changes nothing."""
-    q, k, queue = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 4), (3, 4), (5, 4)]))
-    own = jnp.broadcast_to(queue[None, :2], (3, 2, 4))
-    whole = losses.info_nce(q, k, queue, temperature=0.2)
-    assert losses.info_nce(q, k, queue[2:], own, temperature=0.2) == pytest.approx(float(whole), rel=1e-6)
+    rng, loss = np.random.default_rng(0), jax.jit(functools.partial(losses.info_nce, temperature=0.2))
+    q, k, queue = (np.float32(rng.normal(size=shape)) for shape in [(3, 4), (3, 4), (5, 4)])
+    own = np.broadcast_to(queue[None, :2], (3, 2, 4))
+    whole = loss(q, k, queue)
+    assert loss(q, k, queue[2:], own) == pytest.approx(float(whole), rel=1e-6)
 
 
 CHUNKED = {
@@ -187,14 +198,14 @@ def test_in_chunks_as_in_one_piece(name, dtype, monkeypatch):
     """Value and gradients; 150 and 300 similarities a row are no multiple of the 128 that are the least chunk."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(dtype == np.float64):
-        given = [jnp.asarray(rng.normal(size=(n, 5)), dtype) for n in (150, 150, 301)]
+        given = [rng.normal(size=(n, 5)).astype(dtype) for n in (150, 150, 301)]
         whole, in_one = jax.jit(jax.value_and_grad(CHUNKED[name], (0, 1, 2)))(*given)
         monkeypatch.setattr("ssl_jax.losses.contrastive.DENSE_UP_TO", 150)
-        chunked = jax.value_and_grad(lambda *x: CHUNKED[name](*x), (0, 1, 2))  # traced anew
-        value, gradients = jax.jit(chunked)(*given)
-        text = str(jax.make_jaxpr(jax.grad(CHUNKED[name], (0, 1, 2)))(*given))
+        chunked = jax.jit(jax.value_and_grad(lambda *x: CHUNKED[name](*x), (0, 1, 2))).trace(*given)  # traced anew
+        value, gradients = chunked.lower().compile()(*given)
+        text = str(chunked.jaxpr)
     assert "scan" in text and "300,300" not in text and "150,301" not in text
     tolerance = 1e-12 if dtype == np.float64 else 1e-6
     np.testing.assert_allclose(value, whole, rtol=tolerance)
     for a, b in zip(gradients, in_one):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())

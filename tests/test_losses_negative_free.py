@@ -1,5 +1,6 @@
 """Losses without negatives and with clusters, in float64 against loops, gradients against central differences."""
 
+import functools
 import itertools
 import math
 
@@ -130,7 +131,7 @@ def sinkhorn_by_hand(scores, epsilon, iterations):
 
 
 WEIGHTS = {"invariance": 25.0, "variance": 25.0, "covariance": 1.0}
-MAPS = [(4, 3), (4, 3), (4, 3), (4, 6, 2), (4, 6, 2), (4, 4, 2), (4, 6, 2), (4, 6, 2), (4, 4, 2)]
+MAPS = [(3, 3)] * 3 + [(3, 4, 2), (3, 4, 2), (3, 3, 2)] * 2
 
 
 def vicregl(*arrays, **hyper):
@@ -169,16 +170,20 @@ CASES = {
 }
 
 
+@functools.cache
+def value_and_gradients(name):
+    loss, _, _, hyper, positions = CASES[name]
+    return jax.jit(jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=tuple(positions)))
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("seed", range(3))
 def test_value_and_gradient_equal_loops(name, seed):
-    loss, by_hand, shapes, hyper, positions = CASES[name]
+    _, by_hand, shapes, hyper, positions = CASES[name]
     generator = np.random.default_rng(seed)
     inputs = [generator.normal(size=shape) for shape in shapes]
     with jax.enable_x64(True):
-        value, gradients = jax.jit(jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=tuple(positions)))(
-            *map(jnp.asarray, inputs)
-        )
+        value, gradients = value_and_gradients(name)(*inputs)
         assert value.dtype == jnp.float64
         np.testing.assert_allclose(value, by_hand(*inputs, **hyper), rtol=1e-12)
     hyper = {**hyper, "fixed": inputs[0]} if name == "tico" else hyper
@@ -189,27 +194,28 @@ def test_value_and_gradient_equal_loops(name, seed):
 
 @pytest.mark.parametrize("name", CASES)
 def test_zero_inputs_are_finite(name):
-    loss, _, shapes, hyper, positions = CASES[name]
-    zeros = [jnp.zeros(shape) for shape in shapes]
-    made = jax.jit(jax.value_and_grad(lambda *x: loss(*x, **hyper), argnums=tuple(positions)))(*zeros)
-    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(made))
+    made = value_and_gradients(name)(*(np.zeros(shape, np.float32) for shape in CASES[name][2]))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(made))
 
 
 def test_limits():
-    one, identity = jnp.ones((4, 6)), jnp.eye(6)
+    one, identity = np.ones((4, 6), np.float32), np.eye(6, dtype=np.float32)
+    barlow, vicreg = jax.jit(losses.barlow_twins), jax.jit(functools.partial(losses.vicreg, **WEIGHTS))
     # Collapsed: nothing correlates, so the diagonal misses 1 in each dimension.
-    assert losses.barlow_twins(one, one, off_diagonal=5e-3) == pytest.approx(6, rel=1e-6)
+    assert barlow(one, one, off_diagonal=5e-3) == pytest.approx(6, rel=1e-6)
     # White and equal: only the 1e-5 in the normalisation is left.
-    signs = jnp.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
-    assert losses.barlow_twins(signs, signs, off_diagonal=1.0) == pytest.approx(0, abs=1e-8)
-    assert losses.vicreg(one, one, **WEIGHTS) == pytest.approx(25 * 0.99, rel=1e-6)
-    assert losses.vicreg(signs, signs, **WEIGHTS) == 0
-    assert losses.tico(identity, identity, jnp.zeros((6, 6)), beta=0.9, rho=0.0) == pytest.approx(0, abs=1e-6)
-    assert losses.swapped([one] * 3, [one / 6] * 2) == pytest.approx(math.log(6), rel=1e-6)
+    signs = np.float32([[1, 1], [1, -1], [-1, 1], [-1, -1]])
+    assert barlow(signs, signs, off_diagonal=1.0) == pytest.approx(0, abs=1e-8)
+    assert vicreg(one, one) == pytest.approx(25 * 0.99, rel=1e-6)
+    assert vicreg(signs, signs) == 0
+    aligned = jax.jit(losses.tico)(identity, identity, np.zeros_like(identity), beta=0.9, rho=0.0)
+    assert aligned == pytest.approx(0, abs=1e-6)
+    assert jax.jit(losses.swapped)([one] * 3, [one / 6] * 2) == pytest.approx(math.log(6), rel=1e-6)
 
 
 def test_targets_get_no_gradient():
-    z, q = jnp.arange(12.0).reshape(3, 4) / 7, jax.nn.softmax(jnp.arange(12.0).reshape(3, 4))
+    z = np.arange(12, dtype=np.float32).reshape(3, 4) / 7
+    q = np.array([softmax(row) for row in 7 * z], np.float32)
     zero = {
         "swav": jax.jit(jax.grad(lambda q: losses.swav([z, z + 1], [q, q], temperature=0.1)))(q),
         "dino": jax.jit(
@@ -218,7 +224,7 @@ def test_targets_get_no_gradient():
         "tico": jax.jit(jax.grad(lambda t: losses.tico(z, t, jnp.eye(4), beta=0.9, rho=8.0)))(q),
     }
     for name, gradient in zero.items():
-        assert jnp.all(gradient == 0), name
+        assert not np.any(gradient), name
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3, 20])
@@ -231,12 +237,12 @@ def test_sinkhorn_equals_the_matrix_iteration(iterations):
 
 def test_sinkhorn_is_balanced_and_does_not_overflow():
     """Rows sum to 1 and columns to B / K; exp(1000 / 0.05) is far outside float32."""
-    scores = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (12, 4)), jnp.float32)
-    q = losses.sinkhorn(scores, epsilon=0.5, iterations=200)
+    scores = np.float32(np.random.default_rng(0).uniform(-1, 1, (12, 4)))
+    q = np.asarray(losses.sinkhorn(scores, epsilon=0.5, iterations=200))
     np.testing.assert_allclose(q.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(q.sum(axis=0), 3, rtol=1e-4)
-    q = losses.sinkhorn(1000 * scores, epsilon=0.05, iterations=3)
-    assert jnp.all(jnp.isfinite(q))
+    q = np.asarray(losses.sinkhorn(1000 * scores, epsilon=0.05, iterations=3))
+    assert np.all(np.isfinite(q))
     np.testing.assert_allclose(q.sum(axis=1), 1, rtol=1e-5)
 
 
@@ -249,12 +255,12 @@ def test_sinkhorn_gives_identical_images_a_uniform_assignment():
 def test_vicreg_with_places_is_the_mean_over_places():
     a, b = np.random.default_rng(0).normal(size=(2, 6, 3, 4))
     with jax.enable_x64(True):
-        whole = losses.vicreg(jnp.asarray(a), jnp.asarray(b), **WEIGHTS)
+        whole = jax.jit(functools.partial(losses.vicreg, **WEIGHTS))(a, b)
         np.testing.assert_allclose(whole, np.mean([vicreg_by_hand(a[:, p], b[:, p], **WEIGHTS) for p in range(3)]))
 
 
 def test_tico_covariance_is_the_moving_average():
     z, old = np.random.default_rng(0).normal(size=(6, 4)), np.eye(4)
     with jax.enable_x64(True):
-        new = losses.tico_covariance(jnp.asarray(z), jnp.asarray(old), beta=0.7)
+        new = jax.jit(losses.tico_covariance)(z, old, beta=0.7)
         np.testing.assert_allclose(new, 0.7 * old + 0.3 * np.mean([np.outer(unit(x), unit(x)) for x in z], axis=0))

@@ -1,7 +1,8 @@
 """What some methods have beyond the contract (ssl_jax/testing/test_contract.py): targets, MoCo's queue, BatchNorm."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +28,7 @@ def test_target_follows_the_explicit_formula(name):
         if name not in ("moco", "looc"):  # cosine to 1
             tau = 1 - (1 - tau) * (np.cos(np.pi * step / 20) + 1) / 2
         part = {key: state.params[key] for key in expected}
-        expected = jax.tree.map(lambda old, new, t=tau: t * old + (1 - t) * new, expected, part)
+        expected = jax.tree.map(lambda old, new, t=tau: t * np.asarray(old) + (1 - t) * np.asarray(new), expected, part)
     for a, b in zip(jax.tree.leaves(target_of(state.opt_state)), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
@@ -69,15 +70,15 @@ def test_state_of_another_structure_is_refused():
 # MoCo's queue and its BatchNorm.
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def pushed(method, memory, keys):
-    ctx = Context(jnp.int32(0), None, {})
-    return method.post_update({"key": jnp.asarray(keys)}, State({}, jax.tree.map(jnp.asarray, memory)), ctx)[1]
+    return method.post_update({"key": keys}, State({}, memory), Context(np.int32(0), None, {}))[1]
 
 
 def test_queue_is_a_ring_in_order_of_age():
     """Keys of 7 per step into a queue of 24: after each push the newest lie behind each other, the oldest are gone."""
     method = set_up(tiny_config("moco", train__batch=7, method__bn_groups=1), Images()).method
-    memory = {"queue": np.full((24, 8), -1.0), "oldest": np.int32(0)}
+    memory = {"queue": np.full((24, 8), -1.0, np.float32), "oldest": np.int32(0)}
     remembered = []
     for push in range(11):
         keys = np.full((7, 8), push, float) + np.arange(7)[:, None] / 10
@@ -94,9 +95,11 @@ def test_batch_larger_than_the_queue_keeps_the_newest():
 
 
 def test_groups_must_divide_the_batch():
-    config = tiny_config("moco", method__bn_groups=3)
+    config, source, mesh = tiny_config("moco", method__bn_groups=3), Images(), make_mesh(1, 16)
+    setup = set_up(config, source)
+    state = jax.eval_shape(lambda: train.init_state(setup, 0))
     with pytest.raises(UserError, match="bn_groups"):
-        start(config, Images())[1](*start(config, Images())[:1], batch_of(config, Images(), 0, make_mesh(1, 16)))
+        jax.eval_shape(train.make_step(setup, config, mesh), state, batch_of(config, source, 0, mesh))
 
 
 @pytest.mark.parametrize("name", ["moco", "looc"])

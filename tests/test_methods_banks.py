@@ -1,34 +1,24 @@
 """What instance discrimination, NNCLR and LooC remember of earlier images, and MoCo's cure against cheating."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax.augment import make_views
 from ssl_jax.errors import UserError
 from ssl_jax.methods import moco
 from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config, tiny_encoder
-from ssl_jax.train.step import keys_at
-from ssl_jax.transforms import target_of
 
 
 def steps(config, count):
-    """For each step: what forward gives, its input, the state before and after it, and the metrics."""
-    source, setup = Images(), set_up(config, Images())
-    state, step_fn, mesh = start(config, source)
-    augment, forward = jax.jit(make_views(setup.views, setup.method.shares)), jax.jit(setup.method.forward)
+    """For each step: what forward gave, what it got, the state before and after it, and the metrics."""
+    source = Images()
+    state, step_fn, mesh = start(config, source, watch=True)
     for step in range(count):
-        # The random numbers of `make_step`.
-        key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-        key_views, key_forward, key_loss = jax.random.split(key, 3)
-        batch = batch_of(config, source, step, mesh)
-        views, drawn = augment(key_views, batch["image"])
-        inputs = {"views": views, "drawn": drawn, "index": batch["index"]}
-        rng = keys_at(key_forward, jnp.arange(16))
-        outputs, _ = forward(state.params, target_of(state.opt_state), state.model_state, inputs, rng)
-        before, (state, metrics) = state, step_fn(state, batch)
-        inputs["key"] = key_loss
+        before, (state, metrics) = state, step_fn(state, batch_of(config, source, step, mesh))
+        outputs, inputs = jax.device_get((metrics["outputs"], metrics["batch"]))
         yield outputs, inputs, before, state, metrics
 
 
@@ -47,18 +37,17 @@ def by_age(memory):
     return np.roll(np.asarray(memory["queue"], np.float64), -int(memory["oldest"]), axis=0)
 
 
-@pytest.mark.parametrize("mode", ["nce", "softmax"])
+BANK = {"method__momentum": 0.7, "method__negatives": 30, "train__batch": 10}
+BANKS = {mode: tiny_config("instance_discrimination", method__mode=mode, **BANK) for mode in ("nce", "softmax")}
+
+
+@pytest.mark.parametrize("mode", BANKS)
 def test_a_row_of_the_bank_moves_when_its_image_comes_once_an_epoch(mode):
     """48 images in batches of 10: an epoch has 4 steps, and 8 images wait for the next."""
-    config = tiny_config("instance_discrimination", method__mode=mode, method__momentum=0.7, train__batch=10)
     seen = []
-    for outputs, inputs, before, after, _ in steps(config, 4):
-        index, old, new = (
-            np.asarray(inputs["index"]),
-            before.model_state.memory["bank"],
-            after.model_state.memory["bank"],
-        )
-        want = unit(0.7 * np.asarray(old[index], np.float64) + 0.3 * unit(outputs["z"]))
+    for outputs, inputs, before, after, _ in steps(BANKS[mode], 4):
+        index, old, new = inputs["index"], *(np.asarray(s.model_state.memory["bank"]) for s in (before, after))
+        want = unit(0.7 * np.float64(old[index]) + 0.3 * unit(outputs["z"]))
         np.testing.assert_allclose(new[index], want, rtol=1e-4, atol=1e-5)
         assert list(np.flatnonzero(np.any(new != old, axis=1))) == sorted(index)
         seen += list(index)
@@ -66,12 +55,11 @@ def test_a_row_of_the_bank_moves_when_its_image_comes_once_an_epoch(mode):
 
 
 def test_z_is_that_of_the_first_batch():
-    config = tiny_config("instance_discrimination", method__negatives=30)
     drawn, constant = [], None
-    for outputs, inputs, before, after, metrics in steps(config, 4):
+    for outputs, inputs, before, after, metrics in steps(BANKS["nce"], 4):
         bank, z = np.asarray(before.model_state.memory["bank"], np.float64), unit(outputs["z"])
-        drawn.append(np.asarray(jax.random.randint(inputs["key"], (30,), 0, 48)))
-        noise, own = bank[drawn[-1]], bank[np.asarray(inputs["index"])]
+        drawn.append(np.asarray(jax.random.randint(metrics["key"], (30,), 0, 48)))
+        noise, own = bank[drawn[-1]], bank[inputs["index"]]
         odds = np.exp(np.concatenate([np.sum(z * own, axis=1, keepdims=True), z @ noise.T], axis=1) / 0.5)
         if constant is None:
             assert before.model_state.memory["normalizer"] == 0
@@ -84,8 +72,7 @@ def test_z_is_that_of_the_first_batch():
 
 
 def test_softmax_finds_the_image_among_all_rows():
-    config = tiny_config("instance_discrimination", method__mode="softmax")
-    for outputs, inputs, before, _, metrics in steps(config, 4):
+    for outputs, inputs, before, _, metrics in steps(BANKS["softmax"], 4):
         bank, index = before.model_state.memory["bank"], inputs["index"]
         want = np.mean([found(z, bank, i, 0.5) for z, i in zip(outputs["z"], index)])
         np.testing.assert_allclose(metrics["loss"], want, rtol=1e-4)
@@ -107,29 +94,30 @@ def test_nnclr_finds_neighbours_of_one_view_for_the_other_and_remembers_the_firs
         np.testing.assert_allclose(by_age(after.model_state.memory), remembered, rtol=1e-4, atol=1e-5)
 
 
-LOOC = {"method__factors": ("colour", "rotate", "crop")}
+FACTORS = ("colour", "rotate", "crop")
+LOOC = tiny_config("looc", method__factors=FACTORS, train__batch=10)
 
 
 def test_looc_keys_share_their_factor_with_the_query_and_nothing_else():
     places = {"colour": ("brightness",), "rotate": ("angle",), "crop": ("top", "left", "height", "width")}
-    (_, inputs, *_), *_ = steps(tiny_config("looc", **LOOC), 1)
+    (_, inputs, *_), *_ = steps(LOOC, 1)
     query, *keys = inputs["drawn"]
     assert len(keys) == 4
     for number, key in enumerate(keys):
         for factor, names in places.items():
-            shared = number == 1 + LOOC["method__factors"].index(factor)
+            shared = number == 1 + FACTORS.index(factor)
             assert all(np.array_equal(query[n], key[n]) == shared for n in names), (number, factor)
         assert not np.array_equal(query["flip"], key["flip"])
 
 
 def test_looc_loss_and_queue_of_each_space():
     """A queue of 24, ten keys a step, three spaces of factors and one that feels none."""
-    config = tiny_config("looc", **LOOC, train__batch=10)
-    encoder, remembered = tiny_encoder(), None
-    for outputs, inputs, before, after, metrics in steps(config, 6):
-        query, keys, queue = outputs["query"], np.asarray(outputs["keys"]), before.model_state.memory["queue"]
+    embed = jax.jit(functools.partial(tiny_encoder().apply, train=True, groups=2))
+    remembered = None
+    for outputs, inputs, before, after, metrics in steps(LOOC, 6):
+        query, keys, queue = outputs["query"], outputs["keys"], np.asarray(before.model_state.memory["queue"])
         each = []
-        for space, name in enumerate(("all", *LOOC["method__factors"])):
+        for space, name in enumerate(("all", *FACTORS)):
             terms = []
             for i in range(10):
                 # The positive first, then the queue of the space, then, where a factor is felt, the image's other keys.
@@ -145,7 +133,7 @@ def test_looc_loss_and_queue_of_each_space():
         np.testing.assert_allclose(by_age(after.model_state.memory), remembered, rtol=1e-4, atol=1e-5)
 
         trunk = before.params["encoder"], before.model_state.stats["encoder"]
-        embedding, _ = encoder.apply(*trunk, inputs["views"][0], train=True, groups=2)
+        embedding, _ = embed(*trunk, inputs["views"][0])
         np.testing.assert_allclose(outputs["embedding"], embedding, rtol=1e-4, atol=1e-5)
 
 
@@ -157,14 +145,19 @@ def test_statistics_of_the_batch_give_moco_s_positives_away_unless_keys_are_shuf
     black = np.arange(8) * 9  # in another place of each group
     noise[black] = 0
     views = [jnp.asarray(noise)] * 2
-    params, state = method.init(jax.random.key(0), views)
+    params, state = jax.jit(method.init)(jax.random.key(0), views)
 
     def look(orders):
         """Cosine of a black query with its key less that with the other black keys, and how many of these beat it."""
-        forward = jax.jit(lambda rng: method.forward(params, params, state, {"views": views}, rng)[0])
+
+        @jax.jit
+        def forward(seed):
+            rng = jax.random.split(jax.random.key(seed), len(noise))
+            return method.forward(params, params, state, {"views": views}, rng)[0]
+
         margins, ranks = [], []
         for seed in range(orders):
-            outputs = forward(jax.random.split(jax.random.key(seed), len(noise)))
+            outputs = jax.device_get(forward(seed))
             cosine = unit(outputs["query"][black]) @ unit(outputs["key"][black]).T
             own = np.diag(cosine)
             margins.append(np.mean(own - (cosine.sum(1) - own) / 7))

@@ -1,5 +1,6 @@
 """What SwAV, DINO, TiCo and VICRegL remember from step to step, and how they name their collapse."""
 
+import functools
 import itertools
 import math
 
@@ -9,72 +10,60 @@ import numpy as np
 import optax
 import pytest
 
-from ssl_jax import losses, train
+from ssl_jax import checkpoint, losses, train
 from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.methods.base import Context, State, entropies, entropy_collapse
 from ssl_jax.methods.vicregl import positions
-from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config, tiny_encoder
-from ssl_jax.train.step import keys_at
+from ssl_jax.parallel import make_mesh
+from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config
 from ssl_jax.transforms import freeze, target_of, track_target
 
-FORWARD = {}  # what was compiled once
+# One step for all tests of a method.
+TICO = tiny_config("tico", method__beta=0.7)
+DINO = tiny_config("dino", method__centre_momentum=0.8)
+SWAV = tiny_config("swav", method__queue_start=0.0, method__freeze_steps=3)
 
 
-def outputs_of(config, state, step):
-    """What the method's forward gives in this step of `make_step`, from the same random numbers, and its context."""
+def steps(config, count):
+    """For each step: the state before and after it, its metrics, and what the method's forward gave."""
     source = Images()
-    if repr(config) not in FORWARD:
-        setup = set_up(config, source)
-        FORWARD[repr(config)] = setup.method, jax.jit(make_views(setup.views)), jax.jit(setup.method.forward)
-    method, augment, forward = FORWARD[repr(config)]
-    key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-    key_views, key_forward, key_loss = jax.random.split(key, 3)
-    batch = batch_of(config, source, step, start(config, source)[2])
-    views, drawn = augment(key_views, batch["image"])
-    inputs = {"views": views, "drawn": drawn}
-    target = target_of(state.opt_state)
-    rng = keys_at(key_forward, jnp.arange(16))
-    ctx = Context(state.step, key_loss, state.params)
-    return method, forward(state.params, target, state.model_state, inputs, rng)[0], ctx
+    state, step_fn, mesh = start(config, source, watch=True)
+    for step in range(count):
+        before, (state, metrics) = state, step_fn(state, batch_of(config, source, step, mesh))
+        yield before, state, metrics, metrics["outputs"]
 
 
-@pytest.mark.parametrize("name", ["tico", "dino", "swav"])
-def test_the_loss_sees_the_state_of_before_and_the_step_updates_it_after(name):
+@pytest.mark.parametrize("config", [TICO, DINO, SWAV], ids=lambda config: config.method_name)
+def test_the_loss_sees_the_state_of_before_and_the_step_updates_it_after(config):
     """Covariance, centre and queue: the loss of a step is that of the old ones; the new ones hold this batch."""
-    config = tiny_config(
-        name, **{"tico": {"method__beta": 0.7}, "dino": {"method__centre_momentum": 0.8}}.get(name, {})
-    )
-    if name == "swav":
-        config = tiny_config(name, method__queue_start=0.0)
-    state, step_fn, mesh = start(config, Images())
-    for step in range(3):
-        method, outputs, ctx = outputs_of(config, state, step)
-        before = state.model_state
-        state, metrics = step_fn(state, batch_of(config, Images(), step, mesh))
-        np.testing.assert_allclose(metrics["loss"], method.loss(outputs, before, {}, ctx)[0], rtol=1e-4)
-        if name == "tico":
-            z = np.asarray(losses.normalize(outputs["z"]), np.float64)
-            want = 0.7 * before.memory["covariance"] + 0.3 * np.mean([np.outer(x, x) for x in z], axis=0)
-            np.testing.assert_allclose(state.model_state.memory["covariance"], want, rtol=1e-4, atol=1e-6)
-        elif name == "dino":
+    loss = jax.jit(set_up(config, Images()).method.loss)
+    for before, after, metrics, outputs in steps(config, 3):
+        ctx = Context(before.step, metrics["key"], before.params)
+        np.testing.assert_allclose(metrics["loss"], loss(outputs, before.model_state, {}, ctx)[0], rtol=1e-4)
+        jax.tree.map(np.testing.assert_array_equal, metrics["target"], target_of(before.opt_state))
+        old, new = before.model_state.memory, after.model_state.memory
+        if config.method_name == "tico":
+            z = np.asarray(outputs["z"], np.float64)
+            z /= np.linalg.norm(z, axis=1, keepdims=True)
+            want = 0.7 * old["covariance"] + 0.3 * np.mean([np.outer(x, x) for x in z], axis=0)
+            np.testing.assert_allclose(new["covariance"], want, rtol=1e-4, atol=1e-6)
+        elif config.method_name == "dino":
             mean = sum(np.asarray(t, np.float64).mean(axis=0) for t in outputs["teacher"]) / 2
-            want = 0.8 * before.memory["centre"] + 0.2 * mean
-            np.testing.assert_allclose(state.model_state.memory["centre"], want, rtol=1e-4, atol=1e-6)
+            want = 0.8 * np.asarray(old["centre"]) + 0.2 * mean
+            np.testing.assert_allclose(new["centre"], want, rtol=1e-4, atol=1e-6)
         else:
-            want = np.concatenate([outputs["z"][:2], before.memory["queue"]], axis=1)[:, :24]
-            np.testing.assert_allclose(state.model_state.memory["queue"], want, rtol=1e-4, atol=1e-5)
+            want = np.concatenate([outputs["z"][:2], old["queue"]], axis=1)[:, :24]
+            np.testing.assert_allclose(new["queue"], want, rtol=1e-4, atol=1e-5)
 
 
 def test_prototypes_have_norm_one_before_each_step_and_stay_while_frozen():
-    config = tiny_config("swav", method__freeze_steps=3)
-    state, step_fn, mesh = start(config, Images())
-    first = np.asarray(state.params["prototypes"])
-    for step in range(6):
-        norms = jnp.linalg.norm(state.params["prototypes"], axis=1)
-        np.testing.assert_allclose(norms, 1, rtol=1e-6)
-        moved = np.abs(state.params["prototypes"] - first).max()
+    first = None
+    for step, (before, *_) in enumerate(steps(SWAV, 6)):
+        prototypes = np.asarray(before.params["prototypes"])
+        first = prototypes if first is None else first
+        np.testing.assert_allclose(np.linalg.norm(prototypes, axis=1), 1, rtol=1e-6)
+        moved = np.abs(prototypes - first).max()
         assert moved < 1e-6 if step <= 3 else moved > 1e-4, step
-        state, _ = step_fn(state, batch_of(config, Images(), step, mesh))
 
 
 def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
@@ -84,54 +73,57 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
     generator = np.random.default_rng(0)
 
     def unit(*shape):
-        return losses.normalize(jnp.asarray(generator.normal(size=shape), jnp.float32))
+        x = generator.normal(size=shape)
+        return np.float32(x / np.linalg.norm(x, axis=-1, keepdims=True))
 
     prototypes, z, queue = unit(6, 8), unit(2, 10, 8), unit(2, 24, 8)
-    outputs, scores = {"z": list(z)}, [v @ prototypes.T for v in z]
-    alone = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in scores]
-    shared = [
-        losses.sinkhorn(jnp.concatenate([q @ prototypes.T, s]), epsilon=0.05, iterations=3)[24:]
-        for q, s in zip(queue, scores)
-    ]
-    without, using = (losses.swav(scores, q, temperature=0.1) for q in (alone, shared))
+
+    @jax.jit
+    def wanted():
+        scores = [v @ prototypes.T for v in z]
+        alone = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in scores]
+        shared = [
+            losses.sinkhorn(jnp.concatenate([q @ prototypes.T, s]), epsilon=0.05, iterations=3)[24:]
+            for q, s in zip(queue, scores)
+        ]
+        return tuple(losses.swav(scores, q, temperature=0.1) for q in (alone, shared))
+
+    without, using = wanted()
     assert abs(without - using) > 1e-3
-    for settings, step, want in (
-        (config, 2, without),
-        (config, 3, using),
-        (late, 3, without),
-        (late, 9, without),
-        (late, 10, using),
-    ):
-        method = set_up(settings, Images()).method
-        ctx = Context(jnp.int32(step), None, {"prototypes": prototypes})
-        value, _ = method.loss(outputs, State({}, {"queue": queue}), {}, ctx)
-        np.testing.assert_allclose(value, want, rtol=1e-5, err_msg=str(step))
+    for settings, cases in ((config, {2: without, 3: using}), (late, {3: without, 9: without, 10: using})):
+        loss = jax.jit(set_up(settings, Images()).method.loss)
+        for step, want in cases.items():
+            ctx = Context(jnp.int32(step), None, {"prototypes": prototypes})
+            value, _ = loss({"z": list(z)}, State({}, {"queue": queue}), {}, ctx)
+            np.testing.assert_allclose(value, want, rtol=1e-5, err_msg=str(step))
 
 
 def test_swav_without_a_queue_is_saved_and_assigns_each_batch_alone(tmp_path):
-    config = tiny_config("swav", method__queue=0, train__duration="6 steps", eval__every="0 steps")
-    encoder = train.fit(config, tmp_path / "run", Images(), tiny_encoder())
-    assert encoder.about["step"] == 6
-    state, step_fn, mesh = start(config, Images())
-    outputs = outputs_of(config, state, 0)[1]
-    scores = [z @ state.params["prototypes"].T for z in outputs["z"]]
-    q = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in scores[:2]]
-    loss = step_fn(state, batch_of(config, Images(), 0, mesh))[1]["loss"]
-    np.testing.assert_allclose(loss, losses.swav(scores, q, temperature=0.1), rtol=1e-5)
+    config = tiny_config("swav", method__queue=0)
+    ((before, after, metrics, outputs),) = steps(config, 1)
+
+    @jax.jit
+    def alone(z, prototypes):
+        scores = [v @ prototypes.T for v in z]
+        q = [losses.sinkhorn(s, epsilon=0.05, iterations=3) for s in scores[:2]]
+        return losses.swav(scores, q, temperature=0.1)
+
+    np.testing.assert_allclose(metrics["loss"], alone(outputs["z"], before.params["prototypes"]), rtol=1e-5)
+    checkpoint.save(tmp_path, 1, after, keep=1)
+    restored = checkpoint.restore_latest(tmp_path, before, pytest.fail)
+    jax.tree.map(np.testing.assert_array_equal, restored, after)
 
 
 def test_dino_exports_the_teacher_and_freezes_its_last_layer_for_an_epoch():
     """48 images in batches of 16: the epoch has 3 steps."""
-    config = tiny_config("dino")
-    state, step_fn, mesh = start(config, Images())
-    first = np.asarray(state.params["last"])
-    for step in range(5):
-        state, _ = step_fn(state, batch_of(config, Images(), step, mesh))
+    first = None
+    for step, (before, state, *_) in enumerate(steps(DINO, 5)):
+        first = np.asarray(before.params["last"]) if first is None else first
         assert np.array_equal(state.params["last"], first) == (step < 3), step
-    method, target = set_up(config, Images()).method, target_of(state.opt_state)
+    method, target = set_up(DINO, Images()).method, target_of(state.opt_state)
     params, stats = method.encoder(state.params, target, state.model_state)
     assert params is target["encoder"] and stats is state.model_state.stats["target"]["encoder"]
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params, state.params["encoder"])
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), params, state.params["encoder"])
     assert max(jax.tree.leaves(moved)) > 0
 
 
@@ -139,12 +131,12 @@ def test_dino_teacher_temperature_warms_up():
     """Targets of one run at 0.01 to 0.05 over 10 of 20 steps: at steps 0, 5 and 30 those of 0.01, 0.03 and 0.05."""
     config = tiny_config("dino", method__warmup=0.5, method__warmup_temperature=0.01, method__teacher_temperature=0.05)
     method = set_up(config, Images()).method
-    logits = [jnp.asarray(np.random.default_rng(v).uniform(-0.1, 0.1, (4, 8)), jnp.float32) for v in range(2)]
-    outputs = {"student": logits, "teacher": logits}
+    logits = [np.float32(np.random.default_rng(v).uniform(-0.1, 0.1, (4, 8))) for v in range(2)]
+    outputs, centre = {"student": logits, "teacher": logits}, np.zeros(8, np.float32)
+    loss, by_temperature = jax.jit(method.loss), jax.jit(functools.partial(losses.dino, temperature=0.1))
     for step, temperature in ((0, 0.01), (5, 0.03), (30, 0.05)):
-        ctx = Context(jnp.int32(step), None, None)
-        value, _ = method.loss(outputs, State({}, {"centre": jnp.zeros(8)}), {}, ctx)
-        want = losses.dino(logits, logits, jnp.zeros(8), temperature=0.1, teacher_temperature=temperature)
+        value, _ = loss(outputs, State({}, {"centre": centre}), {}, Context(jnp.int32(step), None, None))
+        want = by_temperature(logits, logits, centre, teacher_temperature=temperature)
         np.testing.assert_allclose(value, want, rtol=1e-5)
 
 
@@ -153,9 +145,14 @@ def test_freeze_keeps_named_parameters_and_the_target_follows_what_remains():
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     state = tx.init(params)
     seen = []
-    for _ in range(4):
+
+    @jax.jit
+    def step(params, state):
         updates, state = tx.update({"a": jnp.ones(2), "b": jnp.ones(2)}, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(4):
+        params, state = step(params, state)
         seen.append((float(params["a"][0]), float(params["b"][0])))
     np.testing.assert_allclose(seen, [(1, 0.9), (1, 0.8), (0.9, 0.7), (0.8, 0.6)], rtol=1e-6)
     assert target_of(state)["a"][0] == pytest.approx(0.5 * (0.5 + 0.5 * 0.9) + 0.5 * 0.8)
@@ -169,7 +166,7 @@ def test_vicregl_positions_equal_loops_on_boxes_with_a_flip():
         "width": np.array([8.0, 20.0]),
         "flip": np.array([False, True]),
     }
-    made = positions({k: jnp.asarray(v) for k, v in boxes.items()}, 3, 4)
+    made = np.asarray(jax.jit(positions, static_argnums=(1, 2))(boxes, 3, 4))
     for b, r, c in itertools.product(range(2), range(3), range(4)):
         column = 3 - c if boxes["flip"][b] else c
         x = boxes["left"][b] + (column + 0.5) * boxes["width"][b] / 4
@@ -183,11 +180,16 @@ def test_vicregl_positions_are_where_the_pixels_come_from():
     image = np.broadcast_to(np.arange(size) * 7, (size, size)).astype(np.uint8)[None, :, :, None]
     view = tiny_config("vicregl", augment__brightness=0.0).augment
     views = resolve_views(view, 2, size, True)[:2]
-    for seed in range(6):
+
+    @jax.jit
+    def draw(seed):
         made, drawn = make_views(views)(jax.random.key(seed), image)
-        for shown, box in zip(made, drawn):
-            shown = np.asarray(shown[0, :, :, 0]).reshape(4, 8, 4, 8).mean((1, 3)) * 255 / 7 + 0.5
-            where = np.asarray(positions(box, 4, 4))[0].reshape(4, 4, 2)
+        return [(shown[0, :, :, 0], positions(box, 4, 4)) for shown, box in zip(made, drawn)]
+
+    for seed in range(6):
+        for shown, where in jax.device_get(draw(seed)):
+            shown = shown.reshape(4, 8, 4, 8).mean((1, 3)) * 255 / 7 + 0.5
+            where = where.reshape(4, 4, 2)
             # Not at the image's border, where there is less to interpolate from.
             np.testing.assert_allclose(shown[:, 1:3], where[:, 1:3, 0], atol=0.15)
 
@@ -200,20 +202,22 @@ def test_settings_are_checked():
     ):
         set_up(tiny_config("vicregl", method__matches=(20,)), Images())
     for name in ("vicreg", "vicregl", "barlow_twins"):
-        config = tiny_config(name, train__batch=1)
+        config, source, mesh = tiny_config(name, train__batch=1), Images(), make_mesh(1, 1)
+        setup = set_up(config, source)
+        state = jax.eval_shape(lambda s=setup: train.init_state(s, 0))
         with pytest.raises(UserError, match="gets one image at a time; allowed: 2 or more"):
-            state, step_fn, mesh = start(config, Images())
-            step_fn(state, batch_of(config, Images(), 0, mesh))
+            jax.eval_shape(train.make_step(setup, config, mesh), state, batch_of(config, source, 0, mesh))
 
 
 def test_entropies_and_their_words():
-    uniform, one, spread = jnp.full((4, 4), 0.25), jnp.tile(jnp.eye(4)[:1], (4, 1)), jnp.eye(4)
+    uniform, one, spread = np.full((4, 4), 0.25), np.tile(np.eye(4)[:1], (4, 1)), np.eye(4)
+    measure = jax.jit(entropies)
     words = entropy_collapse(4, uniform="A", single="B")
     for p, image, mean, said in (
         (uniform, math.log(4), math.log(4), "A"),
         (one, 0, 0, "B"),
         (spread, 0, math.log(4), ""),
     ):
-        metrics = {k: float(v) for k, v in entropies([p]).items()}
+        metrics = {k: float(v) for k, v in measure([p]).items()}
         assert metrics == pytest.approx({"target_entropy": image, "mean_target_entropy": mean}, abs=1e-5)
         assert words(metrics).endswith(said) and bool(words(metrics)) == bool(said)

@@ -20,13 +20,21 @@ def images(batch, side=12, channels=3, seed=0):
     return np.random.default_rng(seed).random((batch, side, side, channels), np.float32)
 
 
+def jitted(network):
+    return network._replace(apply=jax.jit(network.apply, static_argnames=("train", "dense")))
+
+
+def build(channels=3, size=12, **changes):
+    return jitted(build_encoder(Model(**{**SMALL, **changes}), channels, size))
+
+
 @functools.cache
 def tiny(size=12, channels=3, **changes):
-    network = build_encoder(Model(**{**SMALL, **changes}), channels, size)
-    params, stats = network.init(jax.random.key(0), images(1, size, channels))
+    network = build(channels, size, **changes)
+    params, stats = jax.device_get(network.init(jax.random.key(0), images(1, size, channels)))
     # All biases and scales differ from their initial values, so that none can be forgotten unnoticed.
-    params = jax.tree.map(lambda p: p + 0.1 * np.random.default_rng(p.size).normal(size=p.shape), params)
-    return network, jax.tree.map(jnp.float32, params), stats
+    params = jax.tree.map(lambda p: p + np.float32(0.1 * np.random.default_rng(p.size).normal(size=p.shape)), params)
+    return network, params, stats
 
 
 def apply(x, made, **kwargs):
@@ -91,7 +99,7 @@ def test_computes_what_its_definition_says(positions):
     wanted = by_hand(weights, normalised, heads=3, depth=2, patch=4, positions=table)
     np.testing.assert_allclose(apply(x, made), wanted[:, 0], atol=2e-5)
     np.testing.assert_allclose(apply(x, made, dense=True), wanted[:, 1:].reshape(3, 3, 3, 24), atol=2e-5)
-    mean = (build_encoder(Model(**SMALL, positions=positions, pool="mean"), 3, 12), *made[1:])
+    mean = (build(positions=positions, pool="mean"), *made[1:])
     np.testing.assert_allclose(apply(x, mean), wanted[:, 1:].mean(1), atol=2e-5)
 
 
@@ -105,11 +113,12 @@ def test_computes_what_its_definition_says(positions):
 )
 def test_sizes(name, features, count):
     network = build_encoder(Model(name=name), 3, 224)
-    x = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    x = np.zeros((2, 224, 224, 3), np.float32)
     params, stats = jax.eval_shape(network.init, jax.random.key(0), x)
     assert network.patch == 16 and stats == {}
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
-    y, _ = jax.eval_shape(functools.partial(network.apply, train=True), params, stats, x)
+    network = build_encoder(Model(name=name, depth=1), 3, 224)
+    y, _ = jax.eval_shape(lambda rng: network.apply(*network.init(rng, x), x, train=True), jax.random.key(0))
     assert (y.shape, y.dtype) == ((2, features), jnp.float32)
 
 
@@ -120,7 +129,7 @@ def test_patch_that_fits_the_images(size, patch):
 
 def test_patches_are_cut_row_by_row():
     x = images(2, 6)
-    cut = np.asarray(patchify(x, 2)).reshape(2, 3, 3, 2, 2, 3)
+    cut = np.asarray(jax.jit(patchify, static_argnums=1)(x, 2)).reshape(2, 3, 3, 2, 2, 3)
     for i in range(3):
         for j in range(3):
             np.testing.assert_array_equal(cut[:, i, j], x[:, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2])
@@ -131,7 +140,7 @@ def test_without_positions_the_order_of_patches_means_nothing():
     x = images(1, 8)
     turned = x.reshape(1, 2, 4, 2, 4, 3)[:, ::-1, :, ::-1].reshape(x.shape)  # patches in reverse order
     network, params, stats = tiny(8, positions="learned")
-    without = network, {**params, "pos_embed": jnp.zeros_like(params["pos_embed"])}, stats
+    without = network, {**params, "pos_embed": np.zeros_like(params["pos_embed"])}, stats
     forth, back = (apply(view, without, dense=True).reshape(4, -1) for view in (x, turned))
     np.testing.assert_allclose(back, forth[::-1], atol=1e-5)
     with_positions = apply(turned, (network, params, stats), dense=True).reshape(4, -1)
@@ -152,11 +161,12 @@ def test_learned_positions_are_interpolated_as_an_image():
     slopes = np.linspace(-1, 1, 24)
 
     def tokens(side, centres):
-        network = build_vit(Model(**{**SMALL, "depth": 0}, positions="learned"), side, (0.5,) * 3, (0.25,) * 3)
+        model = Model(**{**SMALL, "depth": 0}, positions="learned")
+        network = jitted(build_vit(model, side, (0.5,) * 3, (0.25,) * 3))
         params, stats = network.init(jax.random.key(0), images(1, 16))
         grid = (centres[:, None, None] + 2 * centres[:, None]) * slopes
         table = np.concatenate([np.zeros((1, 24)), grid.reshape(-1, 24)])
-        params["pos_embed"] = jnp.asarray(table[None], jnp.float32)
+        params["pos_embed"] = np.float32(table[None])
         return apply(images(1, 32), (network, params, stats), dense=True)[:, 3:5, 3:5]
 
     at_32_px, from_16_px = tokens(32, (np.arange(8) + 0.5) / 2 - 0.5), tokens(16, np.arange(4.0))
@@ -193,13 +203,13 @@ def test_a_token_stands_for_masked_patches():
 
 
 def test_a_frozen_projection_is_no_parameter():
-    network = build_encoder(Model(**SMALL, freeze_patch=True), 3, 12)
+    network = build(freeze_patch=True)
     params, stats = network.init(jax.random.key(0), images(1))
     assert set(stats) == {"patch_embed_proj"} and "patch_embed_proj" not in params
     _, after = network.apply(params, stats, images(2), train=True)
     jax.tree.map(np.testing.assert_array_equal, after, stats)
     # Its weights have the names that they have in a network in which they learn.
-    free = build_encoder(Model(**SMALL), 3, 12)
+    free = build()
     loaded = from_torch(to_torch(params, stats), *free.init(jax.random.key(1), images(1)))
     np.testing.assert_array_equal(apply(images(2), (free, *loaded)), apply(images(2), (network, params, stats)))
 
@@ -221,21 +231,24 @@ def test_weights_there_and_back_under_timm_s_names(positions):
 
 def test_bfloat16_computes_near_float32():
     x, made = images(4), tiny()
-    half = (build_encoder(Model(**SMALL, dtype="bfloat16"), 3, 12), *made[1:])
+    half = (build(dtype="bfloat16"), *made[1:])
     y, y_half = apply(x, made), apply(x, half)
     assert y_half.dtype == np.float32
     assert 0 < np.abs(y_half - y).max() < 0.05 * np.abs(y).max()
 
 
+@pytest.mark.slow
 def test_jit_changes_nothing():
     network, params, stats = tiny()
-    jitted = jax.jit(functools.partial(network.apply, train=True))(params, stats, images(2))[0]
-    np.testing.assert_allclose(jitted, network.apply(params, stats, images(2), train=True)[0], rtol=1e-4, atol=1e-5)
+    jitted = network.apply(params, stats, images(2), train=True)[0]
+    with jax.disable_jit():
+        plain = network.apply(params, stats, images(2), train=True)[0]
+    np.testing.assert_allclose(jitted, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_initial_values():
     network = build_encoder(Model(name="vit_tiny", depth=1, positions="learned"), 3, 224)
-    params, _ = network.init(jax.random.key(0), images(1, 224))
+    params, _ = jax.device_get(network.init(jax.random.key(0), images(1, 224)))
     for kernel in (params["patch_embed_proj"]["kernel"].reshape(768, 192), params["blocks_0"]["attn_qkv"]["kernel"]):
         limit = (6 / sum(kernel.shape)) ** 0.5  # xavier, uniform
         assert 0.99 * limit < np.abs(kernel).max() <= limit

@@ -126,11 +126,33 @@ STARTED: dict[
 ] = {}  # what was compiled once serves all tests of a config; the newest, as programs take memory
 
 
-def start(config, source, devices=1):
-    """(initial state, jitted step, mesh)"""
-    key = repr((config, source.images.shape, source.labels is None, devices))
+def watched(setup):
+    """`setup`, but the metrics of a step also hold what forward got and gave, and the loss's random key.
+
+    "batch" and "target"; "outputs"; "key".
+    """
+    method = setup.method
+
+    def forward(params, target, state, batch, key):
+        outputs, stats = method.forward(params, target, state, batch, key)
+        return {"outputs": outputs, "embedding": outputs["embedding"], "batch": batch, "target": target}, stats
+
+    def loss(outputs, state, batch, ctx):
+        value, metrics = method.loss(outputs["outputs"], state, batch, ctx)
+        return value, {**metrics, **outputs, "key": ctx.key}
+
+    def post_update(outputs, state, ctx):
+        return method.post_update(outputs["outputs"], state, ctx)
+
+    return setup._replace(method=method._replace(forward=forward, loss=loss, post_update=post_update))
+
+
+def start(config, source, devices=1, watch=False):
+    """(initial state, jitted step, mesh); watch: the step of the `watched` method."""
+    key = repr((config, source.images.shape, source.labels is None, devices, watch))
     if key not in STARTED:
         setup, mesh = set_up(config, source), make_mesh(devices, config.train.batch)
+        setup = watched(setup) if watch else setup
         state = jax.device_put(train.init_state(setup, config.train.seed), replicated(mesh))
         STARTED[key] = state, jax.jit(train.make_step(setup, config, mesh)), mesh
         if len(STARTED) > 4:
