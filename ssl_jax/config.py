@@ -10,6 +10,7 @@ import functools
 import operator
 import runpy
 import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +174,10 @@ class Train:
     """Batches, length and devices of the run, and what it writes."""
 
     batch: int = option(256, "images per step, over all devices", min=1)
-    micro_batch: int = option(
-        0, "images embedded at a time, over all devices; same gradient, less memory; 0: all", min=0
+    micro_batch: int | Literal["auto"] = option(
+        "auto",
+        "images embedded at a time, over all devices; same gradient, less memory; 0: all; auto: as many as fit",
+        min=0,
     )
     bn_group: int = option(0, "images that share BatchNorm statistics; 0: all that are embedded at a time", min=0)
     duration: Duration = option("100 epochs", "length of the run")
@@ -185,6 +188,11 @@ class Train:
     devices: int = option(0, "devices to use; 0: all", min=0)
     shard: int = option(1, "devices that parameters and optimizer state are split among (FSDP); 1: not split", min=1)
     profile: Duration = option("0 steps", 'trace this many steps for the profiler; "0 steps": off')
+
+    @property
+    def part(self) -> int:
+        """micro_batch; 0, the whole batch, as long as "auto" has not been decided (`train.memory`)."""
+        return 0 if self.micro_batch == "auto" else self.micro_batch
 
 
 @dataclass(frozen=True)
@@ -299,10 +307,17 @@ def _to_dict(value: Any) -> Any:
             "local_views": value.local_views,
         }
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        hints = fields.types_of(type(value))
+        return {name: _any_type(hints[name], _to_dict(getattr(value, name))) for name in hints}
     if isinstance(value, Mapping):
         return {k: _to_dict(v) for k, v in value.items()}
     return value
+
+
+def _any_type(hint: Any, value: Any) -> Any:
+    """The value of an option of several types, such as a number or "auto", as a ConfigDict has to be told of it."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return config_dict.FieldReference(value, field_type=object) if is_union else value
 
 
 def _placeholders(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,12 @@ The checks (`build`, `check`) and the text of `--help` and docs/configuration.md
 and ranges of a tuple hold for each of its items.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import operator
 import re
+import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,6 +23,7 @@ from ssl_jax.errors import UserError, unknown
 
 Duration = Annotated[str, "duration"]  # "10 epochs", "500 steps" or "100000 examples"
 
+UNIONS = (typing.Union, types.UnionType)
 LIMITS = {"min": operator.ge, "above": operator.gt, "max": operator.le, "below": operator.lt}
 # Help for options that most methods have and that need no words of their own.
 COMMON_HELP = {
@@ -104,6 +107,10 @@ def _convert(hint: Any, metadata: Mapping[str, Any], value: Any, key: str) -> An
         return value
     if origin is Annotated and isinstance(value, arguments[0]):
         return value
+    if origin in UNIONS:
+        kind = next((kind for kind in arguments if value in typing.get_args(kind)), arguments[0])
+        with contextlib.suppress(UserError):
+            return _convert(kind, metadata, value, key)
     if origin is tuple and isinstance(value, list | tuple):
         items = arguments[:1] * len(value) if arguments[-1] is ... else arguments
         if len(items) == len(value):
@@ -127,6 +134,8 @@ def _check(hint: Any, metadata: Mapping[str, Any], value: Any, key: str) -> None
             raise unknown(key, value, map(str, choices))
     elif hint == Duration:
         parse_duration(value, key)
+    elif origin in UNIONS and any(value in typing.get_args(kind) for kind in arguments):
+        return
     elif metadata.get("registered"):
         if value:  # empty means another option decides
             registry.find(metadata["registered"], value, key)
@@ -184,6 +193,8 @@ def allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
         return _either([*registry.own_names(kind), f"a {kind} of another package"])
     if origin is Mapping:
         return "mapping"
+    if origin in UNIONS:
+        return _either([allowed(kind, metadata) for kind in arguments])
     limits = _range(metadata)
     name = getattr(hint, "__name__", str(hint))
     return f"{name}, {limits}" if limits else name

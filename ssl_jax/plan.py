@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from ssl_jax import files, hlo, parallel
 from ssl_jax.config import Config, Data
@@ -26,7 +24,8 @@ from ssl_jax.data import Source, open_source
 from ssl_jax.errors import UserError, first_line, unknown
 from ssl_jax.models import resolve_conv
 from ssl_jax.report.figures import scaling
-from ssl_jax.train.step import Setup, TrainState, in_memory, init_state, make_step, set_up
+from ssl_jax.train import memory
+from ssl_jax.train.step import in_memory, make_step, set_up
 
 KNOWN_DATA = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10)}  # TFDS: training images, classes
 HOP_SECONDS = 1e-6  # from one chip to the next, roughly; https://jax-ml.github.io/scaling-book/sharding
@@ -201,16 +200,16 @@ def estimate(config: Config, topology: str, source: Source) -> Plan:
     tpu = parse_topology(topology)
     devices, chip = tpu_devices(tpu), tpu.chip
     train = config.train
-    mesh = parallel.mesh_of(devices, train.batch, train.micro_batch, train.shard)
+    mesh = parallel.mesh_of(devices, train.batch, train.part, train.shard)
     conv = resolve_conv(config.model.conv, backend="tpu")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=conv))
     setup = set_up(config, source)
-    args = abstract_arguments(setup, config, source, mesh)
+    args = memory.abstract_arguments(setup, config, source, mesh)
     placed = jax.tree.map(lambda x: x.sharding, args[0])
     step = make_step(setup, config, mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, parallel.replicated(mesh)))
     traced = jitted.trace(*args)
-    known = Plan(str(tpu), len(devices), train.batch, train.micro_batch, fits=False, memory=0.0, steps=setup.steps)
+    known = Plan(str(tpu), len(devices), train.batch, train.part, fits=False, memory=0.0, steps=setup.steps)
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -218,9 +217,7 @@ def estimate(config: Config, topology: str, source: Source) -> Plan:
         if not needed:
             raise
         return dataclasses.replace(known, memory=needed)
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    needed -= memory.alias_size_in_bytes
+    needed, cost = memory.needed(compiled), compiled.cost_analysis()
     if in_memory(config, source):
         needed += source.nbytes
     flops = count_flops(traced.jaxpr.jaxpr) / len(devices)
@@ -262,27 +259,7 @@ def out_of_memory(message: str, arguments: float) -> float:
 
 def _bytes_per_chip(x: jax.ShapeDtypeStruct) -> float:
     shape = x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-    return math.prod(shape) * (x.dtype.itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 8)
-
-
-def abstract_arguments(
-    setup: Setup, config: Config, source: Source, mesh: Mesh
-) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """(state, batch) of a step as shapes, types and shardings, without any values."""
-    abstract = jax.ShapeDtypeStruct
-    state = jax.eval_shape(lambda: init_state(setup, 0))
-    state = jax.tree.map(
-        lambda x, sharding: abstract(x.shape, x.dtype, sharding=sharding), state, parallel.state_sharding(mesh, state)
-    )
-    batch, sharding = config.train.batch, parallel.batch_sharding(mesh)
-    inputs = {"image": abstract((batch, *source.shape), jnp.uint8, sharding=sharding)}
-    inputs["index"] = abstract((batch,), jnp.int32, sharding=sharding)
-    if source.labels is not None:
-        labels = np.asarray(source.labels)
-        inputs["label"] = abstract((batch, *labels.shape[1:]), labels.dtype, sharding=sharding)
-    if source.objects is not None:
-        inputs["pair"] = inputs["image"]
-    return state, inputs
+    return memory.nbytes(jax.ShapeDtypeStruct(shape, x.dtype))
 
 
 def largest_micro_batch(config: Config, topology: str, source: Source, needed: float) -> tuple[int, Plan | None]:

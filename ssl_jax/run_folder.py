@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +118,24 @@ class RunFolder(Folder):
             raise UserError(f"--workdir={self.path}: not empty and not a run folder; allowed: a new folder")
         write_json(self.config, new)
 
-    def enter(self, config: Config, steps: int, stack: contextlib.ExitStack, **settings: Any) -> dict[str, Any]:
+    def enter(
+        self, config: Config, steps: int, stack: contextlib.ExitStack, **settings: Callable[[], Any]
+    ) -> dict[str, Any]:
         """Locks the folder until `stack` closes, and starts or continues the run in it.
 
-        settings: what depends on the machine and is recorded in environment.json; a run keeps the values it began with.
-        Returns them, and under "finished" whether the run is complete.
+        settings: functions of what depends on the machine. Their values are recorded in environment.json when a run
+        begins, and it keeps them. Returns {"finished": True} for a complete run, else these values and False.
         """
         finished = self.finished(steps)
         # A finished run is only read: tasks of a study that start at the same time all need its encoder.
         stack.enter_context(self.lock(shared=finished))
         self.start(config)
+        if finished:
+            return {"finished": True}
         before = read_json(self.environment)
-        settings = {key: before.get(key) or value for key, value in settings.items()}
-        if not finished:
-            self.record_environment(**settings)
-        return {**settings, "finished": finished}
+        values = {key: before[key] if key in before else decide() for key, decide in settings.items()}
+        self.record_environment(**values)
+        return {**values, "finished": False}
 
     def finished(self, steps: int | None = None) -> bool:
         """Whether the run has exported its encoder; with `steps`, whether that encoder trained for so many."""

@@ -1,7 +1,6 @@
 """`fit` starts or continues a run, and feeds the compiled step. See `hooks` for what happens between steps."""
 
 import contextlib
-import dataclasses
 import functools
 import signal
 import tempfile
@@ -17,9 +16,9 @@ from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config, to_steps
 from ssl_jax.data import Source, open_source
 from ssl_jax.encoder import Encoder, export, load_encoder
-from ssl_jax.models import resolve_conv
 from ssl_jax.network import Network
 from ssl_jax.run_folder import RunFolder
+from ssl_jax.train import memory
 from ssl_jax.train.hooks import REQUEUE, Stop, Training, make_hooks
 from ssl_jax.train.step import TrainState, batches, compile_step, encoder_of, init_state, set_up
 
@@ -34,19 +33,19 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
     """
     source = source or open_source(config.data)
     total = to_steps(config.train.duration, len(source), config.train.batch)
-    folder, conv = RunFolder(workdir), resolve_conv(config.model.conv)
+    folder = RunFolder(workdir)
+    decisions = memory.decisions(config, source, encoder)
     with contextlib.ExitStack() as stack:
-        entry = parallel.run_on_main(lambda: folder.enter(config, total, stack, conv=conv))
+        entry = parallel.run_on_main(lambda: folder.enter(config, total, stack, **decisions))
         if entry["finished"]:
             return load_encoder(workdir)
-        # The way convolutions are computed changes the last bits, so a run continues as it started.
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=entry["conv"]))
+        config = memory.with_decisions(config, entry)
         # All processes run the same code. Only the first one's files are kept, and every process's part of checkpoints.
         main = parallel.is_main_process()
         out = folder if main else RunFolder(stack.enter_context(tempfile.TemporaryDirectory()))
         setup = set_up(config, source, encoder)
         options = config.train
-        mesh = parallel.make_mesh(options.devices, options.batch, options.micro_batch, options.shard)
+        mesh = parallel.make_mesh(options.devices, options.batch, options.part, options.shard)
         state = init_state(setup, config.train.seed, mesh)
         warn = functools.partial(print, flush=True) if main else lambda _: None
         checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.train.keep, warn))

@@ -65,7 +65,7 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
     if steps < 1:
         raise UserError(f"config.train.duration={config.train.duration!r}: less than one step; allowed: 1 step or more")
     size = min(shape[:2])
-    micro_batch = config.train.micro_batch if config.train.micro_batch < batch else 0
+    micro_batch = config.train.part if config.train.part < batch else 0
     bn_batch = config.train.bn_group or micro_batch
     if encoder is None:
         encoder = build(config.model, shape[2], size)
@@ -86,9 +86,9 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
 
 def _check_parts(config: Config) -> None:
     """The micro-batch must divide the batch, and the BatchNorm group must divide the micro-batch, if there is one."""
-    total_key = "batch"
-    for key in ("micro_batch", "bn_group"):
-        total, part = getattr(config.train, total_key), getattr(config.train, key)
+    total_key, sizes = "batch", {"batch": config.train.batch, "micro_batch": config.train.part}
+    for key, part in {"micro_batch": config.train.part, "bn_group": config.train.bn_group}.items():
+        total = sizes[total_key]
         if part and total % part:
             raise UserError(f"config.train.{key}={part}: allowed: 0, or a divisor of config.train.{total_key}={total}")
         total_key = key if part else total_key
@@ -123,7 +123,7 @@ def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState,
     """
     method, augment = setup.method, make_views(setup.views, setup.method.shares)
     train = config.train
-    gradient = make_gradient(method, augment, micro_batch=train.micro_batch, bn_group=train.bn_group, mesh=mesh)
+    gradient = make_gradient(method, augment, micro_batch=train.part, bn_group=train.bn_group, mesh=mesh)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(train.seed), state.step)
