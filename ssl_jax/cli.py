@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from ssl_jax import interrupts, progress
+from ssl_jax import __version__, interrupts, progress
 from ssl_jax.errors import UserError, unknown
 
 CONFIG = "config: NAME[:ARGUMENT] or FILE.py[:ARGUMENT]; change options with --config.SECTION.KEY=VALUE"
@@ -349,20 +349,17 @@ def run(command: str, argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 2, after one line on stderr, if the user has made a mistake."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["help"]:
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv[0] == "help":
         argv = [*argv[1:2], "--help"]
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        from ssl_jax import __version__
-
-        print(__version__)
-        return 0
     with interrupts.unread(), interrupts.requeued() if argv[0] in REQUEUED else contextlib.nullcontext():
         try:
-            run(argv[0], argv[1:])
+            if argv[0] in ("-h", "--help"):
+                print(usage())
+            elif argv[0] == "--version":
+                print(__version__)
+            else:
+                run(argv[0], argv[1:])
         except UserError as error:
             print(f"ssl-jax: {error}", file=sys.stderr)
             return 2

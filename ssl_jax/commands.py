@@ -86,16 +86,16 @@ def evaluate(
         "mean": {name: mean for name, (mean, _) in intervals.items()},
         "interval": {name: half if seeds > 1 else None for name, (_, half) in intervals.items()},
     }
-    print(f"{protocol}, {labels or 'all'} labels, {seeds} draw{'s' * (seeds > 1)}, {description}:")
-    for name, (mean, half) in intervals.items():
-        print(f"  {name:20} {mean:.4f}" + (f" ± {half:.4f} (95 %)" if seeds > 1 else ""))
-    _print_left_out(per_seed[0])
     path = RunFolder(folder).evaluation / f"{protocol}-{labels or 'all'}"
     arrays = {"scores": np.stack(scores), "labels": held_out.labels, "names": np.array(held_out.source.names)}
     if held_out.source.groups is not None:
         arrays["groups"] = held_out.source.groups
     files.write_npz(path.with_suffix(".npz"), **arrays)
     files.write_json(path.with_suffix(".json"), result)
+    print(f"{protocol}, {labels or 'all'} labels, {seeds} draw{'s' * (seeds > 1)}, {description}:")
+    for name, (mean, half) in intervals.items():
+        print(f"  {name:20} {mean:.4f}" + (f" ± {half:.4f} (95 %)" if seeds > 1 else ""))
+    _print_left_out(per_seed[0])
     print(f"predictions: {path}.npz")
     return result
 

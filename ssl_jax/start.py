@@ -1,6 +1,7 @@
 """What is set before a command starts: the folder of compiled programs, a home folder, the platform."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -25,8 +26,11 @@ def start_jax() -> None:
         jax.config.update("jax_platforms", "cpu")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ssl_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        folder = Path(home) / "ssl_jax" / "xla"
+        with contextlib.suppress(OSError):  # a home that nobody may write to: then programs are not kept
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _accelerators() -> list[Path]:
