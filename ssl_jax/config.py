@@ -28,7 +28,7 @@ from ssl_jax.fields import Duration, option
 class Data:
     """Which images to read, and how."""
 
-    name: str = option("", "data source; empty: not said yet", registered="source")
+    name: str = option("", "data source; has to be given", registered="source")
     path: str = option(
         "", "folder, .csv or .npz file; tfds: name of the data set; fashion_mnist: empty for the usual folders"
     )
@@ -353,11 +353,10 @@ def load_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """`config` changed by "--config.key=value" flags, as ml_collections parses them. A method brings its recipe."""
     methods = [item.partition("=")[2] for item in overrides if item.startswith("--config.method.name=")]
-    config = _change_method(config, methods[-1]) if methods and "method" in config else ConfigDict(config)
+    if methods and "method" in config:
+        config = _change_method(config, methods[-1])
     for item in overrides:
-        path, _, text = item.removeprefix("--config.").partition("=")
-        place: Any = config
-        parts = path.split(".")
+        parts, place = _key(item), config
         for depth, part in enumerate(parts):
             if not isinstance(place, ConfigDict) or part not in place:
                 known = list(place) if isinstance(place, ConfigDict) else []
@@ -365,14 +364,26 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
             place = place[part]
         if isinstance(place, ConfigDict):
             raise UserError(f"{item}: is a section; write {item.partition('=')[0]}.KEY=VALUE")
-        values = flags.FlagValues()
-        try:
-            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[item])
-            values(["ssl-jax", item])
-        except (flags.Error, TypeError, ValueError):
-            raise UserError(f"--config.{path}={text}: wrong type; allowed: {_allowed(config, parts)}") from None
-        config = values["config"].value
-    return config
+    try:
+        return _parse(config, overrides)
+    except (flags.Error, TypeError, ValueError):
+        for item in overrides:  # which one is it?
+            try:
+                _parse(config, [item])
+            except (flags.Error, TypeError, ValueError):
+                raise UserError(f"{item}: wrong type; allowed: {_allowed(config, _key(item))}") from None
+        raise
+
+
+def _key(item: str) -> list[str]:
+    return item.removeprefix("--config.").partition("=")[0].split(".")
+
+
+def _parse(config: ConfigDict, items: Sequence[str]) -> ConfigDict:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(items))
+    values(["ssl-jax", *items])
+    return values["config"].value
 
 
 def _allowed(config: ConfigDict, parts: Sequence[str]) -> str:
