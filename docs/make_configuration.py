@@ -34,8 +34,8 @@ def get_config(method="byol"):
     return config
 ```
 
-`--config=FILE.py` executes such a file, with all that its code does, and `--config=FILE.py:simclr` passes it an argument.
-A name without a folder, as in `--config=pretrain:byol`, is one of the configs that come with the package, and
+`--config=FILE.py` executes such a file, with all that its code does; `--config=FILE.py:simclr` passes it an argument. A
+name without a folder, as in `--config=pretrain:byol`, is one of the configs that come with the package, and
 `ssl-jax pretrain byol` is short for it. Flags change any option:
 
 ```
