@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from ssl_jax import __version__, interrupts, progress
@@ -287,10 +288,10 @@ def _config_of(command: str, values: dict[str, Any], overrides: Sequence[str]) -
     if values.get("epochs") and values.get("steps"):
         raise UserError(f"--steps={values['steps']}: not expected beside --epochs={values['epochs']}")
     short = [f"--config.{text.format(values.pop(flag))}" for flag, text in SHORT.items() if values.get(flag)]
-    if values.get("data"):
-        data = data_of(values["data"], "--data", Data())
+    if "data" in POSITIONAL.get(command, ()) and (text := values.pop("data")):
+        data = data_of(text, "--data", Data())
         short += [f"--config.data.name={data.name}", f"--config.data.path={data.path}"]
-    for flag in ("data", *SHORT):
+    for flag in SHORT:
         values.pop(flag, None)
     return resolve(load_config(spec or f"pretrain:{method}", [*short, *overrides]))
 
@@ -303,7 +304,7 @@ def _silent(quiet: bool) -> Iterator[None]:
         return
     progress.QUIET = True
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
     finally:
         progress.QUIET = False

@@ -129,5 +129,6 @@ def unread() -> Iterator[None]:
         yield
     finally:
         for stream in tolerant:
-            stream.flush()
+            with contextlib.suppress(OSError):  # a full disk
+                stream.flush()
         sys.stdout, sys.stderr = streams
