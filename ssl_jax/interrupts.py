@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 REQUEUE = 75  # exit code after a signal: "try again later" for schedulers (EX_TEMPFAIL)
 SECONDS = 2.0  # for printing what is left before the process ends
-SHOW_CURSOR = "\x1b[?25h"  # a progress line hides it
+AFTER_BAR = "\x1b[?25h\n"  # shows the cursor, which a progress line hides, and leaves the line
 
 _saving = threading.Event()  # set while signals are left to a run, which saves its state
 
@@ -81,9 +81,8 @@ def _watch(reader: int, numbers: frozenset[int]) -> None:
             with contextlib.suppress(Exception):
                 name = signal.Signals(received[0]).name
                 sys.stdout.flush()
-                cursor = SHOW_CURSOR if sys.stderr.isatty() else ""
-                print(f"{cursor}ssl-jax: {name}: nothing to save; the same command goes on from here", file=sys.stderr)
-                sys.stderr.flush()
+                start = AFTER_BAR if os.isatty(2) else ""
+                os.write(2, f"{start}ssl-jax: {name}: nothing to save; the same command goes on from here\n".encode())
             os._exit(REQUEUE)
 
 
