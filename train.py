@@ -1,4 +1,4 @@
-"""`ssl-jax pretrain` for launch scripts: python train.py --config=configs/pretrain.py:byol --workdir=DIR"""
+"""`ssl-jax pretrain` for launch scripts: python train.py byol IMAGES --workdir=RUN"""
 
 import sys
 

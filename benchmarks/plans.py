@@ -17,9 +17,9 @@ from pathlib import Path
 from methods import add, rows
 
 from ssl_jax import hlo, plan
-from ssl_jax.commands import start_jax
 from ssl_jax.config import load_config, resolve
 from ssl_jax.errors import UserError
+from ssl_jax.start import start_jax
 
 HERE = Path(__file__).resolve().parent
 CSV, PAGE = HERE / "results" / "plans.csv", HERE / "scale.md"

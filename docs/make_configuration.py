@@ -34,12 +34,14 @@ def get_config(method="byol"):
     return config
 ```
 
-`--config=FILE.py` loads such a file, and `--config=FILE.py:simclr` passes it an argument. A name without a folder, as
-in `--config=pretrain:byol`, is one of the configs that come with the package. Flags change any option:
+`--config=FILE.py` executes such a file, with all that its code does; `--config=FILE.py:simclr` passes it an argument. A
+name without a folder, as in `--config=pretrain:byol`, is one of the configs that come with the package, and
+`ssl-jax pretrain byol` is short for it. Flags change any option:
 
 ```
 ssl-jax pretrain --config=pretrain:byol --config.data.name=folder --config.data.path=scans \\
     --config.optim.lr=0.3 --config.train.duration="50 epochs" --workdir=runs/a
+ssl-jax pretrain byol scans --epochs=50 --config.optim.lr=0.3 --workdir=runs/a      # the same, shorter
 ```
 
 The command line shows these tables, too: `ssl-jax pretrain --help=optim` lists the options of a section, and
@@ -67,7 +69,7 @@ AUGMENT = """\
 Options of a view change the preset: `--config.augment.blur=0.5` for all views, `--config.augment.second.blur=0.1` only
 for the second one, and `--config.augment.local.size=96` only for the local views of methods with multi-crop.
 Everything else stays as in the preset. The table shows the defaults of a plain view, as in the preset `none`.
-`ssl-jax views --config=... --out=views.png` draws the result before you train.
+`ssl-jax views METHOD DIR --out=views.png` draws the result before you train.
 """
 
 METHODS = """\

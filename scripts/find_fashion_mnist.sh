@@ -3,7 +3,7 @@
 # BIN: the folder of the python to use.
 set -u
 BIN=${BIN:-.venv/bin}
-have() { "$BIN/python" -c "from ssl_jax.config import Data; from ssl_jax.data import open_source; open_source(Data())" 2>/dev/null; }
+have() { "$BIN/python" -c "from ssl_jax.config import Data; from ssl_jax.data import open_source; open_source(Data(name=\"fashion_mnist\"))" 2>/dev/null; }
 
 have && exit 0
 if command -v apt-get >/dev/null; then

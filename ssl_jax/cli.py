@@ -1,15 +1,23 @@
 """The command line: `ssl-jax COMMAND --flag=value ...`. It parses the arguments; `commands` does the work."""
 
+import contextlib
+import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from ssl_jax import __version__, interrupts, progress
 from ssl_jax.errors import UserError, unknown
 
 CONFIG = "config: NAME[:ARGUMENT] or FILE.py[:ARGUMENT]; change options with --config.SECTION.KEY=VALUE"
+METHOD = "method with its recipe, such as simclr (`ssl-jax methods` lists them); instead of --config, or to change it"
 RUN = "run folder, written by `ssl-jax pretrain`"
 OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # accept --config.KEY=VALUE but have no --config
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
+JSON = (False, "end the output with one line of JSON, for programs")
+QUIET = (False, "print nothing but warnings and errors")
 MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png) or table of boxes (path,left,top,right,bottom,class)"
 
 # command: (summary, {flag: (default, help)}); the default ... marks a required flag
@@ -17,8 +25,15 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "pretrain": (
         "train an encoder; the same command continues an interrupted run",
         {
-            "config": (..., CONFIG),
+            "method": ("", METHOD),
+            "data": ("", f"images to train on: {DATA}"),
             "workdir": (..., "run folder to create or continue"),
+            "epochs": ("", "length of the run: train.duration"),
+            "steps": ("", "the same, in steps"),
+            "batch": ("", "images per step: train.batch"),
+            "size": ("", "side to which images are resized, in px: data.size"),
+            "model": ("", "architecture: model.name"),
+            "config": ("", CONFIG),
             "cluster": (False, "join the other hosts of a TPU pod; SLURM, Open MPI and GKE need no flag"),
         },
     ),
@@ -31,12 +46,14 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "seeds": (1, "number of times these images are drawn"),
             "data": ("", f"labelled data (default: the run's own): {DATA}"),
             "test": ("", "test data (default: the test split of the data, or 20 % held out)"),
+            "json": JSON,
         },
     ),
     "study": (
         "compare methods over label counts and seeds; the same command continues an interrupted study",
         {
             "config": (..., CONFIG),
+            "data": ("", f"images, some of them labelled (default: the config's): {DATA}"),
             "workdir": (..., "study folder to create or continue"),
             "cells": ("", "K/N: run only the K-th of N parts; 0/N: only pretrain"),
         },
@@ -49,6 +66,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "out": (..., "folder for the classifier"),
             "test": ("", "labelled data to test on"),
             "seed": (0, "random seed"),
+            "json": JSON,
         },
     ),
     "predict": (
@@ -56,7 +74,8 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         {
             "workdir": (..., "classifier folder, written by `ssl-jax finetune`"),
             "data": (..., DATA),
-            "out": (..., ".csv file to write"),
+            "out": (..., ".csv or .json file to write"),
+            "json": JSON,
         },
     ),
     "embed": (
@@ -66,8 +85,11 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "views": (
         "draw what a config's transforms do to your images",
         {
-            "config": (..., CONFIG),
+            "method": ("", METHOD),
+            "data": ("", f"images to draw: {DATA}"),
             "out": ("views.png", ".png file to write"),
+            "size": ("", "side to which images are resized, in px: data.size"),
+            "config": ("", CONFIG),
             "images": (6, "number of images"),
             "masks": ("", f"{MASKS}; draws only images with masks, and their outlines"),
         },
@@ -113,8 +135,32 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "test": (300, "number of test images, with clean labels"),
         },
     ),
-    "methods": ("list the methods, their sources and the data they need", {}),
+    "methods": ("list the methods, their sources and the data they need", {"json": JSON}),
+    "completion": (
+        'complete commands and flags with the tab key: eval "$(ssl-jax completion bash)" in ~/.bashrc',
+        {"shell": (..., "bash or zsh")},
+    ),
 }
+# The flags whose names may be left out: ssl-jax pretrain METHOD DATA. With --config, a method is not expected.
+POSITIONAL: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("pretrain", "views"), ("method", "data")),
+    **dict.fromkeys(("evaluate", "finetune", "predict", "embed"), ("workdir", "data")),
+    "study": ("config", "data"),
+    "plan": ("config",),
+    "report": ("workdir",),
+    "phantom": ("out",),
+    "completion": ("shell",),
+}
+# Flags that are short for an option of the config.
+SHORT = {
+    "method": "method.name={}",
+    "epochs": "train.duration={} epochs",
+    "steps": "train.duration={} steps",
+    "batch": "train.batch={}",
+    "size": "data.size={}",
+    "model": "model.name={}",
+}
+REQUEUED = ("pretrain", "study")  # a signal ends them with exit code 75, and the same command goes on
 
 
 def usage(command: str | None = None) -> str:
@@ -123,9 +169,9 @@ def usage(command: str | None = None) -> str:
         lines = "\n".join(f"  {name:10} {line}" for name, (line, _) in COMMANDS.items())
         return (
             "usage: ssl-jax COMMAND --flag=value ...\n\n"
-            f"{lines}\n\n  ssl-jax COMMAND --help   flags of one command\n  ssl-jax --version"
+            f"{lines}\n\n  ssl-jax help COMMAND   flags of one command\n  ssl-jax --version"
         )
-    line, flags = COMMANDS[command]
+    line, flags = COMMANDS[command][0], flags_of(command)
     shown = [
         f"  --{name:9} {text}" + ("" if default is ... or default in ("", False) else f" (default {default})")
         for name, (default, text) in flags.items()
@@ -138,8 +184,10 @@ def usage(command: str | None = None) -> str:
         from ssl_jax.config import SECTIONS
 
         shown.append(f"\n  --help=SECTION lists options: config, {', '.join(SECTIONS)}, or the name of a method")
-    required = " ".join(f"--{n}=..." for n, (d, _) in flags.items() if d is ...)
-    return "\n".join([f"usage: ssl-jax {command} {required}".rstrip(), f"\n{line}\n", *shown])
+    bare = POSITIONAL.get(command, ())
+    words = [n.upper() if flags[n][0] is ... or n in ("method", "data") else f"[{n.upper()}]" for n in bare]
+    words += [f"--{name}=..." for name, (default, _) in flags.items() if default is ... and name not in bare]
+    return "\n".join([" ".join(["usage: ssl-jax", command, *words]), f"\n{line}\n", *shown])
 
 
 def option_help(topic: str) -> str:
@@ -160,6 +208,11 @@ def option_help(topic: str) -> str:
     return "\n".join(lines)
 
 
+def flags_of(command: str) -> dict[str, tuple[Any, str]]:
+    """The flags of a command, with their defaults and help."""
+    return {**COMMANDS[command][1], "quiet": QUIET}
+
+
 def _takes_options(command: str) -> bool:
     return command in OVERRIDES or "config" in COMMANDS[command][1]
 
@@ -168,24 +221,31 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     """The values of a command's flags, and the `--config.key=value` overrides in argv."""
     from absl import flags
 
-    values, table = flags.FlagValues(), COMMANDS[command][1]
+    values, table = flags.FlagValues(), flags_of(command)
     for name, (default, text) in table.items():
         kinds: dict[type, Any] = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer}
         define = kinds.get(type(default), flags.DEFINE_string)
         define(name, None if default is ... else default, text, flag_values=values)
     overrides, rest = _overrides(argv)
+    values.set_gnu_getopt(True)  # flags may follow other words
     try:
-        unparsed = values([f"ssl-jax {command}", *rest])[1:]
+        words = values([f"ssl-jax {command}", *rest])[1:]
     except flags.UnrecognizedFlagError as error:
         raise unknown("flag", f"--{error.flagname}", (f"--{n}" for n in table)) from None
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
-    if unparsed:
-        raise UserError(f"{unparsed[0]!r}: not a flag; available: {', '.join(f'--{n}' for n in table) or 'none'}")
+    given = {name: values[name].value for name in table}
+    left_out = [n for n in POSITIONAL.get(command, ()) if not (n == "method" and given["config"])]
+    for word, name in zip(words, left_out):
+        if values[name].present:
+            raise UserError(f"{word!r}: not expected beside --{name}={given[name]}")
+        given[name] = word
+    if len(words) > len(left_out):
+        raise UserError(f"{words[len(left_out)]!r}: not a flag; available: {', '.join(f'--{n}' for n in table)}")
     for name, (default, text) in table.items():
-        if default is ... and not values[name].value:
+        if default is ... and not given[name]:
             raise UserError(f"--{name}: missing ({text})")
-    return {name: values[name].value for name in table}, overrides
+    return given, overrides
 
 
 def _overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -216,54 +276,100 @@ def _print_warnings() -> None:
     log.handlers, log.propagate = [handler], False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 2, after one line on stderr, if the user has made a mistake."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if argv[0] == "--version":
-        from ssl_jax import __version__
+def _config_of(command: str, values: dict[str, Any], overrides: Sequence[str]) -> Any:
+    """The Config that the flags describe. Takes what is short for one of its options out of `values`."""
+    from ssl_jax.config import Data, load_config, resolve
+    from ssl_jax.settings import data_of
 
-        print(__version__)
-        return 0
+    spec, method = values["config"], values.get("method")
+    if not spec and not method:
+        how = f"`ssl-jax {command} simclr DIR ...`"
+        raise UserError(f"METHOD or --config: missing; write {how}; `ssl-jax methods` lists the methods")
+    if values.get("epochs") and values.get("steps"):
+        raise UserError(f"--steps={values['steps']}: not expected beside --epochs={values['epochs']}")
+    short = [f"--config.{text.format(values.pop(flag))}" for flag, text in SHORT.items() if values.get(flag)]
+    if "data" in POSITIONAL.get(command, ()) and (text := values.pop("data")):
+        data = data_of(text, "--data", Data())
+        short += [f"--config.data.name={data.name}", f"--config.data.path={data.path}"]
+    for flag in SHORT:
+        values.pop(flag, None)
+    return resolve(load_config(spec or f"pretrain:{method}", [*short, *overrides]))
+
+
+@contextlib.contextmanager
+def _silent(quiet: bool) -> Iterator[None]:
+    """With `quiet`, prints nothing but warnings and errors."""
+    if not quiet:
+        yield
+        return
+    progress.QUIET = True
     try:
-        if argv[0] not in COMMANDS:
-            raise unknown("command", argv[0], COMMANDS)
-        for argument in argv[1:]:
-            if argument in ("-h", "--help"):
-                print(usage(argv[0]))
-                return 0
-            if argument.startswith("--help="):
-                if not _takes_options(argv[0]):
-                    raise UserError(f"{argument}: `ssl-jax {argv[0]}` has no config options; use --help")
-                print(option_help(argument.removeprefix("--help=")))
-                return 0
-        values, overrides = parse(argv[0], argv[1:])
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
+    finally:
+        progress.QUIET = False
+
+
+def run(command: str, argv: Sequence[str]) -> None:
+    """Runs a command, or prints its help."""
+    if command not in COMMANDS:
+        raise unknown("command", command, COMMANDS)
+    for argument in argv:
+        if argument in ("-h", "--help"):
+            print(usage(command))
+            return
+        if argument.startswith("--help="):
+            if not _takes_options(command):
+                raise UserError(f"{argument}: `ssl-jax {command}` has no config options; use --help")
+            print(option_help(argument.removeprefix("--help=")))
+            return
+    values, overrides = parse(command, argv)
+    as_json, quiet = values.pop("json", False), values.pop("quiet")
+    if command == "completion":
+        from ssl_jax.completion import script
+
+        print(script(**values))
+        return
+    with _silent(quiet):
         from ssl_jax import commands
-        from ssl_jax.config import load_config, resolve
+        from ssl_jax.start import start_jax
 
         _print_warnings()
-        commands.start_jax()
-        if values.get("config"):
-            values["config"] = resolve(load_config(values["config"], overrides))
-        elif argv[0] in OVERRIDES:
+        start_jax()
+        if command in OVERRIDES:
             values["overrides"] = overrides
+        elif command != "audit" and "config" in values or values.get("config"):
+            values["config"] = _config_of(command, values, overrides)
         elif overrides:
-            raise UserError(f"{overrides[0]}: `ssl-jax {argv[0]}` has no config options")
-        command: Callable[..., Any] = getattr(commands, argv[0])
-        command(**values)
-    except UserError as error:
-        print(f"ssl-jax: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 1
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"ssl-jax: {error.filename or argv[0]}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ssl-jax: interrupted", file=sys.stderr)
-        return 130
+            raise UserError(f"{overrides[0]}: `ssl-jax {command}` has no config options")
+        work: Callable[..., Any] = getattr(commands, command)
+        result = work(**values)
+    if as_json:
+        print(json.dumps(result, sort_keys=True))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 2, after one line on stderr, if the user has made a mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv[0] == "help":
+        argv = [*argv[1:2], "--help"]
+    with interrupts.unread(), interrupts.requeued() if argv[0] in REQUEUED else contextlib.nullcontext():
+        try:
+            if argv[0] in ("-h", "--help"):
+                print(usage())
+            elif argv[0] == "--version":
+                print(__version__)
+            else:
+                run(argv[0], argv[1:])
+        except UserError as error:
+            print(f"ssl-jax: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:  # a full disk, a folder without permission
+            print(f"ssl-jax: {error.filename or argv[0]}: {error.strerror or error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("ssl-jax: interrupted", file=sys.stderr)
+            return 130
     return 0
 
 

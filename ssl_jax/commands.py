@@ -7,14 +7,12 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from ssl_jax import files
+from ssl_jax import files, interrupts
 from ssl_jax.config import Config, Model, method_module, method_names
 from ssl_jax.data import Source, open_source
 from ssl_jax.data import phantom as phantom_of
@@ -29,29 +27,13 @@ PROTOCOLS = ("knn", "linear", "finetune")
 READ = ("window", "frontal")  # options of config.data that a classifier keeps: its images are read as in training
 
 
-def start_jax() -> None:
-    """Keeps compiled programs in the user's cache folder, unless the environment names another one.
-
-    If libtpu is installed, as `plan` needs it, but the machine has no accelerator, JAX is told not to look for a TPU.
-    """
-    if find_spec("libtpu") and "JAX_PLATFORMS" not in os.environ and not _accelerators():
-        jax.config.update("jax_platforms", "cpu")
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "ssl_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _accelerators() -> list[Path]:
-    return [path for name in ("accel*", "nvidia*", "vfio") for path in Path("/dev").glob(name)]
-
-
 def pretrain(config: Config, workdir: str, cluster: bool = False) -> Encoder:
     from ssl_jax import parallel
     from ssl_jax.report.html import write_report
     from ssl_jax.train import fit
 
     parallel.join_processes(cluster)
+    interrupts.take_back()
     folder = Path(workdir)
     encoder = fit(config, folder)
     if parallel.is_main_process():
@@ -291,25 +273,30 @@ def _print_left_out(result: Mapping[str, Any]) -> None:
         print(f"  left out (cannot be scored on these test images): {', '.join(result['left_out'])}")
 
 
-def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> None:
+def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Writes a CSV file: path, patient (if the data name one), predicted class (unless an image can have several), and
-    one probability per class."""
+    one probability per class. Or a JSON file: a list of such rows, the probabilities under "probabilities".
+
+    Returns the number of predictions, the classes and the path.
+    """
     from ssl_jax.classifier import load_classifier
     from ssl_jax.evaluate.finetuning import predict as scores_of
 
+    path = Path(out)
+    _require_ending(path, "--out", (".csv", ".json"))
     classifier, about = load_classifier(Path(workdir))
     source = _open_readable(classifier.encoder, data, settings_of(Path(workdir), overrides, about.get("read", {})))
     scores = scores_of(classifier, source.arrays())
-    _write_predictions(Path(out), source, scores, about["classes"], about.get("multilabel", False))
+    _write_predictions(path, source, scores, about["classes"], about.get("multilabel", False))
     print(f"{len(scores)} predictions: {out}")
+    return {"predictions": len(scores), "classes": about["classes"], "out": out}
 
 
 def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> None:
     """Writes a .npz file (embeddings float32 [N, D], names [N]), or a .csv or .parquet file with the name of each image
     and one column per dimension."""
     path = Path(out)
-    if path.suffix not in (".npz", ".csv", ".parquet"):
-        raise UserError(f"--out={out}: unknown ending {path.suffix!r}; allowed: .npz, .csv, .parquet")
+    _require_ending(path, "--out", (".npz", ".csv", ".parquet"))
     encoder = load_encoder(workdir)
     source = _open_readable(encoder, data, settings_of(Path(workdir), overrides))
     features, names = encoder.embed(source.arrays()), source.names
@@ -400,12 +387,13 @@ def audit(
         command.invariance(config or None, workdir, data, out, images)
 
 
-def methods() -> None:
+def methods() -> list[dict[str, str]]:
+    """Prints a table of the methods; returns its rows."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
+    table, rows = Table(box=None, pad_edge=False), []
     for column in ("name", "what it does", "source", "needs"):
         table.add_column(column, overflow="fold", no_wrap=column in ("name", "source"))
     for name in method_names():
@@ -416,7 +404,9 @@ def methods() -> None:
         except UserError as error:  # another package's method that is broken
             row = (str(error), "", "")
         table.add_row(name, *map(escape, row))
+        rows.append(dict(zip(("name", "summary", "source", "needs"), (name, *row))))
     Console().print(table)
+    return rows
 
 
 def needs_labels(method: str) -> bool:
@@ -459,6 +449,13 @@ def _require_new(folder: Path, flag: str) -> None:
         raise UserError(f"{flag}={folder}: exists already; allowed: a new folder")
 
 
+def _require_ending(path: Path, flag: str, endings: Sequence[str]) -> None:
+    if path.suffix not in endings:
+        raise UserError(f"{flag}={path}: unknown ending {path.suffix!r}; allowed: {', '.join(endings)}")
+    if path.is_dir():
+        raise UserError(f"{flag}={path}: is a folder; allowed: the path of a file")
+
+
 def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: list[str], multilabel: bool) -> None:
     from ssl_jax.classifier import probabilities
 
@@ -469,8 +466,12 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
     if not multilabel:
         columns["predicted"] = [classes[i] for i in shares.argmax(axis=1)]
     # With every digit: rounded probabilities near 0 and 1 would tie, which changes AUCs and thresholds.
-    rows = [[*first, *p] for *first, p in zip(*columns.values(), shares.tolist(), strict=True)]
-    files.write_csv(path, [*columns, *classes], rows, end="\r\n")
+    rows = list(zip(*columns.values(), shares.tolist(), strict=True))
+    if path.suffix == ".json":
+        listed = [dict(zip(columns, first)) | {"probabilities": dict(zip(classes, p))} for *first, p in rows]
+        files.write_json(path, listed)
+    else:
+        files.write_csv(path, [*columns, *classes], [[*first, *p] for *first, p in rows], end="\r\n")
 
 
 def _open_readable(encoder: Encoder, data: str, config: Config) -> Source:

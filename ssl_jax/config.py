@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import operator
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from ssl_jax import fields, registry
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import UserError, first_line, unknown
 from ssl_jax.fields import Duration, option
 
 
@@ -28,7 +29,7 @@ from ssl_jax.fields import Duration, option
 class Data:
     """Which images to read, and how."""
 
-    name: str = option("fashion_mnist", "data source", registered="source")
+    name: str = option("", "data source; has to be given", registered="source")
     path: str = option(
         "", "folder, .csv or .npz file; tfds: name of the data set; fashion_mnist: empty for the usual folders"
     )
@@ -331,22 +332,37 @@ def _placeholders(values: Mapping[str, Any]) -> dict[str, Any]:
 def find_config(spec: str) -> tuple[Path, list[str]]:
     """The file that --config names, and its argument: a path, or the name of a config that ships with the package."""
     name, *argument = spec.split(":", 1)
-    package = Path(__file__).parent
+    path, package = Path(name), Path(__file__).parent
     shipped = next((d for d in (package / "configs", package.parent / "configs") if d.is_dir()), package / "configs")
-    for path in (Path(name), shipped / Path(name).name, shipped / f"{Path(name).name}.py"):
-        if path.is_file() and path.suffix == ".py":
-            return path, argument
-    names = [p.stem for p in shipped.glob("*.py") if p.stem != "__init__"]
-    raise unknown("--config", spec, names)
+    own = [] if len(path.parts) != 1 else [shipped / name, shipped / f"{name}.py"]
+    for candidate in (path, *own):
+        if candidate.is_file() and candidate.suffix == ".py":
+            return candidate, argument
+    if own:
+        raise unknown("--config", name, [p.stem for p in shipped.glob("*.py") if p.stem != "__init__"])
+    raise UserError(f"--config={name}: {'not a .py file' if path.exists() else 'no such file'}; allowed: a .py file")
 
 
 def load_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
-    """The ConfigDict of --config=SPEC with its overrides applied."""
+    """The ConfigDict of --config=SPEC with its overrides applied. The file is executed."""
     path, argument = find_config(spec)
-    module = runpy.run_path(str(path))
-    if "get_config" not in module:
-        raise UserError(f"--config={spec}: {path} has no function get_config")
-    return override(module["get_config"](*argument), overrides)
+    try:
+        module = runpy.run_path(str(path))
+        if "get_config" not in module:
+            raise UserError(f"--config={spec}: {path} has no function get_config")
+        config = module["get_config"](*argument)
+    except UserError:
+        raise
+    except Exception as error:  # anything that the file raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        reason = first_line(error)
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines, reason = [error.lineno], error.msg
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise UserError(f"--config={spec}: {where}: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={spec}: get_config in {path} returns {type(config).__name__}; allowed: ConfigDict")
+    return override(config, overrides)
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -355,20 +371,46 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     if methods and "method" in config:
         config = _change_method(config, methods[-1])
     for item in overrides:
-        path, place = item.removeprefix("--config.").split("=", 1)[0], config
-        parts = path.split(".")
+        parts, place = _key(item), config
         for depth, part in enumerate(parts):
             if not isinstance(place, ConfigDict) or part not in place:
                 known = list(place) if isinstance(place, ConfigDict) else []
                 raise unknown(f"--{'.'.join(['config', *parts[:depth]])}", part, known)
             place = place[part]
-    values = flags.FlagValues()
+        if isinstance(place, ConfigDict):
+            raise UserError(f"{item}: is a section; write {item.partition('=')[0]}.KEY=VALUE")
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(overrides))
-        values(["ssl-jax", *overrides])
-    except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(overrides)}: {' '.join(str(error).split())[:300]}") from None
+        return _parse(config, overrides)
+    except (flags.Error, TypeError, ValueError):
+        for item in overrides:  # which one is it?
+            try:
+                _parse(config, [item])
+            except (flags.Error, TypeError, ValueError):
+                raise UserError(f"{item}: wrong type; allowed: {_allowed(config, _key(item))}") from None
+        raise
+
+
+def _key(item: str) -> list[str]:
+    return item.removeprefix("--config.").partition("=")[0].split(".")
+
+
+def _parse(config: ConfigDict, items: Sequence[str]) -> ConfigDict:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=list(items))
+    values(["ssl-jax", *items])
     return values["config"].value
+
+
+def _allowed(config: ConfigDict, parts: Sequence[str]) -> str:
+    """What may stand after --config.PARTS=, in words."""
+    *sections, name = parts
+    for section in reversed(sections or ["config"]):  # finetune.augment.blur is an option of augment
+        topic = {"method": config.method.name, "test": "data"}.get(section, section)
+        if topic in ("config", *SECTIONS, *method_names()):
+            for option in describe(topic):
+                if option.name == name:
+                    return option.allowed
+    return f"a value like {functools.reduce(operator.getitem, parts, config)!r}"
 
 
 def _change_method(config: ConfigDict, name: str) -> ConfigDict:

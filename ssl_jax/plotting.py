@@ -37,8 +37,8 @@ def panels(
         yield figure, figure.subplots(rows, columns, squeeze=False, sharey=share_y, **options).ravel()
 
 
-def save(figure: Any, path: Path) -> None:
-    """Writes a PNG, atomically."""
+def save(figure: Any, path: Path, **options: Any) -> None:
+    """Writes a PNG, atomically. options: of savefig."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", **options)
     write_bytes(path, buffer.getvalue())

@@ -1,10 +1,13 @@
 """The progress of a run: one live line on a terminal, plain lines elsewhere."""
 
 import contextlib
+import datetime
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+QUIET = False  # `--quiet`: no progress at all
 
 
 class Progress:
@@ -15,11 +18,12 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.total, self.title, self.quiet = total, title, quiet
+        self.total, self.title, self.quiet = total, title, quiet or QUIET
         self.console = Console(stderr=True)
         self.bar = None
-        self.started, self.first, self.last_line = time.monotonic(), start, 0.0
-        if sys.stderr.isatty() and not quiet:
+        self.begun: tuple[float, int] | None = None
+        self.last_line = 0.0
+        if sys.stderr.isatty() and not self.quiet:
             columns = [
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -47,14 +51,27 @@ class Progress:
         elif not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def begin(self, step: int) -> None:
+        """`step` was the first, which had to wait for the compiler: the time left is estimated from here."""
+        self.begun = time.monotonic(), step
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+
     def update(self, step: int, values: dict[str, Any]) -> None:
         note = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
         if self.bar:
             self.bar.update(self.task, completed=step, note=note)
-        elif time.monotonic() - self.last_line > 10 or step == self.total:  # not every step, to keep log files short
-            self.last_line = time.monotonic()
-            left = (self.last_line - self.started) / max(step - self.first, 1) * (self.total - step)
-            self.say(f"{self.title} {step}/{self.total}  {note}  left {_clock(left)}")
+            return
+        now = time.monotonic()
+        if not self.begun:
+            self.begin(step)
+        if now - self.last_line > 10 or step == self.total:  # not every step, to keep log files short
+            self.last_line = now
+            self.say(f"{self.title} {step}/{self.total}  {note}{self._left(now, step)}")
+
+    def _left(self, now: float, step: int) -> str:
+        since, first = self.begun or (now, step)
+        return f"  left {_clock((now - since) / (step - first) * (self.total - step))}" if step > first else ""
 
 
 @contextlib.contextmanager
@@ -72,4 +89,9 @@ def counting(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _clock(seconds: float) -> str:
-    return time.strftime("%H:%M:%S", time.gmtime(seconds))
+    """Hours, minutes and seconds.
+
+    >>> _clock(61.4), _clock(100_000)
+    ('0:01:01', '1 day, 3:46:40')
+    """
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -30,7 +30,7 @@ def data_of(text: str, flag: str, like: Data) -> Data:
     text: a folder, a file, or the name of a source, which a path may follow: fashion_mnist, tfds:cifar10,
     mypackage.mysource:path.
     """
-    path = Path(text)
+    path = Path(text).expanduser()
     source, _, rest = text.partition(":")
     if path.is_dir():
         name, place = "chexpert" if _is_chexpert(path) else "folder", text

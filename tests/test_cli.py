@@ -214,7 +214,7 @@ MISTAKES = [
     (["embed", "--workdir=EMPTY", "--data=EMPTY", "--out=x.txt"], "allowed: .npz, .csv, .parquet"),
     (["predict", "--workdir=EMPTY", "--data=EMPTY", "--out=x.csv"], "no classifier.json"),
     (["report", "--workdir=/no/such"], "/no/such"),
-    (["views", "--config=pretrain", "extra"], "'extra': not a flag"),
+    (["views", "--config=pretrain", "extra"], "--data=extra: not found"),
 ]  # fmt: skip
 
 

@@ -47,5 +47,5 @@ def test_commands_in_the_docs_parse(page):
     for name, *argv in commands:
         argv = [a for a in argv if not a.startswith("(")]
         values, overrides = cli.parse(name, argv)
-        if values.get("config"):
-            load_config(values["config"], overrides)
+        if spec := values.get("config") or values.get("method"):
+            load_config(spec if values.get("config") else f"pretrain:{spec}", overrides)

@@ -232,7 +232,7 @@ def write_idx(folder: Path, prefix: str, count: int) -> np.ndarray:
 
 def test_fashion_mnist(tmp_path):
     train, test = write_idx(tmp_path, "train", 12), write_idx(tmp_path, "t10k", 3)
-    data = Data(path=str(tmp_path))
+    data = Data(name="fashion_mnist", path=str(tmp_path))
     source = open_source(data)
     assert source.shape == (28, 28, 1) and source.labels.tolist() == [*range(10), 0, 1]
     assert len(source.classes) == 10 and source.classes[9] == "ankle boot"
@@ -246,18 +246,19 @@ def test_fashion_mnist_damaged(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
-    fails(Data(path=str(tmp_path)), "train-images-idx3-ubyte.gz", "damaged")
+    fails(Data(name="fashion_mnist", path=str(tmp_path)), "train-images-idx3-ubyte.gz", "damaged")
     path.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    fails(Data(path=str(tmp_path)), "train-images-idx3-ubyte.gz", "cut off")
+    fails(Data(name="fashion_mnist", path=str(tmp_path)), "train-images-idx3-ubyte.gz", "cut off")
     path.write_bytes(whole)
-    fails(Data(path=str(tmp_path)), "t10k-images-idx3-ubyte.gz", "no such file", split="test")
-    fails(Data(path=str(tmp_path / "none")), "none'", "contains no train-images-idx3-ubyte.gz")
+    fails(Data(name="fashion_mnist", path=str(tmp_path)), "t10k-images-idx3-ubyte.gz", "no such file", split="test")
+    fails(Data(name="fashion_mnist", path=str(tmp_path / "none")), "none'", "contains no train-images-idx3-ubyte.gz")
 
 
 def test_fashion_mnist_absent_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "FOLDERS", (str(tmp_path),))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    fails(Data(), "sudo apt-get install dataset-fashion-mnist", "tfds build fashion_mnist --file_format=array_record")
+    what_to_do = "sudo apt-get install dataset-fashion-mnist", "tfds build fashion_mnist --file_format=array_record"
+    fails(Data(name="fashion_mnist"), *what_to_do)
 
 
 # TFDS: data sets that TFDS itself wrote, see data/tfds/README.md

@@ -13,7 +13,7 @@ from ssl_jax.augment import geometry, make_views, render
 from ssl_jax.augment.views import blur_kernel
 from ssl_jax.config import View
 from ssl_jax.errors import UserError
-from ssl_jax.plotting import COLORS
+from ssl_jax.plotting import COLORS, save
 
 GAP = 0.06  # between cells; a cell is 1 wide
 
@@ -80,8 +80,7 @@ def view_sheet(
     axes.set(xlim=(0, x), ylim=(height, 0))
     axes.axis("off")
     figure.set_size_inches(1.3 * x + (1.6 if names else 0.2), 1.3 * height + 1)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110, bbox_inches="tight", facecolor="white")
+    save(figure, out, dpi=110, bbox_inches="tight", facecolor="white")
 
 
 def _cell(axes, image: np.ndarray, x: float, y: float) -> None:

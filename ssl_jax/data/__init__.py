@@ -24,6 +24,11 @@ def open_source(data: Data, split: str | None = None) -> Source:
         validation part. Without either it raises NoPartError, and the caller may hold images out with `Source.take`.
     Raises UserError for whatever is missing, malformed or unreadable.
     """
+    if not data.name:
+        raise UserError(
+            "config.data.name: missing: which images? say it as in `ssl-jax pretrain METHOD DIR --workdir=...`, "
+            "with --data=DIR, or with --config.data.name=folder --config.data.path=DIR"
+        )
     module = registry.find("source", data.name)
     # For a Data created in Python. `channels` may be any number that an encoder was trained with.
     fields.check(dataclasses.replace(data, channels=0), "config.data")

@@ -21,7 +21,7 @@ def read(data: Data) -> Source:
     """Reads the original IDX files in data.path or, if it is empty, in the folder of Debian's package or in
     ~/.cache/ssl_jax; if they are in neither, a prepared TFDS data set."""
     prefixes = pick_parts(FILES, data.split, "fashion_mnist")
-    folders = [Path(folder).expanduser() for folder in ([data.path] if data.path else FOLDERS)]
+    folders = (Path(folder).expanduser() for folder in ([data.path] if data.path else FOLDERS))
     folder = next((folder for folder in folders if _file(folder, "train-images-idx3-ubyte")), None)
     if folder is None:
         if data.path:

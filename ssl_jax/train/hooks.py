@@ -6,7 +6,6 @@ hook is due. All processes of a run call the same hooks at the same steps.
 
 import contextlib
 import dataclasses
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ssl_jax import parallel
+from ssl_jax import interrupts, parallel
 from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.collapse import STD_COLLAPSED, rank_me
 from ssl_jax.config import Config, to_json, to_steps
@@ -31,7 +30,6 @@ from ssl_jax.run_folder import RunFolder
 from ssl_jax.train.step import Setup, TrainState, encoder_of
 from ssl_jax.train.writers import open_writers
 
-REQUEUE = 75  # exit code after SIGTERM or SIGINT: "try again later" for schedulers (EX_TEMPFAIL)
 COLLAPSE_PATIENCE = 50  # steps in a row before a warning, because an untrained network looks collapsed too
 MAX_SKIPPED = 10  # steps in a row that skip_nonfinite may skip before the run ends
 
@@ -92,23 +90,27 @@ class Hook:
 
 
 class Stop(Hook):
-    """Handles SIGTERM and SIGINT. If only one process gets the signal, the train step passes it on to all."""
+    """Handles SIGTERM, SIGINT and SIGHUP. If only one process gets the signal, the train step passes it on to all.
+
+    Before the first step has ended there is nothing to save: until then `interrupts.requeued` may end the process.
+    """
 
     def __init__(self) -> None:
         self.received = 0  # the signal that this process got
         self.requested = 0  # the signal that any process got; all of them learn of it at the same step
-        self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = interrupts.handle(self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
         del frame
         self.received = number
 
     def on_metrics(self, step, values):
+        interrupts.leave_to_run(True)
         self.requested = values.pop("stop") or self.requested
 
     def close(self):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        interrupts.leave_to_run(False)
+        interrupts.restore(self.previous)
 
 
 class Finite(Hook):
@@ -188,6 +190,7 @@ class Log(Hook):
         training, clock, batch = self.training, self.training.clock, self.training.config.train.batch
         if step == training.start + 1:  # it included compiling
             clock.restart(step)
+            self.progress.begin(step)
         if step % self.log_every and step != self.total:
             return
         self.write(step, {"epoch": round(step * batch / len(training.source), 4), **values})

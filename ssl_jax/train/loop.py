@@ -16,10 +16,11 @@ from ssl_jax.checkpoint import Checkpoints
 from ssl_jax.config import Config, to_steps
 from ssl_jax.data import Source, open_source
 from ssl_jax.encoder import Encoder, export, load_encoder
+from ssl_jax.interrupts import REQUEUE
 from ssl_jax.network import Network
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.train import memory
-from ssl_jax.train.hooks import REQUEUE, Stop, Training, make_hooks
+from ssl_jax.train.hooks import Stop, Training, make_hooks
 from ssl_jax.train.step import TrainState, batches, compile_step, encoder_of, init_state, set_up
 
 AHEAD = 2  # steps sent to the devices before an earlier one's metrics are read, so that they never wait for the host
@@ -28,8 +29,8 @@ AHEAD = 2  # steps sent to the devices before an earlier one's metrics are read,
 def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Network | None = None) -> Encoder:
     """Starts or continues the run in `workdir`, and returns its encoder. A finished run is only loaded.
 
-    encoder: see `set_up`. Raises UserError for mistakes and for a loss that is not finite. After SIGTERM or SIGINT it
-    saves the state and raises SystemExit(75).
+    encoder: see `set_up`. Raises UserError for mistakes and for a loss that is not finite. After SIGTERM, SIGINT or
+    SIGHUP it saves the state and raises SystemExit(75).
     """
     source = source or open_source(config.data)
     total = to_steps(config.train.duration, len(source), config.train.batch)
@@ -89,7 +90,7 @@ def train(training: Training, state: TrainState, checkpoints: Checkpoints) -> Tr
                     hook.on_state(step, state)
             if stop.requested:
                 break
-    checkpoints.wait()
+        checkpoints.wait()  # while a second signal is still without effect
     if step < total:
         name = signal.Signals(stop.requested).name
         training.say(f"{name}: saved step {step} in {training.folder.path}; the same command continues it")
