@@ -95,8 +95,8 @@ def _with_micro_batch(config: Config, micro_batch: int) -> Config:
 
 
 def _allowed(micro_batch: int, config: Config, source: Source, encoder: Network | None) -> bool:
-    """Whether batch, BatchNorm groups and method accept this micro-batch."""
-    if config.train.batch % micro_batch:
+    """Whether batch, BatchNorm groups and method accept this micro-batch; BatchNorm needs two images or more."""
+    if config.train.batch % micro_batch or micro_batch < 2:
         return False
     try:
         set_up(_with_micro_batch(config, micro_batch), source, encoder)
@@ -188,8 +188,8 @@ def free_on_host(root: Path = Path("/")) -> float:
     lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     free = 1024.0 * int(lines["MemAvailable"].split()[0])
     own = root / "proc/self/cgroup"
-    paths = [line.removeprefix("0::/") for line in own.read_text().splitlines() if line.startswith("0::/")]
-    for group in (Path(path) for path in paths):  # version 2; version 1 is not read
+    groups = own.read_text().splitlines() if own.exists() else []
+    for group in (Path(line[4:]) for line in groups if line.startswith("0::/")):  # version 2; version 1 is not read
         for folder in (group, *group.parents):
             free = min(free, _left(root / "sys/fs/cgroup" / folder))
     return free
