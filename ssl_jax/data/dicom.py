@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ssl_jax.data.source import check_memory
 from ssl_jax.errors import UnreadableError, UserError
 
 MARK = b"DICM"  # bytes 128 to 131
 PERCENTILES = (0.5, 99.5)  # of the pixels, which become black and white if a file has no window of its own
+PIXEL_BYTES = 40  # per pixel that decoding takes at its peak, measured: gray levels are float64 on their way to 8 bits
 TAGS = """
     SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns NumberOfFrames BitsAllocated BitsStored
     HighBit PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept ModalityLUTSequence WindowCenter
@@ -40,8 +42,10 @@ def is_dicom(head: bytes) -> bool:
 
 
 def check(path: Path) -> None:
-    """Raises UnreadableError unless the file contains an image that installed packages can decompress."""
-    _decompressor(_read(path, stop_before_pixels=True))
+    """Raises UnreadableError unless the file contains an image that `decode` can take, with the installed packages."""
+    header = _read(path, stop_before_pixels=True)
+    _check_memory(header, path.stat().st_size)
+    _decompressor(header)
 
 
 def decode(content: bytes, window: str) -> np.ndarray:
@@ -52,6 +56,7 @@ def decode(content: bytes, window: str) -> np.ndarray:
     inverted, so that larger values are always brighter. Raises UnreadableError.
     """
     header = _read(io.BytesIO(content))
+    _check_memory(header, len(content))
     compressed = _decompressor(header)
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
@@ -75,7 +80,17 @@ def decode(content: bytes, window: str) -> np.ndarray:
             f"DICOM ({_syntax(header)}) that cannot be decoded ({type(error).__name__}): {reason}"
         ) from None
     shade = 1 - shade if kind == "MONOCHROME1" else shade
-    return (shade * 255).round().astype(np.uint8)
+    shade *= 255
+    return np.round(shade, out=shade).astype(np.uint8)
+
+
+def _check_memory(header: Any, length: int) -> None:
+    """Raises UnreadableError if decoding a file of `length` bytes would take too much memory."""
+    try:
+        width, height = int(header.Columns), int(header.Rows)
+    except (AttributeError, TypeError, ValueError):
+        raise UnreadableError("damaged DICOM (no size)") from None
+    check_memory(width, height, PIXEL_BYTES * width * height + 2 * length)
 
 
 def _own_window(values: np.ndarray, header: Any) -> np.ndarray | None:
@@ -107,7 +122,11 @@ def stretch(values: np.ndarray, percentiles: tuple[float, float], known: np.ndar
     if not np.isfinite(values).all():
         raise UnreadableError("pixels that are not finite")
     low, high = np.percentile(values if known is None or not known.any() else values[known], percentiles)
-    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
+    if high <= low:
+        return np.zeros_like(values)
+    shade = values - low
+    shade /= high - low  # in place: a large image takes 8 bytes per pixel
+    return np.clip(shade, 0, 1, out=shade)
 
 
 def _first(value: Any) -> float | None:
@@ -145,6 +164,8 @@ def _decompressor(header: Any) -> str:
     uid = getattr(header.file_meta, "TransferSyntaxUID", None)
     if uid is None:
         raise UnreadableError("damaged DICOM (no transfer syntax)")
+    if not uid.is_transfer_syntax:
+        raise UnreadableError("DICOM with an unknown transfer syntax")
     if not uid.is_encapsulated:
         return ""
     name = _syntax(header)
@@ -159,8 +180,7 @@ def _decompressor(header: Any) -> str:
 
 
 def _syntax(header: Any) -> str:
-    uid = header.file_meta.TransferSyntaxUID
-    return uid.name if uid.is_transfer_syntax else "an unknown transfer syntax"
+    return header.file_meta.TransferSyntaxUID.name
 
 
 @functools.cache
