@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from ssl_jax.config import Data
 from ssl_jax.data import dicom
@@ -66,6 +66,8 @@ def read(data: Data) -> Source:
     names = {path[depth] if len(path) > depth + 1 else None for path in paths}
     # A folder test/ or val/ without train/ is probably a part of some data set rather than a class.
     labelled = len(names) > 1 and None not in names and (has_parts or not any(n and n.lower() in PARTS for n in names))
+    if None in names and len(names) > 2:
+        _warn_of_strays(paths, depth, data)
     parts: dict[str, list[File]] = {"train": []}
     for path in paths:
         part = PARTS[path[0].lower()] if has_parts else "train"
@@ -75,6 +77,22 @@ def read(data: Data) -> Source:
     selected = [file for files in pick_parts(parts, data.split, f"folder {data.path!r}") for file in files]
     classes = sorted(printable(name) for name in names if name) if labelled else []
     return from_files(selected, classes, data, f"config.data.path={data.path!r}")
+
+
+def _warn_of_strays(paths: Sequence[tuple[str, ...]], depth: int, data: Data) -> None:
+    """Says which images keep folders from being classes: one stray picture would remove all labels in silence."""
+    stray = [printable("/".join(path)) for path in paths if len(path) == depth + 1]
+    folders = sorted({printable(path[depth]) for path in paths if len(path) > depth + 1})
+    log.warning(
+        "config.data.path=%r: %r%s beside the folders %s%s: so these are no classes, and no image has a label; "
+        "move %s into a folder, or elsewhere",
+        data.path,
+        stray[0],
+        f" and {len(stray) - 1} more images lie" if len(stray) > 1 else " lies",
+        ", ".join(map(repr, folders[:3])),
+        ", ..." * (len(folders) > 3),
+        "them" if len(stray) > 1 else "it",
+    )
 
 
 def _image_paths(root: Path) -> Iterator[tuple[str, ...]]:
@@ -121,6 +139,7 @@ def from_files(
     files = files[: data.limit or None]
     if not files:
         raise UserError(f"{where}: no images; allowed: {KINDS}")
+    check_background(data.background)
     shape = (data.size or SIZE, data.size or SIZE, data.channels or 3)
     problems = _first_look(files, data.workers, functools.partial(check, size=shape[0], channels=shape[2]))
     skipped = [problem for problem in problems if problem]
@@ -137,7 +156,7 @@ def from_files(
         except OSError as error:  # a failing disk; with a stand-in, results would depend on it
             raise UserError(f"{printable(path)!r}: {error.strerror}; it was readable at the start") from error
         try:
-            return decode(content, shape[0], shape[2], data.window)
+            return decode(content, shape[0], shape[2], data.window, data.background)
         except MemoryError as error:  # with a stand-in, results would depend on the machine
             raise UserError(f"{printable(path)!r}: not enough memory to decode it") from error
 
@@ -230,7 +249,7 @@ def from_array(
 
 
 def check(path: Path | str, size: int = 0, channels: int = 3) -> None:
-    """Raises UnreadableError unless the file's header is that of an image that `decode` can take. No pixels are decoded."""
+    """Raises UnreadableError unless the file has the header of an image that `decode` can take. Decodes no pixels."""
     try:
         with open_file(path) as file:
             if dicom.is_dicom(file.read(132)):
@@ -244,11 +263,11 @@ def check(path: Path | str, size: int = 0, channels: int = 3) -> None:
         raise UnreadableError(_reason(error)) from error
 
 
-def decode(content: bytes, size: int, channels: int, window: str = "auto") -> np.ndarray:
+def decode(content: bytes, size: int, channels: int, window: str = "auto", background: str = "white") -> np.ndarray:
     """The image, or its first frame, in `content` as uint8 [size, size, channels].
 
     It is rotated according to its EXIF orientation. Its central square is resized, bilinear with antialias; size 0
-    keeps the whole image at its size. Transparent parts become white. A deep channel (16 bit, 32 bit, float) is
+    keeps the whole image at its size. Transparent parts become `background`. A deep channel (16 bit, 32 bit, float) is
     stretched from the image's own lowest and highest value to 0..255: medical images often use 12 of 16 bits, and would
     be black otherwise. window="percentile" stretches between `dicom.PERCENTILES` instead. For DICOM, see
     `dicom.decode`. Raises UnreadableError.
@@ -260,11 +279,20 @@ def decode(content: bytes, size: int, channels: int, window: str = "auto") -> np
             image.load()  # first, so that only errors of a damaged EXIF block are suppressed below
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
-            return _finish(image, size, channels, window)
+            return _finish(image, size, channels, window, background)
     except (MemoryError, UnreadableError):
         raise
     except Exception as error:
         raise UnreadableError(_reason(error)) from error
+
+
+def check_background(colour: str) -> None:
+    """Raises UserError unless Pillow knows the colour."""
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError as error:
+        example = "white, black, '#808080', 'rgb(128,128,128)'"
+        raise UserError(f"config.data.background={colour!r}: not a colour; allowed: {example}") from error
 
 
 def _open(file: BinaryIO, size: int, channels: int) -> Image.Image:
@@ -294,12 +322,14 @@ def convert(array: np.ndarray, size: int, channels: int) -> np.ndarray:
     return _finish(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), size, channels)
 
 
-def _finish(image: Image.Image, size: int, channels: int, window: str = "auto") -> np.ndarray:
+def _finish(
+    image: Image.Image, size: int, channels: int, window: str = "auto", background: str = "white"
+) -> np.ndarray:
     if image.mode in DEEP:
         image = _stretch(image, window)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3]), image)
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)

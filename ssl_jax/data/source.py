@@ -216,7 +216,7 @@ def check_is_file(path: Path | str) -> None:
 
 
 def check_memory(width: int, height: int, needed: int) -> None:
-    """Raises UnreadableError if decoding an image takes more than MAX_BYTES. needed: bytes, estimated from its header."""
+    """Raises UnreadableError if decoding an image takes more than MAX_BYTES. needed: bytes, according to its header."""
     if needed > MAX_BYTES:
         limit = f"allowed: {MAX_BYTES / 1e9:g} GB"
         raise UnreadableError(f"{width} x {height} px, which take {needed / 1e9:.1f} GB to decode; {limit}")
