@@ -10,7 +10,7 @@ from ssl_jax.config import Data
 from ssl_jax.data import Source
 from ssl_jax.data.source import open_file, printable
 from ssl_jax.data.table import read_table
-from ssl_jax.errors import UnreadableError, UserError
+from ssl_jax.errors import UnreadableError, UserError, visible
 
 LESION = "lesion"  # the class of a mask or box that names none
 COLUMNS = ("path", "left", "top", "right", "bottom")  # of a table of boxes; "class" may follow
@@ -102,7 +102,7 @@ def _from_folder(root: Path, source: Source, index: int, data: Data) -> dict[str
         if abs(values.shape[0] * size[1] - values.shape[1] * size[0]) > max(size) + max(values.shape):
             shapes = f"{values.shape[1]} x {values.shape[0]} px, but the image has {size[1]} x {size[0]}"
             raise UserError(f"{file}: {shapes}; allowed: the image's size")
-        masks[lesion] = as_read(values > values.max() / 2, source.shape, str(file))
+        masks[visible(printable(lesion))] = as_read(values > values.max() / 2, source.shape, str(file))
     return masks
 
 
@@ -185,5 +185,5 @@ def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, floa
         if not (left < right and top < bottom):
             shown = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
             raise table.fail(number, f"{shown}; allowed: left < right, top < bottom")
-        boxes.setdefault(image, []).append((name or LESION, left, top, right, bottom))
+        boxes.setdefault(image, []).append((visible(name) or LESION, left, top, right, bottom))
     return boxes

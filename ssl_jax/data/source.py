@@ -16,7 +16,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown
+from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown, visible
 
 log = logging.getLogger("ssl_jax")
 PIECE = 16  # images that grain passes on at a time; passing on one takes three times as long as reading it from a cache
@@ -29,7 +29,7 @@ class Source:
 
     names:    printable file names relative to the root, or the index as text
     labels:   int32 [N], -1 if unknown; multi-label: float32 [N, K] in [0, 1], NaN if unknown; None without labels
-    classes:  the name of each label; [] without labels
+    classes:  the name of each label, fit to be printed; [] without labels
     groups:   int64 [N], equal for images of one patient, or of another group that must not be split; or None
     objects:  int [N], equal for images of the same object (config.data.pairs); or None
     shape:    (H, W, C) of every image
@@ -59,7 +59,8 @@ class Source:
     ):
         """load: index -> uint8 [H,W,C]; may raise UnreadableError. labels: a function is called on first use.
         array: all images, if they are in memory already."""
-        self.names, self.shape, self.classes, self.objects = list(names), shape, list(classes), objects
+        self.names, self.shape, self.objects = list(names), shape, objects
+        self.classes = [visible(name) for name in classes]
         self.groups = groups
         self.replaced: dict[int, int] = {}
         self._load, self._labels, self._array = load, labels, array
@@ -378,6 +379,6 @@ def _decode_ahead(
             parts = [next(loaded) for _ in range(pieces)]
             yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     except UserError as error:
-        raise UserError(str(error).partition("\n")[0]) from None  # without grain's note about its traceback
+        raise UserError(str(error.args[0]).partition("\n")[0]) from None  # without grain's note about its traceback
     finally:
         loaded.close()  # ends the threads, also when the caller stops early

@@ -127,9 +127,9 @@ def single_label(table: Table, name: str) -> list[str]:
 
 
 def warn_of_repeats(table: Table, paths: Sequence[str], columns: Sequence[str]) -> None:
-    """Says in one line which images are listed more than once, and in another which with different cells in `columns`.
+    """Says in one line which images are listed again, and which of them with other cells in `columns`.
 
-    paths: of the rows. They are the same if they are so without "." and "..".
+    paths: of the rows. Those that differ only by "." and ".." are the same.
     """
     if len(set(paths)) == len(paths) and not any("./" in path or "//" in path for path in paths):
         return
@@ -149,7 +149,8 @@ def warn_of_repeats(table: Table, paths: Sequence[str], columns: Sequence[str]) 
     if repeats:
         text = f"{len(repeats)} rows list an image again, such as {example(repeats[0])}"
         if conflicts:
-            text += f"; {len(conflicts)} contradict the first in {', '.join(columns)}, such as {example(conflicts[0])}"
+            text += f"; {len(conflicts)} of them contradict the first in {' or '.join(map(repr, columns))}, "
+            text += f"such as {example(conflicts[0])}"
         log.warning("%s: %s", table.where, text)
 
 
