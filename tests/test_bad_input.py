@@ -1,6 +1,7 @@
 """Input as nobody should have it: pipes among images, files that promise too much, rows that contradict each other."""
 
 import dataclasses
+import io
 import json
 import logging
 import os
@@ -173,6 +174,22 @@ def test_dicom_that_takes_too_much_memory_or_an_unknown_encoding(tmp_path, monke
             "'c.dcm': DICOM with an unknown transfer syntax",
         ]
     assert len(said()) == 4
+
+
+@pytest.mark.parametrize("limit,readable", [(10**5, True), (10**4, False)])
+def test_a_deflated_dicom_counts_at_its_full_length(tmp_path, monkeypatch, limit, readable):
+    pydicom = pytest.importorskip("pydicom")
+    from test_data_dicom import made
+
+    data = pydicom.dcmread(io.BytesIO(made(np.zeros((200, 200), np.uint8))))
+    data.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    pydicom.dcmwrite(tmp_path / "a.dcm", data, enforce_file_format=True)
+    assert (tmp_path / "a.dcm").stat().st_size < 2000
+    monkeypatch.setattr("ssl_jax.data.dicom.MAX_BYTES", limit)
+    if readable:
+        assert open_source(folder(tmp_path)).load(0).shape == (8, 8, 3)
+    else:
+        fails(folder(tmp_path), "'a.dcm': deflated DICOM of more than")
 
 
 def test_a_file_larger_than_the_bound_is_not_read(tmp_path):

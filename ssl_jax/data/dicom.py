@@ -4,19 +4,22 @@ It reads only tags that describe pixels, never names, dates or private tags. pyd
 file's content, are suppressed.
 """
 
+import contextlib
 import functools
 import io
 import logging
 import warnings
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from ssl_jax.data.source import check_memory
+from ssl_jax.data.source import MAX_BYTES, check_memory
 from ssl_jax.errors import UnreadableError, UserError
 
 MARK = b"DICM"  # bytes 128 to 131
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax
 PERCENTILES = (0.5, 99.5)  # of the pixels, which become black and white if a file has no window of its own
 PIXEL_BYTES = 40  # per pixel that decoding takes at its peak, measured: gray levels are float64 on their way to 8 bits
 TAGS = """
@@ -43,8 +46,10 @@ def is_dicom(head: bytes) -> bool:
 
 def check(path: Path) -> None:
     """Raises UnreadableError unless the file contains an image that `decode` can take, with the installed packages."""
-    header = _read(path, stop_before_pixels=True)
-    _check_memory(header, path.stat().st_size)
+    with path.open("rb") as file:
+        length = _length(file)
+        header = _read(file, stop_before_pixels=True)
+    _check_memory(header, length)
     _decompressor(header)
 
 
@@ -55,8 +60,10 @@ def decode(content: bytes, window: str) -> np.ndarray:
     window="percentile", or if the file has no window, they are stretched between PERCENTILES instead. MONOCHROME1 is
     inverted, so that larger values are always brighter. Raises UnreadableError.
     """
-    header = _read(io.BytesIO(content))
-    _check_memory(header, len(content))
+    file = io.BytesIO(content)
+    length = _length(file)
+    header = _read(file)
+    _check_memory(header, length)
     compressed = _decompressor(header)
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
@@ -82,6 +89,27 @@ def decode(content: bytes, window: str) -> np.ndarray:
     shade = 1 - shade if kind == "MONOCHROME1" else shade
     shade *= 255
     return np.round(shade, out=shade).astype(np.uint8)
+
+
+def _length(file: BinaryIO) -> int:
+    """The bytes of a file; of a deflated one, which pydicom inflates as a whole, the bytes that it becomes.
+
+    Raises UnreadableError if these are more than MAX_BYTES.
+    """
+    head = file.read(144)  # preamble, mark, and the length of the group that names the transfer syntax
+    names = file.read(min(int.from_bytes(head[140:], "little"), 2**16))
+    length = file.seek(0, io.SEEK_END)
+    if DEFLATED in names:
+        file.seek(len(head) + len(names))
+        content, inflate, length = file.read(), zlib.decompressobj(-zlib.MAX_WBITS), 0
+        with contextlib.suppress(zlib.error):  # damaged, as pydicom will say
+            while content and not inflate.eof and length <= MAX_BYTES:
+                length += len(inflate.decompress(content, 2**24))
+                content = inflate.unconsumed_tail
+        if length > MAX_BYTES:
+            raise UnreadableError(f"deflated DICOM of more than {MAX_BYTES / 1e9:g} GB; allowed: less")
+    file.seek(0)
+    return length
 
 
 def _check_memory(header: Any, length: int) -> None:
