@@ -29,6 +29,7 @@ from ssl_jax.data.source import (
     pick_parts,
     printable,
     same_object,
+    warn_once,
 )
 from ssl_jax.errors import UnreadableError, UserError
 
@@ -83,15 +84,11 @@ def _warn_of_strays(paths: Sequence[tuple[str, ...]], depth: int, data: Data) ->
     """Says which images keep folders from being classes: one stray picture would remove all labels in silence."""
     stray = [printable("/".join(path)) for path in paths if len(path) == depth + 1]
     folders = sorted({printable(path[depth]) for path in paths if len(path) > depth + 1})
-    log.warning(
-        "config.data.path=%r: %r%s beside the folders %s%s: so these are no classes, and no image has a label; "
-        "move %s into a folder, or elsewhere",
-        data.path,
-        stray[0],
-        f" and {len(stray) - 1} more images lie" if len(stray) > 1 else " lies",
-        ", ".join(map(repr, folders[:3])),
-        ", ..." * (len(folders) > 3),
-        "them" if len(stray) > 1 else "it",
+    these = f"{stray[0]!r}{f' and {len(stray) - 1} more images lie' if len(stray) > 1 else ' lies'}"
+    shown = f"{', '.join(map(repr, folders[:3]))}{', ...' * (len(folders) > 3)}"
+    warn_once(
+        f"config.data.path={data.path!r}: {these} beside the folders {shown}: so these are no classes, and no image "
+        f"has a label; move {'them' if len(stray) > 1 else 'it'} into a folder, or elsewhere"
     )
 
 

@@ -223,6 +223,12 @@ def check_memory(width: int, height: int, needed: int) -> None:
         raise UnreadableError(f"{width} x {height} px, which take {needed / 1e9:.1f} GB to decode; {limit}")
 
 
+@functools.lru_cache(maxsize=1000)
+def warn_once(line: str) -> None:
+    """A warning about the data as a whole: a command opens them several times, once for each part."""
+    log.warning("%s", line)
+
+
 def require_file(path: Path, where: str) -> None:
     """Raises UserError if the table or archive at `path` does not exist or is no file, such as a pipe."""
     try:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import logging
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -12,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.source import require_file
+from ssl_jax.data.source import require_file, warn_once
 from ssl_jax.errors import UserError, unknown
 
-log = logging.getLogger("ssl_jax")
 LONGEST = 255  # characters of a label; a longer one is a mistake, and would fill the screen
 # The range from which an uncertain label (-1) is drawn, uniformly (smooth: Pham et al., https://arxiv.org/abs/1911.06475).
 UNCERTAIN = {
@@ -76,8 +74,8 @@ class Table(NamedTuple):
         nan = {cell for cell in set(cells) if cell.strip() and is_missing(cell.strip())}
         if nan:
             rows = [row for row, cell in enumerate(cells) if cell in nan]
-            text = f"{len(rows)} rows of {name!r} hold {cells[rows[0]]!r}, first{self.at(rows[0])}"
-            log.warning("%s: %s: counts as an empty cell", self.where, text)
+            number = f"{len(rows)} row{'s' * (len(rows) > 1)}, first{self.at(rows[0])}"
+            warn_once(f"{self.where}: {name}={cells[rows[0]]!r} in {number}: counts as an empty cell")
 
 
 def read_table(path: Path, where: str) -> Table:
@@ -147,11 +145,12 @@ def warn_of_repeats(table: Table, paths: Sequence[str], columns: Sequence[str]) 
         return f"{paths[row]!r} in lines {table.lines[first[os.path.normpath(paths[row])]]} and {table.lines[row]}"
 
     if repeats:
-        text = f"{len(repeats)} rows list an image again, such as {example(repeats[0])}"
+        text = f"{len(repeats)} row{'s' * (len(repeats) > 1)} with an image that is listed already, "
+        text += f"such as {example(repeats[0])}"
         if conflicts:
-            text += f"; {len(conflicts)} of them contradict the first in {' or '.join(map(repr, columns))}, "
+            text += f"; {len(conflicts)} with another {' or '.join(map(repr, columns))}, "
             text += f"such as {example(conflicts[0])}"
-        log.warning("%s: %s", table.where, text)
+        warn_once(f"{table.where}: {text}")
 
 
 def several_labels(table: Table, names: Sequence[str], paths: Sequence[str], data: Data, blank: float) -> np.ndarray:
