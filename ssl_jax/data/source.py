@@ -226,7 +226,7 @@ def check_memory(width: int, height: int, needed: int) -> None:
 @functools.lru_cache(maxsize=1000)
 def warn_once(line: str) -> None:
     """A warning about the data as a whole: a command opens them several times, once for each part."""
-    log.warning("%s", line)
+    log.warning("%s", visible(line))
 
 
 def require_file(path: Path, where: str) -> None:
