@@ -26,11 +26,8 @@ from ssl_jax.run_folder import RunFolder, StudyFolder
 from ssl_jax.settings import data_of, settings_of
 
 PROTOCOLS = ("knn", "linear", "finetune")
-READ = (
-    "window",
-    "frontal",
-    "background",
-)  # options of config.data that a classifier keeps: its images are read as in training
+# Options of config.data that a classifier keeps: its images are read as in training.
+READ = ("window", "frontal", "background")
 
 
 def start_jax() -> None:
