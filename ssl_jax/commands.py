@@ -24,7 +24,8 @@ from ssl_jax.run_folder import RunFolder, StudyFolder
 from ssl_jax.settings import data_of, settings_of
 
 PROTOCOLS = ("knn", "linear", "finetune")
-READ = ("window", "frontal")  # options of config.data that a classifier keeps: its images are read as in training
+# Options of config.data that a classifier keeps: its images are read as in training.
+READ = ("window", "frontal", "background")
 
 
 def pretrain(config: Config, workdir: str, cluster: bool = False) -> Encoder:
@@ -300,7 +301,7 @@ def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> N
     encoder = load_encoder(workdir)
     source = _open_readable(encoder, data, settings_of(Path(workdir), overrides))
     features, names = encoder.embed(source.arrays()), source.names
-    columns = ["file", *(f"e{i}" for i in range(features.shape[1]))]
+    columns = ["path", *(f"e{i}" for i in range(features.shape[1]))]
     if path.suffix == ".npz":
         files.write_npz(path, embeddings=features, names=np.array(names))
     elif path.suffix == ".csv":

@@ -24,6 +24,8 @@ from ssl_jax import fields, registry
 from ssl_jax.errors import UserError, first_line, unknown
 from ssl_jax.fields import Duration, option
 
+FILE_SOURCES = ("folder", "csv", "npz", "chexpert", "fashion_mnist")  # whose data.path is a file or a folder
+
 
 @dataclass(frozen=True)
 class Data:
@@ -61,6 +63,21 @@ class Data:
     window: Literal["auto", "percentile"] = option(
         "auto", "DICOM: what is black and white; auto: the window of the file, else percentiles of the image"
     )
+    background: str = option("white", "colour behind the transparent parts of an image file: a name, or '#808080'")
+    image_column: str = option("", "csv: column with the path of the image; empty: path, file, filename or image")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], key: str) -> "Data":
+        """From a config file or flags. Relative paths become absolute, so that a run is understood from any folder."""
+        data = cls(**fields.convert_all(cls, values, key))
+        # The path of some sources is a name or a list of options; a section that changes another may leave out `name`.
+        is_path = data.name in FILE_SOURCES or (not data.name and Path(data.path).exists())
+        path = _absolute(data.path) if is_path else data.path
+        return dataclasses.replace(data, path=path, cache=_absolute(data.cache))
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path and not path.startswith("~") else path
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,15 @@
 """UserError, the only exception that users see: one line that says what is wrong and what is allowed."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
 class UserError(Exception):
     """A mistake by the user or a limit of their machine, printed as one line and never as a traceback."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class BusyError(UserError):
@@ -18,6 +22,22 @@ class NoPartError(UserError):
 
 class UnreadableError(Exception):
     """The bytes of an image cannot be decoded; str() says why in one line. The caller decides what to do about it."""
+
+
+def visible(text: str) -> str:
+    """Text whose control characters, line breaks and marks of direction are written as escapes, such as \\x1b.
+
+    Names of files and classes come from anywhere; without this they could steer the terminal that prints them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if _is_control(c) else c for c in text)
+
+
+def _is_control(character: str) -> bool:
+    # The two joiners belong to words of several scripts.
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return hidden and character not in "\u200c\u200d"
 
 
 def first_line(error: BaseException) -> str:

@@ -33,9 +33,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], end: str = "\n") -> None:
+    """Text that a spreadsheet would take for a formula gets an apostrophe in front, as OWASP advises."""
     text = io.StringIO()
-    csv.writer(text, lineterminator=end).writerows([header, *rows])
+    csv.writer(text, lineterminator=end).writerows([_neutral(cell) for cell in row] for row in (header, *rows))
     write_bytes(path, text.getvalue().encode())
+
+
+def _neutral(cell: Any) -> Any:
+    """Source: https://owasp.org/www-community/attacks/CSV_Injection."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def write_npz(path: Path, **arrays: Any) -> None:

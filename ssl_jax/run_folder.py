@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -48,9 +49,13 @@ class Folder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            # Others may write in a shared folder: no link is followed to a file elsewhere, and no pipe is waited for.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            file = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "w")
         except OSError as error:
-            raise UserError(f"--workdir={self.path}: cannot be created ({error.strerror})") from error
+            linked = error.errno == errno.ELOOP
+            problem = ".lock is a link; remove it" if linked else f"cannot be created ({error.strerror})"
+            raise UserError(f"--workdir={self.path}: {problem}") from error
         with file:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

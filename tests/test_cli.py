@@ -140,7 +140,7 @@ def test_embed_in_every_format(images, trained):
         rows = list(csv.reader(file))[1:]
     table = pyarrow.parquet.read_table(files[".parquet"])
     assert packed["embeddings"].shape == (90, 12) and not any("broken" in n for n in packed["names"])
-    assert [r[0] for r in rows] == list(packed["names"]) == table["file"].to_pylist()
+    assert [r[0] for r in rows] == list(packed["names"]) == table["path"].to_pylist()
     np.testing.assert_allclose(np.array([r[1:] for r in rows], float), packed["embeddings"], rtol=1e-5)
     np.testing.assert_allclose(table["e3"].to_numpy(), packed["embeddings"][:, 3])
 

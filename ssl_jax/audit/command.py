@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ssl_jax import files
@@ -123,7 +124,7 @@ def _print_lesions(rows: Sequence[Row]) -> None:
         classes = [r for r in rows if r["class"] != "all" and all(r[k] == row[k] for k in same)]
         worst = max(classes, key=lambda r: r["lost"])
         strength = "" if row["strength"] is None else f"{row['strength']:g}" + " *" * row["configured"]
-        shares = f"{row['lost']:.1%}", worst["class"], f"{worst['lost']:.1%}", f"{row['disagree']:.1%}"
+        shares = f"{row['lost']:.1%}", escape(worst["class"]), f"{worst['lost']:.1%}", f"{row['disagree']:.1%}"
         table.add_row(row["transform"], strength, row["measure"], *shares)
     Console().print(table)
     print("lost: views that keep less than half of a lesion's area or contrast; disagree: pairs in which one view does")

@@ -8,8 +8,9 @@ import numpy as np
 
 from ssl_jax.config import Data
 from ssl_jax.data import Source
+from ssl_jax.data.source import open_file, printable
 from ssl_jax.data.table import read_table
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UnreadableError, UserError, visible
 
 LESION = "lesion"  # the class of a mask or box that names none
 COLUMNS = ("path", "left", "top", "right", "bottom")  # of a table of boxes; "class" may follow
@@ -56,7 +57,11 @@ def find_lesions(source: Source, masks: Masks, images: int, seed: int) -> tuple[
     """
     lesions, outside, seen = list[Lesion](), 0, 0
     for index in map(int, np.random.default_rng(seed).permutation(len(source))):
-        masks_of_image = masks(index)
+        try:
+            masks_of_image = masks(index)
+        except UnreadableError:  # the image, whose size the masks need
+            source.load(index)  # says so
+            continue
         if not masks_of_image:
             continue
         source.load(index)
@@ -77,8 +82,6 @@ def find_lesions(source: Source, masks: Masks, images: int, seed: int) -> tuple[
 
 
 def _from_folder(root: Path, source: Source, index: int, data: Data) -> dict[str, np.ndarray]:
-    from ssl_jax.data.folder import decode
-
     name = _below(source.names[index], data)
     files: dict[str, Path] = {}
     for place in dict.fromkeys((root / name.with_suffix(""), root / name)):
@@ -92,16 +95,14 @@ def _from_folder(root: Path, source: Source, index: int, data: Data) -> dict[str
     size, masks = None, {}
     for lesion, file in files.items():
         try:
-            values = decode(file.read_bytes(), 0, 1)[..., 0]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: {error}") from error
-        except Exception as error:
-            raise UserError(f"{file}: cannot be read as a mask ({error})") from error
+            values = _decode(file)
+        except (OSError, UnreadableError) as error:
+            raise UserError(f"{printable(file)!r}: cannot be read as a mask ({error})") from error
         size = size or full_size(source, index, data) or values.shape
         if abs(values.shape[0] * size[1] - values.shape[1] * size[0]) > max(size) + max(values.shape):
             shapes = f"{values.shape[1]} x {values.shape[0]} px, but the image has {size[1]} x {size[0]}"
             raise UserError(f"{file}: {shapes}; allowed: the image's size")
-        masks[lesion] = as_read(values > values.max() / 2, source.shape, str(file))
+        masks[visible(printable(lesion))] = as_read(values > values.max() / 2, source.shape, str(file))
     return masks
 
 
@@ -134,16 +135,25 @@ def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
 
 
 def full_size(source: Source, index: int, data: Data) -> tuple[int, int] | None:
-    """(height, width) of the image file, before cropping and resizing; None if the data are not files."""
-    from ssl_jax.data.folder import decode
+    """(height, width) of the image file, before cropping and resizing; None if the data are not files.
 
+    Raises UnreadableError if it cannot be decoded.
+    """
     folder = Path(data.path).expanduser()
     for root in (folder, folder.parent):
         file = root / source.names[index]
         if data.path and file.is_file():
-            height, width = decode(file.read_bytes(), 0, 1).shape[:2]
+            height, width = _decode(file).shape
             return height, width
     return None
+
+
+def _decode(file: Path) -> np.ndarray:
+    """A whole image in gray, uint8 [H, W]. Raises UnreadableError, or OSError."""
+    from ssl_jax.data.folder import decode
+
+    with open_file(file) as content:
+        return decode(content.read(), 0, 1)[..., 0]
 
 
 def _below(name: str, data: Data) -> Path:
@@ -175,5 +185,5 @@ def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, floa
         if not (left < right and top < bottom):
             shown = f"left={left:g} top={top:g} right={right:g} bottom={bottom:g}"
             raise table.fail(number, f"{shown}; allowed: left < right, top < bottom")
-        boxes.setdefault(image, []).append((name or LESION, left, top, right, bottom))
+        boxes.setdefault(image, []).append((visible(name) or LESION, left, top, right, bottom))
     return boxes

@@ -233,6 +233,7 @@ def warp(image: jax.Array, matrix: jax.Array, fill: ArrayLike | None = None) -> 
     out_x, out_y = jnp.meshgrid(jnp.arange(width) + 0.5, jnp.arange(height) + 0.5)
     (a, b, c), (d, e, f), (g, h, i) = matrix
     depth = g * out_x + h * out_y + i
+    depth = jnp.where(depth == 0, 1e-9, depth)  # on the horizon of a perspective; 0 / 0 would be no place at all
     # Black pixels around the image, one before it and two after it, stand for everything outside.
     x = jnp.clip((a * out_x + b * out_y + c) / depth - 0.5, -1, width) + 1
     y = jnp.clip((d * out_x + e * out_y + f) / depth - 0.5, -1, height) + 1

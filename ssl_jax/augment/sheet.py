@@ -69,10 +69,12 @@ def view_sheet(
         x += 4 * GAP
     for row, name in enumerate(names or ()):
         label = name if len(name) <= 24 else f"...{name[-22:]}"  # the end of a long path says more
-        axes.text(-2 * GAP, row * (1 + GAP) + 0.5, label, fontsize=8, ha="right", va="center")
+        axes.text(-2 * GAP, row * (1 + GAP) + 0.5, label, fontsize=8, ha="right", va="center", parse_math=False)
     height = len(images) * (1 + GAP)
     for number, name in enumerate(kinds):
-        axes.text(1.7 * number, height + 0.1, name, color=color[name], fontsize=9, va="top", weight="bold")
+        axes.text(
+            1.7 * number, height + 0.1, name, color=color[name], fontsize=9, va="top", weight="bold", parse_math=False
+        )
     if kinds:
         height += 0.4
     if title:

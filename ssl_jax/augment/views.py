@@ -178,7 +178,7 @@ def _parameters(u: Parameters, view: View, height: int, width: int) -> Parameter
         drawn["zoom"] = low + (high - low) * u["zoom"][0]
     if view.translate:
         drawn["shift"] = jnp.round(view.translate * jnp.array([width, height]) * (2 * u["translate"] - 1))
-    if view.perspective and view.perspective_prob:
+    if view.perspective and view.perspective_prob and min(height, width) > 1:
         drawn["corners"] = _draw_corners(u["perspective"], view, height, width)
     drawn |= _draw_jitter(u, view)
     if view.blur:
@@ -206,12 +206,27 @@ def _draw_box(u: Parameters, view: View, height: int, width: int) -> Parameters:
 
 
 def _draw_corners(u: jax.Array, view: View, height: int, width: int) -> jax.Array:
-    """Each corner moves inwards by up to perspective x half the side (torchvision's RandomPerspective)."""
+    """Each corner moves inwards by up to perspective x half the side (torchvision's RandomPerspective).
+
+    Beyond half of that, three corners may end on a line, or one inside the triangle of the others: no perspective shows
+    a rectangle like this, and its matrix has no inverse. Such corners move a third as far, after which none can.
+    """
     reach = jnp.array([math.floor(view.perspective * (side // 2)) + 1 for side in (width, height)])
     inwards = jnp.floor(u[1:].reshape(4, 2) * reach)
     start = _corners(height, width)
-    moved = jnp.where(start > 0, start - inwards, inwards)
-    return jnp.where(u[0] < view.perspective_prob, moved, start)
+
+    def moved(by):
+        return jnp.where(start > 0, start - by, by)
+
+    corners = jnp.where(_convex(moved(inwards)), moved(inwards), moved(jnp.floor(inwards / 3)))
+    return jnp.where(u[0] < view.perspective_prob, corners, start)
+
+
+def _convex(corners: jax.Array) -> jax.Array:
+    """Whether four corners [4, 2], clockwise in px, turn right at each of them."""
+    ahead = jnp.roll(corners, -1, axis=0) - corners
+    before = jnp.roll(ahead, 1, axis=0)
+    return (before[:, 0] * ahead[:, 1] - before[:, 1] * ahead[:, 0] > 0).all()
 
 
 def _corners(height: int, width: int) -> jax.Array:

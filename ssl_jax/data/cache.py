@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import ImageColor
 
 from ssl_jax.config import Data
 from ssl_jax.data.source import printable
@@ -49,7 +50,11 @@ def cached(
     with a progress line. An image with a wrong checksum is decoded again when it is read. Raises UserError if the
     folder cannot be written.
     """
-    folder = Path(data.cache).expanduser() / f"{'x'.join(map(str, shape))}-{data.window}-v{VERSION}"
+    colour = ImageColor.getrgb(data.background)[
+        :3
+    ]  # in the name unless it is white, as it was when there was no choice
+    background = f"-{bytes(colour).hex()}" * (colour != (255, 255, 255))
+    folder = Path(data.cache).expanduser() / f"{'x'.join(map(str, shape))}-{data.window}{background}-v{VERSION}"
     names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - Path.absolute takes five times as long
     stamps = [_stamp(name) for name in names]
     try:

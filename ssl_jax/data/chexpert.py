@@ -13,7 +13,7 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.data.folder import File, from_files
 from ssl_jax.data.source import Source, pick_parts
-from ssl_jax.data.table import Table, in_two_parts, read_table, several_labels
+from ssl_jax.data.table import Table, in_two_parts, read_table, several_labels, warn_of_repeats
 from ssl_jax.errors import UserError, unknown
 
 OBSERVATIONS = (
@@ -42,7 +42,7 @@ STUDY = tuple(
 PRESETS = {"study": STUDY, "competition": COMPETITION}
 TABLES = {"train": "train.csv", "val": "valid.csv", "test": "test.csv"}
 # The first folder of a path in a table is the name of the download (CheXpert-v1.0-small); it is ignored.
-PATH = re.compile(r"(?:.*/)?([^/]+/patient(\d+)/.+)")
+PATH = re.compile(r"(?:.*/)?([^/]+/patient(\d{1,18})/.+)")
 
 
 def read(data: Data) -> Source:
@@ -96,6 +96,7 @@ class _List:
             example = "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg"
             raise table.fail(row, f"{name}={cells[row]!r}: names no patient; expected a path like {example}")
         self.table, self.paths = table, [match[1] for match in matches if match]
+        warn_of_repeats(table, self.paths, [each for each in OBSERVATIONS if each in table.header])
         self.patients = np.array([int(match[2]) for match in matches if match], np.int64)
         self.rows = self._rows(view)
 

@@ -7,7 +7,15 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.data.folder import PARTS, File, from_files
 from ssl_jax.data.source import Source, pick_parts
-from ssl_jax.data.table import Table, group_numbers, in_two_parts, read_table, several_labels
+from ssl_jax.data.table import (
+    Table,
+    group_numbers,
+    in_two_parts,
+    read_table,
+    several_labels,
+    single_label,
+    warn_of_repeats,
+)
 from ssl_jax.errors import UserError
 
 PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "target"), "split"
@@ -16,32 +24,35 @@ PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "
 def read(data: Data) -> Source:
     """The images listed in the table data.path, in its order; see `table.read_table` for the format.
 
-    Column names are not case-sensitive. Paths are in the column path, file, filename or image. They are absolute or
-    relative to the table's folder; \\ counts as / in a path without /. The column split may say train, val or test.
-    A single label is in the column that data.labels names, or else in label, class or target; an empty cell means
-    unknown. For several labels per image, data.labels names the columns; see `table.several_labels`. data.group names
-    the column with the patient or owner; no group may be in two parts. Errors name the line.
+    Column names are not case-sensitive. Paths are in the column that data.image_column names, or else in path, file,
+    filename or image. They are absolute or relative to the table's folder; \\ counts as / in a path without /. The
+    column split may say train, val or test. A single label is in the column that data.labels names, or else in label,
+    class or target; an empty cell, or nan, means unknown. For several labels per image, data.labels names the columns;
+    see `table.several_labels`. data.group names the column with the patient or owner; no group may be in two parts.
+    Errors name the line. Warnings say which images are listed again, and with other labels.
     """
     if not data.path:
         raise UserError("config.data.path='': missing; set it to a table (.csv, .tsv) of image files")
     where, table_path = f"config.data.path={data.path!r}", Path(data.path).expanduser()
     table = read_table(table_path, where)
-    paths, parts = _paths(table), _parts(table)
+    paths, parts = _paths(table, data.image_column), _parts(table)
     groups = _groups(table, parts, data.group) if data.group else None
     labels, classes, single = None, [], [""] * len(paths)
+    columns: list[str] = []  # those of the labels
     if len(data.labels) > 1:
         labels = several_labels(table, data.labels, paths, data, 0.0 if data.blank == "zeros" else np.nan)
-        classes = list(data.labels)
+        classes, columns = list(data.labels), [table.demand("labels", name) for name in data.labels]
     elif column := table.demand("labels", data.labels[0]) if data.labels else table.find(*LABEL):
-        single = table.column(column)
+        single, columns = single_label(table, column), [column]
         classes = sorted(set(single) - {""})
         if all(name.isdecimal() for name in classes):
             classes.sort(key=int)
+    warn_of_repeats(table, paths, [*columns, *filter(None, [table.find(SPLIT)])])
     rows: dict[str, list[int]] = {"train": []}
     for row, part in enumerate(parts):
         rows.setdefault(part, []).append(row)
     selected = [row for part in pick_parts(rows, data.split, where) for row in part]
-    objects = table.column(table.demand("pairs", data.pairs)) if data.pairs else None
+    objects = table.known(table.demand("pairs", data.pairs)) if data.pairs else None
     folder = f"{table_path.parent}/"
     files = [
         File(
@@ -59,11 +70,12 @@ def read(data: Data) -> Source:
     return from_files(files, classes, data, where, labels=labels, groups=groups)
 
 
-def _paths(table: Table) -> list[str]:
-    name = table.find(*PATH)
+def _paths(table: Table, column: str) -> list[str]:
+    name = table.demand("image_column", column) if column else table.find(*PATH)
     if name is None:
         raise UserError(
-            f"{table.where}: no column of paths, such as {', '.join(PATH)}; the columns are {', '.join(table.header)}"
+            f"{table.where}: no column of paths, such as {', '.join(PATH)}; the columns are {', '.join(table.header)}; "
+            "name it with config.data.image_column"
         )
     paths = table.filled(name, "the path of an image file")
     return [path if "/" in path else path.replace("\\", "/") for path in paths]

@@ -4,19 +4,24 @@ It reads only tags that describe pixels, never names, dates or private tags. pyd
 file's content, are suppressed.
 """
 
+import contextlib
 import functools
 import io
 import logging
 import warnings
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from ssl_jax.data.source import MAX_BYTES, check_memory
 from ssl_jax.errors import UnreadableError, UserError
 
 MARK = b"DICM"  # bytes 128 to 131
+DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax
 PERCENTILES = (0.5, 99.5)  # of the pixels, which become black and white if a file has no window of its own
+PIXEL_BYTES = 40  # per pixel that decoding takes at its peak, measured: gray levels are float64 on their way to 8 bits
 TAGS = """
     SamplesPerPixel PhotometricInterpretation PlanarConfiguration Rows Columns NumberOfFrames BitsAllocated BitsStored
     HighBit PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept ModalityLUTSequence WindowCenter
@@ -40,8 +45,12 @@ def is_dicom(head: bytes) -> bool:
 
 
 def check(path: Path) -> None:
-    """Raises UnreadableError unless the file contains an image that installed packages can decompress."""
-    _decompressor(_read(path, stop_before_pixels=True))
+    """Raises UnreadableError unless the file contains an image that `decode` can take, with the installed packages."""
+    with path.open("rb") as file:
+        length = _length(file)
+        header = _read(file, stop_before_pixels=True)
+    _check_memory(header, length)
+    _decompressor(header)
 
 
 def decode(content: bytes, window: str) -> np.ndarray:
@@ -51,7 +60,10 @@ def decode(content: bytes, window: str) -> np.ndarray:
     window="percentile", or if the file has no window, they are stretched between PERCENTILES instead. MONOCHROME1 is
     inverted, so that larger values are always brighter. Raises UnreadableError.
     """
-    header = _read(io.BytesIO(content))
+    file = io.BytesIO(content)
+    length = _length(file)
+    header = _read(file)
+    _check_memory(header, length)
     compressed = _decompressor(header)
     from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 
@@ -75,7 +87,38 @@ def decode(content: bytes, window: str) -> np.ndarray:
             f"DICOM ({_syntax(header)}) that cannot be decoded ({type(error).__name__}): {reason}"
         ) from None
     shade = 1 - shade if kind == "MONOCHROME1" else shade
-    return (shade * 255).round().astype(np.uint8)
+    shade *= 255
+    return np.round(shade, out=shade).astype(np.uint8)
+
+
+def _length(file: BinaryIO) -> int:
+    """The bytes of a file; of a deflated one, which pydicom inflates as a whole, the bytes that it becomes.
+
+    Raises UnreadableError if these are more than MAX_BYTES.
+    """
+    head = file.read(144)  # preamble, mark, and the length of the group that names the transfer syntax
+    names = file.read(min(int.from_bytes(head[140:], "little"), 2**16))
+    length = file.seek(0, io.SEEK_END)
+    if DEFLATED in names:
+        file.seek(len(head) + len(names))
+        content, inflate, length = file.read(), zlib.decompressobj(-zlib.MAX_WBITS), 0
+        with contextlib.suppress(zlib.error):  # damaged, as pydicom will say
+            while content and not inflate.eof and length <= MAX_BYTES:
+                length += len(inflate.decompress(content, 2**24))
+                content = inflate.unconsumed_tail
+        if length > MAX_BYTES:
+            raise UnreadableError(f"deflated DICOM of more than {MAX_BYTES / 1e9:g} GB; allowed: less")
+    file.seek(0)
+    return length
+
+
+def _check_memory(header: Any, length: int) -> None:
+    """Raises UnreadableError if decoding a file of `length` bytes would take too much memory."""
+    try:
+        width, height = int(header.Columns), int(header.Rows)
+    except (AttributeError, TypeError, ValueError):
+        raise UnreadableError("damaged DICOM (no size)") from None
+    check_memory(width, height, PIXEL_BYTES * width * height + 2 * length)
 
 
 def _own_window(values: np.ndarray, header: Any) -> np.ndarray | None:
@@ -107,7 +150,11 @@ def stretch(values: np.ndarray, percentiles: tuple[float, float], known: np.ndar
     if not np.isfinite(values).all():
         raise UnreadableError("pixels that are not finite")
     low, high = np.percentile(values if known is None or not known.any() else values[known], percentiles)
-    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
+    if high <= low:
+        return np.zeros_like(values)
+    shade = values - low
+    shade /= high - low  # in place: a large image takes 8 bytes per pixel
+    return np.clip(shade, 0, 1, out=shade)
 
 
 def _first(value: Any) -> float | None:
@@ -145,6 +192,8 @@ def _decompressor(header: Any) -> str:
     uid = getattr(header.file_meta, "TransferSyntaxUID", None)
     if uid is None:
         raise UnreadableError("damaged DICOM (no transfer syntax)")
+    if not uid.is_transfer_syntax:
+        raise UnreadableError("DICOM with an unknown transfer syntax")
     if not uid.is_encapsulated:
         return ""
     name = _syntax(header)
@@ -159,8 +208,7 @@ def _decompressor(header: Any) -> str:
 
 
 def _syntax(header: Any) -> str:
-    uid = header.file_meta.TransferSyntaxUID
-    return uid.name if uid.is_transfer_syntax else "an unknown transfer syntax"
+    return header.file_meta.TransferSyntaxUID.name
 
 
 @functools.cache

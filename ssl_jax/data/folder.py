@@ -8,19 +8,29 @@ import functools
 import io
 import logging
 import os
-import stat
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 
 from ssl_jax.config import Data
 from ssl_jax.data import dicom
-from ssl_jax.data.source import Source, check_bad_share, pick_parts, printable, same_object
+from ssl_jax.data.source import (
+    Source,
+    check_bad_share,
+    check_is_file,
+    check_memory,
+    open_file,
+    pick_parts,
+    printable,
+    same_object,
+    warn_once,
+)
 from ssl_jax.errors import UnreadableError, UserError
 
 log = logging.getLogger("ssl_jax")
@@ -32,6 +42,8 @@ EXTENSIONS = frozenset(f".{kind}" for kind in KINDS.split(", "))
 # Pillow tries only these formats, whatever the extension says, because others (EPS, PDF) start programs.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
 DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits in one channel
+# Bytes per pixel that decoding takes at its peak, measured: of a deep image; of one with transparency; of the decoders.
+DEEP_BYTES, CLEAR_BYTES, DECODER_BYTES = 24, 12, {"JPEG2000": 16, "WEBP": 8, "AVIF": 8, "GIF": 4, "TIFF": 4}
 
 
 def read(data: Data) -> Source:
@@ -55,6 +67,8 @@ def read(data: Data) -> Source:
     names = {path[depth] if len(path) > depth + 1 else None for path in paths}
     # A folder test/ or val/ without train/ is probably a part of some data set rather than a class.
     labelled = len(names) > 1 and None not in names and (has_parts or not any(n and n.lower() in PARTS for n in names))
+    if None in names and len(names) > 2:
+        _warn_of_strays(paths, depth, data)
     parts: dict[str, list[File]] = {"train": []}
     for path in paths:
         part = PARTS[path[0].lower()] if has_parts else "train"
@@ -64,6 +78,18 @@ def read(data: Data) -> Source:
     selected = [file for files in pick_parts(parts, data.split, f"folder {data.path!r}") for file in files]
     classes = sorted(printable(name) for name in names if name) if labelled else []
     return from_files(selected, classes, data, f"config.data.path={data.path!r}")
+
+
+def _warn_of_strays(paths: Sequence[tuple[str, ...]], depth: int, data: Data) -> None:
+    """Says which images keep folders from being classes: one stray picture would remove all labels in silence."""
+    stray = [printable("/".join(path)) for path in paths if len(path) == depth + 1]
+    folders = sorted({printable(path[depth]) for path in paths if len(path) > depth + 1})
+    these = f"{stray[0]!r}{f' and {len(stray) - 1} more images lie' if len(stray) > 1 else ' lies'}"
+    shown = f"{', '.join(map(repr, folders[:3]))}{', ...' * (len(folders) > 3)}"
+    warn_once(
+        f"config.data.path={data.path!r}: {these} beside the folders {shown}: so these are no classes, and no image "
+        f"has a label; move {'them' if len(stray) > 1 else 'it'} into a folder, or elsewhere"
+    )
 
 
 def _image_paths(root: Path) -> Iterator[tuple[str, ...]]:
@@ -110,14 +136,15 @@ def from_files(
     files = files[: data.limit or None]
     if not files:
         raise UserError(f"{where}: no images; allowed: {KINDS}")
-    problems = _first_look(files, data.workers)
+    check_background(data.background)
+    shape = (data.size or SIZE, data.size or SIZE, data.channels or 3)
+    problems = _first_look(files, data.workers, functools.partial(check, size=shape[0], channels=shape[2]))
     skipped = [problem for problem in problems if problem]
     check_bad_share(skipped, len(files), data.max_bad_share)
     for problem in skipped:
         log.warning("%s; skipped", problem)
     kept = [i for i, problem in enumerate(problems) if not problem]
     files = [files[i] for i in kept]
-    shape = (data.size or SIZE, data.size or SIZE, data.channels or 3)
 
     def read(index: int) -> np.ndarray:
         path = files[index].path
@@ -125,7 +152,10 @@ def from_files(
             content = Path(path).read_bytes()
         except OSError as error:  # a failing disk; with a stand-in, results would depend on it
             raise UserError(f"{printable(path)!r}: {error.strerror}; it was readable at the start") from error
-        return decode(content, shape[0], shape[2], data.window)
+        try:
+            return decode(content, shape[0], shape[2], data.window, data.background)
+        except MemoryError as error:  # with a stand-in, results would depend on the machine
+            raise UserError(f"{printable(path)!r}: not enough memory to decode it") from error
 
     load: Callable[[int], np.ndarray] = read
     if data.cache:
@@ -151,9 +181,9 @@ def from_files(
     )
 
 
-def _first_look(files: Sequence[File], workers: int) -> list[str]:
-    """For each file, the reason why it cannot be read, or "" if nothing is wrong so far."""
-    look = check if len(files) <= MAX_HEADERS else _check_exists
+def _first_look(files: Sequence[File], workers: int, look: Callable[[str], None]) -> list[str]:
+    """For each file, the reason why it cannot be read, or "" if nothing is wrong so far. look: reads its header."""
+    look = look if len(files) <= MAX_HEADERS else check_is_file
 
     def problem(file: File) -> str:
         try:
@@ -174,16 +204,6 @@ def _first_look(files: Sequence[File], workers: int) -> list[str]:
         for chunk_problems in pool.map(problems_in, rest):
             problems += chunk_problems
     return problems
-
-
-def _check_exists(path: str) -> None:
-    """Raises UnreadableError if there is no such file."""
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116 - a Path takes twice as long
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
-    if not stat.S_ISREG(mode):
-        raise UnreadableError("not a file")
 
 
 def from_array(
@@ -225,26 +245,26 @@ def from_array(
     )
 
 
-def check(path: Path | str) -> None:
-    """Raises UnreadableError unless the file's header is that of an image. No pixels are decoded."""
+def check(path: Path | str, size: int = 0, channels: int = 3) -> None:
+    """Raises UnreadableError unless the file has the header of an image that `decode` can take. Decodes no pixels."""
     try:
-        with Path(path).open("rb") as file:
-            head = file.read(132)
-        if dicom.is_dicom(head):
-            return dicom.check(Path(path))
-        with Image.open(path, formats=_formats()):
-            pass
+        with open_file(path) as file:
+            if dicom.is_dicom(file.read(132)):
+                return dicom.check(Path(path))
+            file.seek(0)
+            with _open(file, size, channels):
+                pass
     except (MemoryError, UnreadableError, UserError):
         raise
     except Exception as error:  # on bad bytes, Pillow raises anything from OSError to struct.error
         raise UnreadableError(_reason(error)) from error
 
 
-def decode(content: bytes, size: int, channels: int, window: str = "auto") -> np.ndarray:
+def decode(content: bytes, size: int, channels: int, window: str = "auto", background: str = "white") -> np.ndarray:
     """The image, or its first frame, in `content` as uint8 [size, size, channels].
 
     It is rotated according to its EXIF orientation. Its central square is resized, bilinear with antialias; size 0
-    keeps the whole image at its size. Transparent parts become white. A deep channel (16 bit, 32 bit, float) is
+    keeps the whole image at its size. Transparent parts become `background`. A deep channel (16 bit, 32 bit, float) is
     stretched from the image's own lowest and highest value to 0..255: medical images often use 12 of 16 bits, and would
     be black otherwise. window="percentile" stretches between `dicom.PERCENTILES` instead. For DICOM, see
     `dicom.decode`. Raises UnreadableError.
@@ -252,18 +272,44 @@ def decode(content: bytes, size: int, channels: int, window: str = "auto") -> np
     if dicom.is_dicom(content[:132]):
         return _finish(Image.fromarray(dicom.decode(content, window)), size, channels)
     try:
-        with Image.open(io.BytesIO(content), formats=_formats()) as image:
-            if size:
-                # libjpeg decodes at 1/2, 1/4 or 1/8 of the size in a fraction of the time; never below `size`.
-                image.draft("L" if channels == 1 else image.mode, (size, size))
+        with _open(io.BytesIO(content), size, channels) as image:
             image.load()  # first, so that only errors of a damaged EXIF block are suppressed below
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
-            return _finish(image, size, channels, window)
+            return _finish(image, size, channels, window, background)
     except (MemoryError, UnreadableError):
         raise
     except Exception as error:
         raise UnreadableError(_reason(error)) from error
+
+
+def check_background(colour: str) -> None:
+    """Raises UserError unless Pillow knows the colour."""
+    try:
+        ImageColor.getrgb(colour)
+    except ValueError as error:
+        example = "white, black, '#808080', 'rgb(128,128,128)'"
+        raise UserError(f"config.data.background={colour!r}: not a colour; allowed: {example}") from error
+
+
+def _open(file: BinaryIO, size: int, channels: int) -> Image.Image:
+    """An image of which only the header is read. Raises UnreadableError if decoding it would take too much memory."""
+    image = Image.open(file, formats=_formats())
+    width, height = image.size
+    needed = DECODER_BYTES.get(image.format or "", 0)
+    if "progressive" in image.info:  # libjpeg holds all coefficients, whatever the size that it decodes at
+        needed += 2 * len(image.getbands())
+    needed *= width * height
+    if size:
+        # libjpeg decodes at 1/2, 1/4 or 1/8 of the size in a fraction of the time; never below `size`.
+        image.draft("L" if channels == 1 else image.mode, (size, size))
+    each = 8 if image.mode not in ("1", "L", "P") else 5  # as decoded (Pillow keeps colours in 4 bytes), and a copy
+    if image.mode in DEEP:
+        each = DEEP_BYTES
+    elif image.has_transparency_data:
+        each += CLEAR_BYTES
+    check_memory(width, height, needed + each * image.width * image.height)
+    return image
 
 
 def convert(array: np.ndarray, size: int, channels: int) -> np.ndarray:
@@ -273,12 +319,14 @@ def convert(array: np.ndarray, size: int, channels: int) -> np.ndarray:
     return _finish(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), size, channels)
 
 
-def _finish(image: Image.Image, size: int, channels: int, window: str = "auto") -> np.ndarray:
+def _finish(
+    image: Image.Image, size: int, channels: int, window: str = "auto", background: str = "white"
+) -> np.ndarray:
     if image.mode in DEEP:
         image = _stretch(image, window)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3]), image)
     mode = "L" if channels == 1 else "RGB"
     if image.mode != mode:
         image = image.convert(mode)
@@ -292,12 +340,14 @@ def _finish(image: Image.Image, size: int, channels: int, window: str = "auto") 
 
 def _stretch(image: Image.Image, window: str) -> Image.Image:
     shade = dicom.stretch(np.asarray(image, np.float64), dicom.PERCENTILES if window == "percentile" else (0, 100))
-    return Image.fromarray((shade * 255).round().astype(np.uint8))
+    shade *= 255
+    return Image.fromarray(np.round(shade, out=shade).astype(np.uint8))
 
 
 @functools.cache
 def _formats() -> list[str]:
     Image.init()
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_open` decides
     return [name for name in FORMATS if name in Image.OPEN]  # not every Pillow has AVIF
 
 

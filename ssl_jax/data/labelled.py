@@ -24,7 +24,8 @@ class Labelled(NamedTuple):
 def labelled_part(source: Source, like: Source, where: str) -> Labelled:
     """The images of `source` with a known label.
 
-    Raises UserError if there are none, or if only one of `source` and `like` is multi-label.
+    Raises UserError if there are none, if only one of `source` and `like` is multi-label, or if training data
+    (`source` is `like`) have images of a single class.
     """
     labels = source.labels_as(like.classes, where)
     if source.multilabel != like.multilabel:
@@ -35,4 +36,7 @@ def labelled_part(source: Source, like: Source, where: str) -> Labelled:
     known = labelled_indices(labels)
     if not len(known):
         raise UserError(f"{where}: no image has a known label; allowed: at least one")
+    if source is like and not source.multilabel and len(set(labels[known].tolist())) == 1:
+        only = source.classes[labels[known[0]]]
+        raise UserError(f"{where}: all labelled images are {only!r}; allowed: two classes or more, to tell them apart")
     return Labelled(source if len(known) == len(source) else source.take(known), labels[known])

@@ -1,5 +1,6 @@
 """Arrays in a .npz file: images and labels, in one part or in train, val and test parts."""
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 
 from ssl_jax.config import Data
 from ssl_jax.data.folder import from_array
-from ssl_jax.data.source import Source, pick_parts
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.data.source import Source, pick_parts, require_file
+from ssl_jax.errors import UserError, first_line, unknown
 
 PARTS = ("train", "val", "test")
+MAX_CLASSES = 100_000  # labels number the classes from 0, so a larger one is hardly the number of a class
 ALLOWED = "images [labels], train_images [train_labels, val_..., test_...] or x_train [y_train, x_val ..., x_test ...]"
 
 
@@ -26,13 +28,21 @@ def read(data: Data) -> Source:
     if not data.path:
         raise UserError("config.data.path='': missing; set it to a .npz file of images")
     where = f"config.data.path={data.path!r}"
+    path = Path(data.path).expanduser()
+    require_file(path, where)
     try:
-        with np.load(Path(data.path).expanduser(), allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             keys = _keys(file.files, where)
             selected = pick_parts(keys, data.split, where)
-            images = [file[image] for image, _ in selected]
-            labels = [_labels(file[label], f"{where}: {label}") if label else None for _, label in selected]
-            objects = _objects(file, data.pairs)
+            images = [_array(file, image, where) for image, _ in selected]
+            labels = [
+                _labels(_array(file, label, where), f"{where}: {label}") if label else None for _, label in selected
+            ]
+            objects = _objects(file, data.pairs, where)
+    except MemoryError as error:
+        raise UserError(f"{where}: its arrays do not fit in memory") from error
+    except (NotImplementedError, RuntimeError) as error:  # encrypted, or compressed in a way that Python lacks
+        raise UserError(f"{where}: {first_line(error)}; allowed: a .npz file as numpy writes it") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a .npz file of plain arrays"
         raise UserError(f"{where}: {reason}") from error
@@ -77,10 +87,29 @@ def _keys(names: list[str], where: str) -> dict[str, tuple[str, str | None]]:
     raise UserError(f"{where}: keys are {', '.join(sorted(names)) or 'none'}; allowed: {ALLOWED}")
 
 
-def _objects(file: Any, key: str) -> np.ndarray | None:
+def _array(file: Any, key: str, where: str) -> np.ndarray:
+    """An array of the archive. UserError if its header promises more or less than its bytes hold.
+
+    numpy would allocate what a damaged header promises before it reads.
+    """
+    member = next(name for name in (f"{key}.npy", key) if name in file.zip.namelist())
+    with file.zip.open(member) as content:
+        first = np.lib.format.read_magic(content) == (1, 0)
+        header = (np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0)(content)
+        shape, _, dtype = header
+        held = file.zip.getinfo(member).file_size - content.tell()
+    needed = math.prod(shape) * dtype.itemsize  # of Python's integers, which do not overflow
+    if min(shape, default=0) < 0 or needed != held and not dtype.hasobject:
+        raise UserError(
+            f"{where}: {key} is {dtype} {list(shape)}, but the file holds {held} bytes of it; it is damaged"
+        )
+    return file[key]
+
+
+def _objects(file: Any, key: str, where: str) -> np.ndarray | None:
     if key and key not in file.files:
         raise unknown("config.data.pairs", key, file.files)
-    return file[key] if key else None
+    return _array(file, key, where) if key else None
 
 
 def _labels(labels: np.ndarray, where: str) -> np.ndarray:
@@ -89,6 +118,8 @@ def _labels(labels: np.ndarray, where: str) -> np.ndarray:
     several = labels.ndim == 2
     if labels.ndim not in (1, 2) or labels.dtype.kind not in "iub":
         raise UserError(f"{where}: {labels.dtype} {list(labels.shape)}; allowed: integers [N], [N,1] or [N,L]")
+    if labels.size and labels.max() >= MAX_CLASSES:  # before a conversion to 64 bits, in which it may become negative
+        raise UserError(f"{where}: {labels.max()}; allowed: numbers of classes, from 0 to {MAX_CLASSES - 1}, or -1")
     labels = labels.astype(np.int64)
     invalid = np.flatnonzero((labels < -1) | (several & (labels > 1)))
     if len(invalid):

@@ -7,18 +7,20 @@ import contextlib
 import functools
 import logging
 import os
+import stat
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
-from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown
+from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown, visible
 
 log = logging.getLogger("ssl_jax")
 PIECE = 16  # images that grain passes on at a time; passing on one takes three times as long as reading it from a cache
+MAX_BYTES = 2 * 10**9  # memory that decoding one image may take; a thread (data.workers) decodes one at a time
 T = TypeVar("T")
 
 
@@ -27,7 +29,7 @@ class Source:
 
     names:    printable file names relative to the root, or the index as text
     labels:   int32 [N], -1 if unknown; multi-label: float32 [N, K] in [0, 1], NaN if unknown; None without labels
-    classes:  the name of each label; [] without labels
+    classes:  the name of each label, fit to be printed; [] without labels
     groups:   int64 [N], equal for images of one patient, or of another group that must not be split; or None
     objects:  int [N], equal for images of the same object (config.data.pairs); or None
     shape:    (H, W, C) of every image
@@ -57,7 +59,8 @@ class Source:
     ):
         """load: index -> uint8 [H,W,C]; may raise UnreadableError. labels: a function is called on first use.
         array: all images, if they are in memory already."""
-        self.names, self.shape, self.classes, self.objects = list(names), shape, list(classes), objects
+        self.names, self.shape, self.objects = list(names), shape, objects
+        self.classes = [visible(name) for name in classes]
         self.groups = groups
         self.replaced: dict[int, int] = {}
         self._load, self._labels, self._array = load, labels, array
@@ -193,6 +196,46 @@ def same_object(values: Sequence[object] | np.ndarray, where: str, pairs: str) -
 def printable(path: Path | str) -> str:
     """A file path as text that can be printed and saved even if its bytes are not UTF-8."""
     return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def open_file(path: Path | str) -> BinaryIO:
+    """An image file, to read from. UnreadableError for what is not a file: opening a pipe would wait for ever."""
+    check_is_file(path)
+    return Path(path).open("rb")
+
+
+def check_is_file(path: Path | str) -> None:
+    """Raises UnreadableError if there is no such file, if it is no file, or if it takes more than MAX_BYTES."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a Path takes twice as long
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableError("not a file")
+    if status.st_size > MAX_BYTES:
+        raise UnreadableError(f"{status.st_size / 1e9:.1f} GB; allowed: {MAX_BYTES / 1e9:g} GB")
+
+
+def check_memory(width: int, height: int, needed: int) -> None:
+    """Raises UnreadableError if decoding an image takes more than MAX_BYTES. needed: bytes, according to its header."""
+    if needed > MAX_BYTES:
+        limit = f"allowed: {MAX_BYTES / 1e9:g} GB"
+        raise UnreadableError(f"{width} x {height} px, which take {needed / 1e9:.1f} GB to decode; {limit}")
+
+
+@functools.lru_cache(maxsize=1000)
+def warn_once(line: str) -> None:
+    """A warning about the data as a whole: a command opens them several times, once for each part."""
+    log.warning("%s", visible(line))
+
+
+def require_file(path: Path, where: str) -> None:
+    """Raises UserError if the table or archive at `path` does not exist or is no file, such as a pipe."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{where}: not a file")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_bad_share(bad: Sequence[str], total: int, allowed: float) -> None:
@@ -342,6 +385,6 @@ def _decode_ahead(
             parts = [next(loaded) for _ in range(pieces)]
             yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     except UserError as error:
-        raise UserError(str(error).partition("\n")[0]) from None  # without grain's note about its traceback
+        raise UserError(str(error.args[0]).partition("\n")[0]) from None  # without grain's note about its traceback
     finally:
         loaded.close()  # ends the threads, also when the caller stops early

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.folder import SIZE, decode
+from ssl_jax.data.folder import SIZE, check_background, decode
 from ssl_jax.data.source import Source
 from ssl_jax.errors import NoPartError, UserError, first_line
 
@@ -30,6 +30,7 @@ def read(data: Data) -> Source:
     """
     if not data.path:
         raise UserError("config.data.path='': missing; set it to the name of a TFDS data set, such as cifar10")
+    check_background(data.background)
     with _quiet():
         records, info = _open(data)
     image_name, label_name = _features(info, data.path)
@@ -47,7 +48,7 @@ def read(data: Data) -> Source:
     return Source(
         [str(i) for i in range(count)],
         (*shape, channels),
-        lambda index: decode(records[index][image_name], size, channels),
+        lambda index: decode(records[index][image_name], size, channels, background=data.background),
         labels=labels if label_name else None,
         classes=info.features[label_name].names if label_name else (),
         max_bad_share=data.max_bad_share,
