@@ -86,7 +86,7 @@ def describe(fit: Fit, config: Config) -> str:
         return ""
     line = f"batch {batch} in {batch // part} parts of {part}: {memory}; the gradient is that of the whole batch"
     if fit.needed > fit.free:
-        line += "; too much, so a smaller config.model or config.data.size may be needed"
+        line += "; too much, so a smaller model or data.size may be needed"
     return line + f", BatchNorm's statistics are those of {config.train.bn_group or part} images"
 
 
