@@ -135,7 +135,9 @@ class Augment:
 class Model:
     """The encoder."""
 
-    name: str = option("resnet18", "architecture", registered="model")
+    name: str = option(
+        "", "architecture; empty: resnet_thin for images of up to 32 px on a CPU, else resnet18", registered="model"
+    )
     stem: Literal["auto", "imagenet", "small"] = option(
         "auto", "ResNet: imagenet: 7x7, stride 2, and max-pool; small: 3x3, stride 1; auto: small up to 64 px"
     )

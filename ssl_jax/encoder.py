@@ -14,7 +14,7 @@ from ssl_jax.augment import center_view
 from ssl_jax.config import Config, Data, Model
 from ssl_jax.errors import UserError
 from ssl_jax.files import write_bytes, write_json
-from ssl_jax.models import build_encoder, from_torch, normalization, to_torch
+from ssl_jax.models import build_encoder, from_torch, normalization, resolve_model, to_torch
 from ssl_jax.network import Network
 from ssl_jax.run_folder import RunFolder
 
@@ -57,6 +57,7 @@ build = functools.cache(build_encoder)
 
 def random_encoder(model: Model, size: int, channels: int, seed: int) -> Encoder:
     """A freshly initialised encoder: the start of training from scratch."""
+    model = resolve_model(model, size)
     network = build(model, channels, size)
     params, stats = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, size, size, channels)))
     metadata = _metadata(model, size, channels, method="scratch", seed=seed)

@@ -22,7 +22,7 @@ from ssl_jax import files, hlo, parallel
 from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source
 from ssl_jax.errors import UserError, first_line, unknown
-from ssl_jax.models import resolve_conv
+from ssl_jax.models import resolve_conv, resolve_model
 from ssl_jax.report.figures import scaling
 from ssl_jax.train import memory
 from ssl_jax.train.step import in_memory, make_step, set_up
@@ -202,7 +202,8 @@ def estimate(config: Config, topology: str, source: Source) -> Plan:
     train = config.train
     mesh = parallel.mesh_of(devices, train.batch, train.part, train.shard)
     conv = resolve_conv(config.model.conv, backend="tpu")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, conv=conv))
+    model = resolve_model(dataclasses.replace(config.model, conv=conv), min(source.shape[:2]), "tpu")
+    config = dataclasses.replace(config, model=model)
     setup = set_up(config, source)
     args = memory.abstract_arguments(setup, config, source, mesh)
     placed = jax.tree.map(lambda x: x.sharding, args[0])

@@ -9,7 +9,7 @@ import pytest
 
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
-from ssl_jax.models import build_encoder, linear, mlp
+from ssl_jax.models import build_encoder, linear, mlp, resolve_model
 from ssl_jax.models.build import build
 from ssl_jax.models.layers import network as network_of
 from ssl_jax.models.resnet import ResNet, basic
@@ -281,3 +281,11 @@ def test_blocks_made_again_for_the_gradient_give_the_same(name):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * float(np.abs(a).max()))
     with pytest.raises(UserError, match="config.model.remat='all': unknown"):
         build_encoder(Model(name=name, remat="all"), 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "backend", "name"), [(28, "cpu", "resnet_thin"), (64, "cpu", "resnet18"), (28, "tpu", "resnet18")]
+)
+def test_images_and_machine_choose_a_model_where_none_is_named(size, backend, name):
+    assert resolve_model(Model(), size, backend) == Model(name=name)
+    assert resolve_model(Model(name="vit_tiny"), size, backend).name == "vit_tiny"

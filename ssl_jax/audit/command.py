@@ -93,7 +93,7 @@ def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, S
     source = open_source(images)
     size, channels = config.augment.override.get("size") or min(source.shape[:2]), source.shape[2]
     encoder = random_encoder(config.model, size, channels, config.train.seed)
-    name = f"{config.model.name} with random weights"
+    name = f"{encoder.about['model']['name']} with random weights"
     if config.model.init:
         imported = started_from(encoder.network, config.model.init)
         params, stats = imported.init(jax.random.key(0), jax.numpy.zeros((1, size, size, channels)))

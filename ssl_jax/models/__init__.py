@@ -1,6 +1,6 @@
 """Encoders and heads as `Network`s, and conversion of weights from and to torch. The only user of flax.linen."""
 
-from ssl_jax.models.build import build_encoder, normalization
+from ssl_jax.models.build import build_encoder, normalization, resolve_model
 from ssl_jax.models.layers import linear, mlp, resolve_conv
 from ssl_jax.models.torch_weights import from_torch, to_torch
 from ssl_jax.models.vit import decoder, patchify
@@ -14,5 +14,6 @@ __all__ = [
     "normalization",
     "patchify",
     "resolve_conv",
+    "resolve_model",
     "to_torch",
 ]

@@ -1,5 +1,9 @@
 """From `config.model` to an encoder."""
 
+import dataclasses
+
+import jax
+
 from ssl_jax import fields, registry
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
@@ -17,7 +21,21 @@ def build_encoder(model: Model, channels: int, size: int = 224) -> Network:
     name or a value that is not allowed.
     """
     fields.check(model, "config.model")
+    model = resolve_model(model, size)
     return registry.find("model", model.name).build(model, channels, size)
+
+
+THIN_UP_TO = 32  # px; a ResNet-18 takes 20 times as long there on a CPU
+
+
+def resolve_model(model: Model, size: int, backend: str | None = None) -> Model:
+    """The model, with a name if it has none: a small network for small images on a CPU, else a ResNet-18.
+
+    backend: the platform that it is for, such as "tpu"; None for this machine's.
+    """
+    on_cpu = (backend or jax.default_backend()) == "cpu"
+    chosen = "resnet_thin" if on_cpu and size <= THIN_UP_TO else "resnet18"
+    return model if model.name else dataclasses.replace(model, name=chosen)
 
 
 def build(model: Model, channels: int, size: int, *, zero_init: bool = False) -> Network:

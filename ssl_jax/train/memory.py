@@ -15,7 +15,7 @@ from ssl_jax import parallel
 from ssl_jax.config import Config
 from ssl_jax.data import Source
 from ssl_jax.errors import UserError
-from ssl_jax.models import resolve_conv
+from ssl_jax.models import resolve_conv, resolve_model
 from ssl_jax.network import Network
 from ssl_jax.train.step import Setup, TrainState, in_memory, init_state, make_step, set_up
 
@@ -69,12 +69,18 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
             print(line, flush=True)
         return fit.micro_batch
 
-    return {"conv": lambda: resolve_conv(config.model.conv), "micro_batch": micro_batch}
+    def model():
+        chosen = resolve_model(config.model, min(source.shape[:2])).name
+        if not config.model.name and encoder is None:
+            print(f"model {chosen}, by the size of the images and this machine (config.model.name)", flush=True)
+        return chosen
+
+    return {"conv": lambda: resolve_conv(config.model.conv), "model": model, "micro_batch": micro_batch}
 
 
 def with_decisions(config: Config, decided: Mapping[str, Any]) -> Config:
     """The config with the values of `decisions`."""
-    model = dataclasses.replace(config.model, conv=decided["conv"])
+    model = dataclasses.replace(config.model, conv=decided["conv"], name=decided["model"])
     return dataclasses.replace(_with_micro_batch(config, decided["micro_batch"]), model=model)
 
 
