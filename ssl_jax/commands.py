@@ -207,7 +207,8 @@ def finetune(
     """Writes out/classifier.safetensors and, last, out/classifier.json; prints the validation and the test score.
 
     With test data it also writes out/test.csv, the prediction for every image, and for multi-label data
-    out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of classifier.json.
+    out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of
+    classifier.json.
     """
     from ssl_jax.classifier import begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds

@@ -102,13 +102,11 @@ def load_encoder(path: str | Path) -> Encoder:
 def rebuild(about: dict[str, Any], weights: Mapping[str, np.ndarray]) -> Encoder:
     """The encoder that `about` describes, with these weights under torchvision's names."""
     try:
-        model = Model(**{k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()})
-        size, channels = about["size"], about["channels"]
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
+        model, size, channels = Model(**{**options, "init": ""}), about["size"], about["channels"]
     except (KeyError, TypeError, AttributeError) as error:  # a file that somebody has edited
-        raise UserError(
-            f"encoder.json or classifier.json: does not describe an encoder ({first_line(error)})"
-        ) from error
-    encoder = random_encoder(dataclasses.replace(model, init=""), size, channels, seed=0)
+        raise UserError(f"encoder.json or classifier.json: describes no encoder ({first_line(error)})") from error
+    encoder = random_encoder(model, size, channels, seed=0)
     params, stats = from_torch(weights, encoder.params, encoder.stats)
     return encoder._replace(params=params, stats=stats, about=about)
 

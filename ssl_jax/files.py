@@ -200,7 +200,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _parse_line(text: bytes) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, RecursionError):
         line = json.loads(text)
-        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0:
+        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] > 0:
             return line
     return None
 
@@ -227,11 +227,11 @@ def read_csv(path: Path, cure: str = COPY) -> list[list[str]]:
     return rows
 
 
-def read_npz(path: Path, cure: str = COPY) -> dict[str, np.ndarray]:
-    """All arrays of a file that `write_npz` wrote. Raises DamagedError, also if there is no such file."""
+def read_npz(path: Path, names: Iterable[str], cure: str = COPY) -> dict[str, np.ndarray]:
+    """These arrays of a file that `write_npz` wrote. Raises DamagedError, also if there is no such file."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            return {name: file[name] for name in names}
     except Exception as error:  # whatever altered bytes make zipfile, zlib and NumPy raise
         raise _unreadable(path, error, cure) from error
 

@@ -318,7 +318,7 @@ def _load(path: Path, key: str, log: Callable[[str], None]) -> Cell | None:
         cell = read_json(path)
         if cell.get("key") != key:
             return None
-        arrays = read_npz(path.with_suffix(".npz"))
+        arrays = read_npz(path.with_suffix(".npz"), ("scores", "indices"))
         if cell.get("arrays") not in (None, files.digest(arrays)):  # None: an older cell
             raise DamagedError(path.with_suffix(".npz"), "is not of this cell", "")
         return cell

@@ -77,14 +77,17 @@ def read_run(folder: RunFolder) -> RunRecord:
     config = folder.read_config()
     metrics = read_lines(folder.metrics)
     evaluations = sorted(folder.evaluation.glob("*.json"), key=lambda p: (p.stat().st_mtime, p.name))
+    steps, finished = [line for line in metrics if line.keys() >= COMPLETE], folder.finished()
+    if finished and not steps:
+        log.warning("%s: empty, damaged or missing; the training curves are lost", folder.metrics)
     return RunRecord(
         folder,
         config,
-        [line for line in metrics if line.keys() >= COMPLETE],
+        steps,
         [line for line in metrics if "loss" not in line],
         [line for line in read_lines(folder.timing) if "images_per_s" in line],
         [made for path in evaluations if (made := _sound(path, "its `ssl-jax evaluate` command makes it anew"))],
-        folder.finished(),
+        finished,
     )
 
 

@@ -69,13 +69,13 @@ def _sorted(cells: Sequence[Cell]) -> list[Cell]:
 
 def _patients(folder: StudyFolder, cells: Sequence[Cell], baseline: str) -> list[Row]:
     """Rows of `over_patients` for multi-label data. An image without a group counts as a patient of its own."""
-    test = read_npz(folder.test, folder.again)
+    test = read_npz(folder.test, ("labels", "groups"), folder.again)
     if test["labels"].ndim == 1:
         return []
     scores: dict[tuple[str, int], list[np.ndarray]] = {}
     for cell in cells:
         path = folder.cell(cell["arm"], cell["labels"], cell["seed"]).with_suffix(".npz")
-        scores.setdefault((cell["arm"], cell["labels"]), []).append(read_npz(path, folder.again)["scores"])
+        scores.setdefault((cell["arm"], cell["labels"]), []).append(read_npz(path, ["scores"], folder.again)["scores"])
     stacked = {key: np.stack(each) for key, each in scores.items()}
     return over_patients(stacked, test["labels"], test["groups"], baseline)
 
