@@ -77,7 +77,11 @@ def read_run(folder: RunFolder) -> RunRecord:
     config = folder.read_config()
     metrics = read_lines(folder.metrics)
     evaluations = sorted(folder.evaluation.glob("*.json"), key=lambda p: (p.stat().st_mtime, p.name))
-    steps, finished = [line for line in metrics if line.keys() >= COMPLETE], folder.finished()
+    steps, finished = [line for line in metrics if line.keys() >= COMPLETE], False
+    try:
+        finished = folder.exported()
+    except DamagedError as error:
+        log.warning("%s", error)
     if finished and not steps:
         log.warning("%s: empty, damaged or missing; the training curves are lost", folder.metrics)
     return RunRecord(
