@@ -121,6 +121,7 @@ def started_from(network: Network, init: str) -> Network:
         raise UserError(f"config.model.init={init!r}: not found; allowed: a run folder or a .safetensors file")
 
     def load(rng, x):
-        return from_torch(read_weights(path), *network.init(rng, x))
+        weights = read_weights(path, f"config.model.init needs a run folder or a sound .safetensors file; {COPY}")
+        return from_torch(weights, *network.init(rng, x))
 
     return network._replace(init=load)

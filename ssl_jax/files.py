@@ -233,7 +233,7 @@ def read_npz(path: Path, names: Iterable[str], cure: str = COPY) -> dict[str, np
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except Exception as error:  # whatever altered bytes make zipfile, zlib and NumPy raise
-        raise _unreadable(path, error, cure) from error
+        raise _unreadable(path, ".npz", error, cure) from error
 
 
 def read_weights(path: Path, cure: str = COPY) -> dict[str, np.ndarray]:
@@ -248,7 +248,7 @@ def read_weights(path: Path, cure: str = COPY) -> dict[str, np.ndarray]:
             expected = (file.metadata() or {}).get(DIGEST)
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except Exception as error:  # whatever altered bytes make the library raise
-        raise _unreadable(path, error, cure) from error
+        raise _unreadable(path, ".safetensors", error, cure) from error
     if expected is None:
         _warn_unchecked(path)
     elif expected != digest(weights):
@@ -258,10 +258,11 @@ def read_weights(path: Path, cure: str = COPY) -> dict[str, np.ndarray]:
     return weights
 
 
-def _unreadable(path: Path, error: Exception, cure: str) -> DamagedError:
+def _unreadable(path: Path, kind: str, error: Exception, cure: str) -> DamagedError:
     if isinstance(error, FileNotFoundError):
         return DamagedError(path, "missing", cure)
-    return DamagedError(path, "unreadable" if path.is_file() and path.stat().st_size else "empty", cure)
+    empty = path.is_file() and not path.stat().st_size
+    return DamagedError(path, "empty" if empty else f"not readable as {kind}", cure)
 
 
 @functools.cache  # once per file
