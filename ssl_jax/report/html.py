@@ -82,8 +82,9 @@ def read_run(folder: RunFolder) -> RunRecord:
         finished = folder.exported()
     except DamagedError as error:
         log.warning("%s", error)
-    if finished and not steps:
-        log.warning("%s: empty, damaged or missing; the training curves are lost", folder.metrics)
+    last = steps[-1]["step"] if steps else 0
+    if finished and last < (total := read_json(folder.encoder / "encoder.json").get("step", 0)):
+        log.warning("%s: ends at step %d of %d; what is missing is lost", folder.metrics, last, total)
     return RunRecord(
         folder,
         config,
