@@ -52,7 +52,8 @@ class Folder:
         try:
             return read_json(self.environment)
         except DamagedError as error:
-            log.warning("%s; begun anew, as what was recorded in it is lost", error.damage)
+            lost = "its versions and commands are lost, and what depends on the machine is decided again"
+            log.warning("%s; begun anew: %s", error.damage, lost)
             write_json(self.environment, {})
             return {}
 

@@ -184,7 +184,7 @@ def finished(tmp_path_factory):
     setup = train.set_up(config, Images())
     state = train.init_state(setup, 0, make_mesh(1, 16))._replace(step=jax.numpy.int32(2))
     with contextlib.ExitStack() as stack:
-        folder.enter(config, 2, stack, conv="native")
+        folder.enter(config, 2, stack, conv=lambda: "native")
     checkpoint.save(folder.checkpoints, 2, state, keep=1)
     as_run = dataclasses.replace(config, model=dataclasses.replace(config.model, conv="native"))
     export(folder.encoder, encoder_of(setup, as_run, state))
