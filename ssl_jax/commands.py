@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -466,7 +467,7 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
     rows = list(zip(*columns.values(), shares.tolist(), strict=True))
     if path.suffix == ".json":
         listed = [dict(zip(columns, first)) | {"probabilities": dict(zip(classes, p))} for *first, p in rows]
-        files.write_json(path, listed)
+        files.write_bytes(path, (json.dumps(listed, indent=1) + "\n").encode())
     else:
         files.write_csv(path, [*columns, *classes], [[*first, *p] for *first, p in rows], end="\r\n")
 
