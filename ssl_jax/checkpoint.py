@@ -104,6 +104,7 @@ class Checkpoints:
         shapes than those of `like`, or if no checkpoint is sound.
         """
         self.wait()
+        parallel.run_on_main(self._remove_leftovers)
         found = parallel.run_on_main(self.steps)
         for step in reversed(found):
             path = self._path(step)
@@ -130,9 +131,13 @@ class Checkpoints:
         """Removes old checkpoints and what a killed run left. No save is under way."""
         for step in self.steps()[: -self.keep]:
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a step's name.
+            # The new name is new indeed: an earlier removal of the same step may have failed halfway.
             path = self._path(step)
-            path.rename(path.with_suffix(REMOVED))
-        for pattern in (f"*{REMOVED}", f"*{TEMPORARY}*"):
+            path.rename(tempfile.mkdtemp(prefix=f"{path.name}{REMOVED}", dir=self.folder))
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        for pattern in (f"*{REMOVED}*", f"*{TEMPORARY}*"):
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 

@@ -1,6 +1,5 @@
 """A fine-tuned classifier on disk: classifier.safetensors, with torchvision's names, and classifier.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +10,50 @@ from ssl_jax.encoder import rebuild
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import Classifier
 
+# What `ssl-jax finetune` writes, in this order, before classifier.json. Without that, it is what a killed one left.
+PARTS = ("classifier.safetensors", "test.csv", "reliability.png")
+AGAIN = "remove the folder and run its `ssl-jax finetune` command again"
 
-def save_classifier(folder: Path, classifier: Classifier, about: dict[str, Any]) -> None:
-    import safetensors.numpy
 
+def begin_classifier(folder: Path, flag: str) -> None:
+    """Removes what a killed `finetune` left in a folder. Raises UserError if there is anything else in it."""
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    parts = PARTS if (folder / PARTS[0]).exists() else ()  # a test.csv alone may be anybody's
+    left = [path for path in found if path.name in parts or files.is_leftover(path)]
+    if len(left) < len(found) or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{flag}={folder}: exists already; allowed: a new folder")
+    for path in left:
+        path.unlink()
+
+
+def save_weights(folder: Path, classifier: Classifier) -> None:
+    """Writes classifier.safetensors. Raises UserError if a weight is not finite."""
     from ssl_jax.models import to_torch
 
     weights = to_torch(classifier.params["encoder"], classifier.stats)
     # torchvision's names for the classification layer.
     weights["fc.weight"] = np.asarray(classifier.params["head"]["w"]).T
     weights["fc.bias"] = np.asarray(classifier.params["head"]["b"])
-    content = safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in weights.items()})
-    files.write_bytes(folder / "classifier.safetensors", content)
+    files.write_weights(folder / "classifier.safetensors", weights)
+
+
+def save_about(folder: Path, about: dict[str, Any]) -> None:
+    """Writes classifier.json. It comes last: with it the classifier is complete."""
     files.write_json(folder / "classifier.json", about)
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
-    """(classifier, the content of classifier.json)."""
-    import safetensors.numpy
-
+    """(classifier, the content of classifier.json). Raises UserError if there is none or it is damaged."""
     path = folder / "classifier.json"
     if not path.is_file():
-        raise UserError(f"--workdir={folder}: no classifier.json; allowed: a folder made by `ssl-jax finetune`")
-    about = json.loads(path.read_text())
-    encoder = rebuild(about, folder / "classifier.safetensors")
-    weights = safetensors.numpy.load_file(folder / "classifier.safetensors")
-    head = {"w": weights["fc.weight"].T, "b": weights["fc.bias"]}
-    params = {"encoder": encoder.params, "head": head}
+        unfinished = (folder / "classifier.safetensors").exists()
+        made = "a folder made by `ssl-jax finetune`"
+        hint = "its `ssl-jax finetune` command has not ended; run it again" if unfinished else f"allowed: {made}"
+        raise UserError(f"--workdir={folder}: no classifier.json; {hint}")
+    about = files.read_json(path, AGAIN)
+    weights = files.read_weights(folder / "classifier.safetensors", AGAIN)
+    encoder = rebuild(about, weights)
+    params = {"encoder": encoder.params, "head": {"w": weights["fc.weight"].T, "b": weights["fc.bias"]}}
     return Classifier(encoder, params, encoder.stats, about["chosen"]), about
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -204,18 +205,19 @@ def _parse_part(cells: str) -> tuple[int, int] | None:
 def finetune(
     workdir: str, data: str, out: str, test: str = "", seed: int = 0, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Writes out/classifier.safetensors and out/classifier.json; prints the validation score and the test score.
+    """Writes out/classifier.safetensors and, last, out/classifier.json; prints the validation and the test score.
 
     With test data it also writes out/test.csv, the prediction for every image, and for multi-label data
-    out/reliability.png. Returns the content of classifier.json.
+    out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of
+    classifier.json.
     """
-    from ssl_jax.classifier import save_classifier
+    from ssl_jax.classifier import begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds
     from ssl_jax.evaluate.finetuning import finetune as fit_classifier
 
     encoder, config = load_encoder(workdir), settings_of(Path(workdir), overrides)
     folder = Path(out)
-    _require_new(folder, "--out")
+    begin_classifier(folder, "--out")
     source = open_source(encoder.data(data_of(data, "--data", config.data)))
     train, classes = labelled_part(source, source, data), source.classes
     held_out = None
@@ -229,12 +231,12 @@ def finetune(
     about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}
     if source.multilabel and classifier.held_out:
         about["thresholds"] = choose_thresholds(*classifier.held_out, classes, config.finetune.sensitivity)
-    save_classifier(folder, classifier, about)
+    save_weights(folder, classifier)
     _print_numbers(about["chosen"])
     if held_out:
         title = "Phantoms: reliability" if phantom_of(data_of(test, "--test", config.data)) else "Reliability"
         about["test"] = _test_classifier(classifier, held_out, classes, about.get("thresholds", {}), folder, title)
-        files.write_json(folder / "classifier.json", about)
+    save_about(folder, about)
     print(f"classifier: {out}")
     return about
 
@@ -445,11 +447,6 @@ def _train_and_test(encoder: Encoder, config: Config, data: str, test: str) -> t
     return kept, held_out, "20 % of the labelled images, held out (pretraining may have seen them, without labels)"
 
 
-def _require_new(folder: Path, flag: str) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{flag}={folder}: exists already; allowed: a new folder")
-
-
 def _require_ending(path: Path, flag: str, endings: Sequence[str]) -> None:
     if path.suffix not in endings:
         raise UserError(f"{flag}={path}: unknown ending {path.suffix!r}; allowed: {', '.join(endings)}")
@@ -470,7 +467,7 @@ def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: 
     rows = list(zip(*columns.values(), shares.tolist(), strict=True))
     if path.suffix == ".json":
         listed = [dict(zip(columns, first)) | {"probabilities": dict(zip(classes, p))} for *first, p in rows]
-        files.write_json(path, listed)
+        files.write_bytes(path, (json.dumps(listed, indent=1) + "\n").encode())
     else:
         files.write_csv(path, [*columns, *classes], [[*first, *p] for *first, p in rows], end="\r\n")
 

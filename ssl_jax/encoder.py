@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from ssl_jax.augment import center_view
 from ssl_jax.config import Config, Data, Model
-from ssl_jax.errors import UserError
-from ssl_jax.files import write_bytes, write_json
+from ssl_jax.errors import UserError, first_line
+from ssl_jax.files import COPY, read_json, read_weights, write_json, write_weights
 from ssl_jax.models import build_encoder, from_torch, normalization, resolve_model, to_torch
 from ssl_jax.network import Network
 from ssl_jax.run_folder import RunFolder
@@ -71,11 +71,11 @@ def _metadata(model: Model, size: int, channels: int, **more: Any) -> dict[str, 
 
 
 def export(folder: Path, encoder: Encoder) -> None:
-    """Writes encoder.safetensors (torchvision's names and layouts) and encoder.json, from which `rebuild` works."""
-    import safetensors.numpy
+    """Writes encoder.safetensors (torchvision's names and layouts) and encoder.json, from which `rebuild` works.
 
-    weights = {k: np.ascontiguousarray(v) for k, v in to_torch(encoder.params, encoder.stats).items()}
-    write_bytes(folder / "encoder.safetensors", safetensors.numpy.save(weights))
+    encoder.json comes last: with it the export is complete. Raises UserError if a weight is NaN or infinite.
+    """
+    write_weights(folder / "encoder.safetensors", to_torch(encoder.params, encoder.stats))
     write_json(folder / "encoder.json", encoder.about)
 
 
@@ -87,7 +87,7 @@ def encoder_metadata(config: Config, size: int, channels: int, step: int) -> dic
 def load_encoder(path: str | Path) -> Encoder:
     """The encoder of a run folder, or of a folder written by `export`.
 
-    Raises UserError if there is none, or if the weights do not fit the architecture in encoder.json.
+    Raises UserError if there is none, if it is damaged, or if the weights do not fit the architecture in encoder.json.
     """
     folder = Path(path)
     folder = RunFolder(path).encoder if RunFolder(path).encoder.is_dir() else folder
@@ -95,28 +95,21 @@ def load_encoder(path: str | Path) -> Encoder:
         unfinished = RunFolder(path).checkpoints.is_dir()
         hint = "the run has not ended; run its pretrain command again" if unfinished else "allowed: a run folder"
         raise UserError(f"{path}: no encoder.json; {hint}")
-    about = json.loads((folder / "encoder.json").read_text())
-    return rebuild(about, folder / "encoder.safetensors")
+    cure = f"{RunFolder.again}, or {COPY}"
+    about = read_json(folder / "encoder.json", cure)
+    return rebuild(about, read_weights(folder / "encoder.safetensors", cure))
 
 
-def rebuild(about: dict[str, Any], weights: Path) -> Encoder:
-    """The encoder that `about` describes, with the weights of a .safetensors file."""
-    model: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
-    encoder = random_encoder(dataclasses.replace(Model(**model), init=""), about["size"], about["channels"], seed=0)
-    params, stats = load_weights(weights, encoder.params, encoder.stats)
-    return encoder._replace(params=params, stats=stats, about=about)
-
-
-def load_weights(path: Path, params: Any, stats: Any) -> tuple[Any, Any]:
-    """`params` and `stats` with their values replaced by those of a .safetensors file with torchvision's names."""
-    import safetensors
-    import safetensors.numpy
-
+def rebuild(about: dict[str, Any], weights: Mapping[str, np.ndarray]) -> Encoder:
+    """The encoder that `about` describes, with these weights under torchvision's names."""
     try:
-        weights = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: not a readable .safetensors file ({error})") from error
-    return from_torch(weights, params, stats)
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
+        model, size, channels = Model(**{**options, "init": ""}), about["size"], about["channels"]
+    except (KeyError, TypeError, AttributeError) as error:  # a file that somebody has edited
+        raise UserError(f"encoder.json or classifier.json: describes no encoder ({first_line(error)})") from error
+    encoder = random_encoder(model, size, channels, seed=0)
+    params, stats = from_torch(weights, encoder.params, encoder.stats)
+    return encoder._replace(params=params, stats=stats, about=about)
 
 
 def started_from(network: Network, init: str) -> Network:
@@ -129,6 +122,7 @@ def started_from(network: Network, init: str) -> Network:
         raise UserError(f"config.model.init={init!r}: not found; allowed: a run folder or a .safetensors file")
 
     def load(rng, x):
-        return load_weights(path, *network.init(rng, x))
+        weights = read_weights(path, f"config.model.init needs a run folder or a sound .safetensors file; {COPY}")
+        return from_torch(weights, *network.init(rng, x))
 
     return network._replace(init=load)

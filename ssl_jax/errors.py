@@ -20,6 +20,14 @@ class NoPartError(UserError):
     """The data lack the part that was asked for, such as a test split."""
 
 
+class DamagedError(UserError):
+    """A file that this library wrote has changed since, or is cut short. damage: the error without the way out."""
+
+    def __init__(self, path: object, problem: str, cure: str):
+        self.damage = f"{path}: damaged ({problem})"
+        super().__init__(f"{self.damage}; {cure}")
+
+
 class UnreadableError(Exception):
     """The bytes of an image cannot be decoded; str() says why in one line. The caller decides what to do about it."""
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import sys
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax.config import Config, differences, from_json, resolve, to_json
-from ssl_jax.errors import BusyError, UserError
-from ssl_jax.files import read_json, write_json
+from ssl_jax.errors import BusyError, DamagedError, UserError
+from ssl_jax.files import COPY, json_digest, read_json, read_weights, remove_leftovers, write_json
 
+log = logging.getLogger("ssl_jax")
 PACKAGES = ("ssl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 # These say where a run computes and what is recorded of it, not what it computes: they may change when it resumes.
 FREE_KEYS = ("config.train.devices:", "config.train.shard:", "config.train.profile:")
@@ -27,7 +29,11 @@ class Folder:
 
     config.json   every option, resolved      environment.json   versions, devices, machine, commands
     report.html   everything on one page
+
+    again: the command that makes damaged files of the folder anew, in words
     """
+
+    again = ""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -36,10 +42,20 @@ class Folder:
         self.report = self.path / "report.html"
 
     def read_config(self) -> dict[str, Any]:
-        """The saved config, as `config.to_json` wrote it."""
+        """The saved config, as `config.to_json` wrote it. Raises UserError if there is none or it is damaged."""
         if not self.config.exists():
             raise UserError(f"--workdir={self.path}: no config.json; allowed: a folder made by `ssl-jax pretrain`")
-        return json.loads(self.config.read_text())
+        return read_json(self.config, self.again)
+
+    def read_environment(self) -> dict[str, Any]:
+        """The content of environment.json; a damaged one is begun anew, with a warning."""
+        try:
+            return read_json(self.environment)
+        except DamagedError as error:
+            lost = "its versions and commands are lost, and what depends on the machine is decided again"
+            log.warning("%s; begun anew: %s", error.damage, lost)
+            write_json(self.environment, {})
+            return {}
 
     @contextlib.contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[None]:
@@ -75,7 +91,7 @@ class Folder:
             **more,
         }
         command = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "argv": sys.argv}
-        now["commands"] = [*read_json(self.environment).get("commands", []), command]
+        now["commands"] = [*self.read_environment().get("commands", []), command]
         write_json(self.environment, now)
 
 
@@ -87,6 +103,8 @@ class RunFolder(Folder):
     evaluation/     one file per evaluation        views.png      what the transforms do
     profile/        config.train.profile's trace
     """
+
+    again = "run its `ssl-jax pretrain` command again, which makes it anew"
 
     def __init__(self, path: str | Path):
         super().__init__(path)
@@ -105,11 +123,22 @@ class RunFolder(Folder):
         Raises UserError if the folder holds something else or another config, naming the keys that differ.
         """
         new = json.loads(json.dumps(to_json(config)))
-        if self.config.exists():
+        begun = self.checkpoints.exists() or self.metrics.exists()
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--workdir={self.path}: is a file; allowed: a folder, new or of an earlier run")
+        try:
+            saved = read_json(self.config, f"{COPY}, or remove the folder to start again")
+        except DamagedError as error:
+            if begun and not self._began_with(new):
+                raise
+            log.warning("%s; written anew", error.damage)
+            saved = new
+            write_json(self.config, new)
+        if saved:
             # The config of an older version lacks newer keys: they take their defaults.
-            saved = json.loads(json.dumps(to_json(resolve(from_json(self.read_config())))))
+            saved = json.loads(json.dumps(to_json(resolve(from_json(saved)))))
             changed = [key for key in differences(saved, new) if not key.startswith(FREE_KEYS)]
-            if changed and (self.checkpoints.exists() or self.metrics.exists()):
+            if changed and begun:
                 raise UserError(
                     f"--workdir={self.path}: holds a run of another config ({'; '.join(changed)}); "
                     "allowed: the same config, to resume it, or another folder"
@@ -117,11 +146,16 @@ class RunFolder(Folder):
             if changed:
                 write_json(self.config, new)
             return
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--workdir={self.path}: is a file; allowed: a folder, new or of an earlier run")
-        if self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+        empty = not self.path.is_dir() or all(p.name.startswith(".") for p in self.path.iterdir())
+        if not empty and not self._began_with(new):
             raise UserError(f"--workdir={self.path}: not empty and not a run folder; allowed: a new folder")
         write_json(self.config, new)
+
+    def _began_with(self, config: dict[str, Any]) -> bool:
+        """Whether the run here began with this config, as environment.json tells where config.json is lost."""
+        with contextlib.suppress(DamagedError):
+            return read_json(self.environment).get("config") == _digest(config)
+        return False
 
     def enter(
         self, config: Config, steps: int, stack: contextlib.ExitStack, **settings: Callable[[], Any]
@@ -129,23 +163,44 @@ class RunFolder(Folder):
         """Locks the folder until `stack` closes, and starts or continues the run in it.
 
         settings: functions of what depends on the machine. Their values are recorded in environment.json when a run
-        begins, and it keeps them. Returns {"finished": True} for a complete run, else these values and False.
+        begins, and it keeps them. Returns {"finished": True} for a complete run, else these values and False. A run
+        whose export is damaged is not complete: the export is made anew.
         """
-        finished = self.finished(steps)
+        damage = ""
+        try:
+            finished = self.exported(steps)
+        except DamagedError as error:
+            finished, damage = False, error.damage
         # A finished run is only read: tasks of a study that start at the same time all need its encoder.
         stack.enter_context(self.lock(shared=finished))
         self.start(config)
+        remove_leftovers(self.path, self.encoder, self.evaluation)
         if finished:
             return {"finished": True}
-        before = read_json(self.environment)
+        if damage:
+            kept = any(self.checkpoints.glob("[0-9]*"))
+            log.warning("%s; made anew from %s", damage, "a checkpoint" if kept else "the start, without a checkpoint")
+        before = self.read_environment()
         values = {key: before[key] if key in before else decide() for key, decide in settings.items()}
-        self.record_environment(**values)
+        self.record_environment(config=_digest(to_json(config)), **values)
         return {**values, "finished": False}
 
     def finished(self, steps: int | None = None) -> bool:
-        """Whether the run has exported its encoder; with `steps`, whether that encoder trained for so many."""
-        about = read_json(self.encoder / "encoder.json")
-        return bool(about) and steps in (None, about.get("step"))
+        """As `exported`; a damaged export counts as none."""
+        with contextlib.suppress(DamagedError):
+            return self.exported(steps)
+        return False
+
+    def exported(self, steps: int | None = None) -> bool:
+        """Whether the run has exported its encoder; with `steps`, whether that encoder trained for so many.
+
+        Raises DamagedError if the export is damaged or a part of it is lost.
+        """
+        about = read_json(self.encoder / "encoder.json", self.again)
+        if not about or steps not in (None, about.get("step")):
+            return False
+        read_weights(self.encoder / "encoder.safetensors", self.again)
+        return True
 
 
 class StudyFolder(Folder):
@@ -155,6 +210,8 @@ class StudyFolder(Folder):
     study.json   classes, their frequencies, sizes    test.npz   labels, names and patients of the test images
     results.csv, summary.csv, summary.md, classes.csv, patients.csv, curve.png, gain_by_class.png: see `report.summary`
     """
+
+    again = "run its `ssl-jax study` command again, which makes it anew"
 
     def __init__(self, path: str | Path):
         super().__init__(path)
@@ -183,6 +240,12 @@ class StudyFolder(Folder):
     def exists(self) -> bool:
         """Whether this is the folder of a study rather than of a run."""
         return self.about.is_file() or bool(self.pretrainings())
+
+
+def _digest(config: dict[str, Any]) -> str:
+    """Of a config without FREE_KEYS. In environment.json it tells later whether a command has the config of the run."""
+    free = [key.removeprefix("config.train.").removesuffix(":") for key in FREE_KEYS]
+    return json_digest({**config, "train": {k: v for k, v in config["train"].items() if k not in free}})
 
 
 def _is_installed(package: str) -> bool:

@@ -21,17 +21,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ssl_jax import files
 from ssl_jax.config import Config, Data, Finetune, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_indices, labelled_part
 from ssl_jax.data.source import Source
 from ssl_jax.encoder import Encoder
-from ssl_jax.errors import NoPartError, UserError, unknown
+from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import finetune, predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.subsets import nested_subset
-from ssl_jax.files import write_json, write_npz
+from ssl_jax.files import read_json, read_npz, remove_leftovers, write_json, write_npz
 from ssl_jax.report.summary import write_all, write_tables
 from ssl_jax.report.tables import Cell, Row
 from ssl_jax.run_folder import RunFolder, StudyFolder
@@ -173,11 +174,11 @@ def run_study(
         examples, indices = subsets.of(cell_id), subsets.draws[cell_id.labels, cell_id.seed]
         key = evaluator.key(cell_id, digest, indices, examples)
         path = StudyFolder(workdir).cell(*cell_id)
-        cell = _load(path, key)
+        cell = _load(path, key, log)
         if cell is None:
             cell, scores = evaluator.run(cell_id, encoder, digest, examples)
             _save(path, cell | {"key": key}, scores, indices)
-            note, cell = progress.add(cell["seconds"]), json.loads(path.read_text())  # as a later run will read it
+            note, cell = progress.add(cell["seconds"]), read_json(path)  # as a later run will read it
         else:
             note = progress.skip()
         cells.append(cell)
@@ -311,20 +312,28 @@ def _encoder_digest(encoder: Encoder) -> str:
     return hashlib.sha256((metadata + _digest(*map(np.asarray, leaves))).encode()).hexdigest()
 
 
-def _load(path: Path, key: str) -> Cell | None:
-    """The finished cell at `path`; None if there is none with this key."""
+def _load(path: Path, key: str, log: Callable[[str], None]) -> Cell | None:
+    """The finished cell at `path`; None if there is none with this key, or if it is damaged, which is told."""
     try:
-        cell = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        cell = read_json(path)
+        if cell.get("key") != key:
+            return None
+        arrays = read_npz(path.with_suffix(".npz"), ("scores", "indices"))
+        if cell.get("arrays") not in (None, files.digest(arrays)):  # None: an older cell
+            raise DamagedError(path.with_suffix(".npz"), "is not of this cell", "")
+        return cell
+    except DamagedError as error:
+        log(f"{error.damage}; running the cell again")
         return None
-    return cell if cell.get("key") == key and path.with_suffix(".npz").exists() else None
 
 
 def _save(path: Path, cell: Cell, scores: np.ndarray, indices: np.ndarray) -> None:
     """The .json is written last: if it exists, the cell is complete."""
     path.unlink(missing_ok=True)
-    write_npz(path.with_suffix(".npz"), scores=scores.astype(np.float32), indices=indices)
-    write_json(path, cell)
+    remove_leftovers(path.parent)
+    arrays = {"scores": scores.astype(np.float32), "indices": indices}
+    write_npz(path.with_suffix(".npz"), **arrays)
+    write_json(path, {**cell, "arrays": files.digest(arrays)})
 
 
 def _write_metadata(config: Config, workdir: Path, train: Source, test: Source, test_labels: np.ndarray) -> None:
@@ -341,6 +350,7 @@ def _write_metadata(config: Config, workdir: Path, train: Source, test: Source, 
         "pretrainings": min(config.study.pretrainings, config.study.seeds),
         "seeds": config.study.seeds,
     }
+    remove_leftovers(workdir)
     write_json(StudyFolder(workdir).config, to_json(config))
     write_json(StudyFolder(workdir).about, metadata)
 

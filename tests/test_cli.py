@@ -98,7 +98,10 @@ def test_evaluate_and_recompute_from_saved_predictions(trained, protocol, capsys
 
 
 def test_finetune_then_predict(images, trained, capsys):
+    """In a folder where an earlier fine-tuning was killed."""
     out = images / "classifier"
+    out.mkdir()
+    (out / "classifier.safetensors").write_bytes(b"cut sh")
     more = ["--config.finetune.steps=60", "--config.finetune.batch=16"]
     assert ssl_jax("finetune", f"--workdir={trained}", f"--data={images / 'labelled.csv'}", f"--out={out}", *more) == 0
     table = images / "predictions.csv"

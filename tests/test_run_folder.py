@@ -2,10 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from ssl_jax.errors import BusyError, UserError
-from ssl_jax.files import read_json, read_lines, write_bytes, write_json
+from ssl_jax.files import read_json, read_lines, write_bytes, write_json, write_weights
 from ssl_jax.run_folder import RunFolder, StudyFolder
 from ssl_jax.train.writers import JsonLines
 
@@ -14,6 +15,8 @@ def test_a_run_is_finished_when_its_encoder_is_there(tmp_path):
     run = RunFolder(tmp_path)
     assert not run.finished() and not run.finished(10)
     write_json(run.encoder / "encoder.json", {"step": 10})
+    assert not run.finished()
+    write_weights(run.encoder / "encoder.safetensors", {"w": np.ones(3, np.float32)})
     assert run.finished() and run.finished(10) and not run.finished(20)
 
 

@@ -5,7 +5,6 @@ folder, an entry point of an installed package, or an import path (see `ssl_jax.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ssl_jax import fields, registry
 from ssl_jax.config import Data
 from ssl_jax.data.source import Partners, Source, batches, order
 from ssl_jax.errors import UserError
+from ssl_jax.files import read_json
 
 __all__ = ["Partners", "Source", "batches", "open_source", "order", "phantom"]
 
@@ -43,5 +43,5 @@ def phantom(data: Data) -> dict[str, Any] | None:
     path = Path(data.path)
     for folder in (path, path.parent) if data.path else ():
         if (folder / "phantom.json").is_file():
-            return json.loads((folder / "phantom.json").read_text())
+            return read_json(folder / "phantom.json")
     return None

@@ -2,8 +2,8 @@
 
 A store is a folder for one shape and window, shared by all data sets. images.u8 contains the images one after another.
 index.jsonl has one line per file: path, size in bytes, time of last change (ns), position in images.u8, CRC-32 of the
-image; the last line of a path counts. Images are written before their lines, so a killed process loses only the images
-that it decoded last.
+image, CRC-32 of what stands before it in the line; the last line of a path counts. Images are written before their
+lines, so a killed process loses only the images that it decoded last. Images whose line is damaged are decoded again.
 """
 
 import contextlib
@@ -25,10 +25,11 @@ from PIL import ImageColor
 from ssl_jax.config import Data
 from ssl_jax.data.source import printable
 from ssl_jax.errors import UnreadableError, UserError
+from ssl_jax.files import remove_leftovers, write_bytes
 from ssl_jax.progress import counting
 
 log = logging.getLogger("ssl_jax")
-VERSION = 1  # raise it when decoding gives different pixels, so that older caches are not used
+VERSION = 2  # raise it when decoding gives different pixels or a line another form, so that older caches are not used
 GROUP = 64  # images per thread that are decoded between two writes
 
 
@@ -60,7 +61,7 @@ def cached(
     try:
         store = Store(folder, shape)
         missing = [i for i, stamp in enumerate(stamps) if stamp and not store.has(names[i], stamp)]
-        if missing:
+        if missing or store.damaged:
             with store.filling():
                 # Another process may have added some of them.
                 missing = [i for i in missing if not store.has(names[i], stamps[i])]
@@ -127,6 +128,20 @@ def _stamp(name: str) -> tuple[int, int] | None:
     return status.st_size, status.st_mtime_ns
 
 
+def _line(name: str, entry: Entry) -> str:
+    text = json.dumps([name, *entry])
+    return f"{text[:-1]}, {zlib.crc32(text[:-1].encode())}]\n"
+
+
+def _parse(line: bytes) -> tuple[str, Entry] | None:
+    """(path, entry) of a line of the index; None if it is damaged."""
+    text, _, checksum = line.rpartition(b", ")
+    if checksum != b"%d]" % zlib.crc32(text):
+        return None
+    name, *entry = json.loads(text + b"]")
+    return name, Entry(*entry)
+
+
 class Store:
     """The images of one shape. Any number of processes may read, but only one at a time may add (`filling`)."""
 
@@ -139,16 +154,21 @@ class Store:
         self._lines = folder / "index.jsonl"
         self.index: dict[str, Entry] = {}
         self._next_position = 0
-        self._read_index()
+        self.damaged = 0  # lines of the index
+        if lines := self._read_index():
+            log.warning("%s: %d lines are damaged; their images are decoded again", self._lines, lines)
+        elif not self.index and images.stat().st_size:
+            log.warning("%s: empty or missing; all images are decoded again", self._lines)
 
     def _read_index(self) -> int:
-        """Reads all complete lines and returns their length in bytes. A kill may have cut off the last line."""
+        """Reads all sound lines and returns how many are damaged. A last line that a kill cut off does not count."""
         content = self._lines.read_bytes() if self._lines.exists() else b""
-        end = content.rfind(b"\n") + 1
-        for line in content[:end].splitlines():
-            name, *entry = json.loads(line)
-            self._insert(name, Entry(*entry))
-        return end
+        *lines, self._torn = content.split(b"\n")
+        parsed = [_parse(line) for line in lines]
+        for entry in filter(None, parsed):
+            self._insert(*entry)
+        self.damaged = parsed.count(None)
+        return self.damaged
 
     def _insert(self, name: str, entry: Entry) -> None:
         self.index[name] = entry
@@ -167,9 +187,10 @@ class Store:
             except BlockingIOError:
                 log.warning("%s: another process is filling this cache; waiting for it", self.folder)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            end = self._read_index()
-            if self._lines.exists():
-                os.truncate(self._lines, end)
+            remove_leftovers(self.folder)
+            if self._read_index() or self._torn:
+                lines = (_line(name, entry) for name, entry in self.index.items())
+                write_bytes(self._lines, "".join(lines).encode(), durable=False)
             yield
 
     def add(self, images: Sequence[tuple[str, int, int, np.ndarray | str]]) -> None:
@@ -184,7 +205,7 @@ class Store:
                 self.write(image, position)
                 entry = Entry(size, changed, position, _checksum(image))
             self._insert(name, entry)
-            lines.append(json.dumps([name, *entry]) + "\n")
+            lines.append(_line(name, entry))
         with self._lines.open("a") as file:
             file.write("".join(lines))
 

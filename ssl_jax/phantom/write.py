@@ -2,7 +2,6 @@
 
 import functools
 import io
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from ssl_jax.errors import UserError
-from ssl_jax.files import write_bytes, write_csv
+from ssl_jax.files import read_json, write_bytes, write_csv, write_json
 from ssl_jax.phantom.draw import draw
 from ssl_jax.phantom.patients import OBSERVATIONS, Exam, Patient, make_patient
 
@@ -75,8 +74,8 @@ def _begin(out: Path, about: dict[str, Any]) -> None:
     if not file.is_file():
         if any(out.iterdir()):
             raise UserError(f"--out={str(out)!r}: not empty; allowed: a new folder")
-        write_bytes(file, (json.dumps(about, indent=1) + "\n").encode())
-    saved = json.loads(file.read_text())
+        write_json(file, about)
+    saved = read_json(file)
     if saved != about:
         different = ", ".join(f"{key}={saved.get(key)}" for key in about if saved.get(key) != about[key])
         raise UserError(
@@ -158,7 +157,8 @@ def _write_patient(out: Path, seed: int, size: int, job: tuple[int, int, int | N
             masks.mkdir(parents=True, exist_ok=True)
         for name, mask in phantom.masks.items():
             (masks / f"{name}.png").write_bytes(_encode(mask.astype(np.uint8) * 255, "PNG", compress_level=1))
-        write_bytes(path, _encode(phantom.image, "JPEG", quality=QUALITY))  # last: an existing image has its masks
+        # Last: an existing image has its masks. Thousands of them are not worth waiting for the disk each time.
+        write_bytes(path, _encode(phantom.image, "JPEG", quality=QUALITY), durable=False)
     return [_row(patient, exam, view) for exam, view in views]
 
 

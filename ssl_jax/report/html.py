@@ -4,8 +4,8 @@ Each section is a function that returns HTML: "" leaves the section out, and a n
 passes through `escape`, as file and class names come from the user's disk.
 """
 
-import csv
 import json
+import logging
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,15 +18,17 @@ import numpy as np
 
 from ssl_jax import config as configs
 from ssl_jax.collapse import STD_COLLAPSED, rank_me
-from ssl_jax.errors import UserError
-from ssl_jax.files import read_json, read_lines, write_bytes
+from ssl_jax.errors import DamagedError, UserError
+from ssl_jax.files import read_csv, read_json, read_lines, read_text, write_bytes
 from ssl_jax.report import plots
 from ssl_jax.report.page import fold, markdown, note, number, page, percent, picture, table
 from ssl_jax.run_folder import RunFolder, StudyFolder
 
+log = logging.getLogger("ssl_jax")
 NARROW = 0.1  # embedding std below which the report warns that the embedding uses few directions
 # The metrics that all methods report.
 COMMON = {"step", "epoch", "loss", "grad_norm", "embedding_std", "lr", "probe_accuracy", "probe_loss", "collapsed"}
+COMPLETE = {"step", "epoch", "loss", "embedding_std"}  # what the report needs of a step
 MAX_IMAGES = 1000  # embedded for the neighbours and the map
 NEIGHBOURS, QUERIES = 6, 10
 MAX_CELLS = 20  # classes up to which the confusion matrix shows its numbers
@@ -75,15 +77,32 @@ def read_run(folder: RunFolder) -> RunRecord:
     config = folder.read_config()
     metrics = read_lines(folder.metrics)
     evaluations = sorted(folder.evaluation.glob("*.json"), key=lambda p: (p.stat().st_mtime, p.name))
+    steps, finished = [line for line in metrics if line.keys() >= COMPLETE], False
+    try:
+        finished = folder.exported()
+    except DamagedError as error:
+        log.warning("%s", error)
+    last = steps[-1]["step"] if steps else 0
+    if finished and last < (total := read_json(folder.encoder / "encoder.json").get("step", 0)):
+        log.warning("%s: ends at step %d of %d; what is missing is lost", folder.metrics, last, total)
     return RunRecord(
         folder,
         config,
-        [line for line in metrics if "loss" in line],
+        steps,
         [line for line in metrics if "loss" not in line],
-        read_lines(folder.timing),
-        [json.loads(path.read_text()) for path in evaluations],
-        folder.finished(),
+        [line for line in read_lines(folder.timing) if "images_per_s" in line],
+        [made for path in evaluations if (made := _sound(path, "its `ssl-jax evaluate` command makes it anew"))],
+        finished,
     )
+
+
+def _sound(path: Path, cure: str) -> dict[str, Any]:
+    """The content of a JSON file; {} if there is none. A damaged one is left out of the report, with a warning."""
+    try:
+        return read_json(path, f"left out of the report; {cure}")
+    except DamagedError as error:
+        log.warning("%s", error)
+        return {}
 
 
 def _run_page(run: RunRecord) -> str:
@@ -94,7 +113,7 @@ def _run_page(run: RunRecord) -> str:
         except (UserError, OSError) as error:
             missing = note(f"Not shown, nor is the embedding map: {error}")
     newest = run.evaluations[-1] if run.evaluations else None
-    environment = read_json(run.folder.environment)
+    environment = _sound(run.folder.environment, run.folder.again)
     sections = [
         ("Training curves", _curves(run) or note("No step has been logged yet.")),
         ("Views", _views(run.folder)),
@@ -112,17 +131,18 @@ def _run_page(run: RunRecord) -> str:
 
 
 def _study_page(folder: StudyFolder) -> str:
-    environment, about = read_json(folder.environment), read_json(folder.about)
-    config, phantom = read_json(folder.config), about.get("phantom")
+    environment, about = _sound(folder.environment, folder.again), read_json(folder.about, folder.again)
+    config, phantom = read_json(folder.config, folder.again), about.get("phantom")
     prefix = "Phantoms: " if phantom else ""
     unfinished = note("No results yet. Run the same command again to continue the study.")
     columns = "From left to right: how frequent each class is, and its gain at each number of labels"
+    summary = read_text(folder.summary_md, folder.again) if folder.summary_md.is_file() else ""
     sections = [
-        ("Result", markdown(folder.summary_md.read_text()) if folder.summary_md.is_file() else unfinished),
+        ("Result", markdown(summary) if summary else unfinished),
         ("Score by number of labels", picture(folder.curve, f"{prefix}Test score by number of labels.")),
         ("Gain by class", picture(folder.gain_by_class, f"{prefix}Gain of each class. {columns}.")),
-        ("All metrics", fold("summary.csv", _csv_table(folder.summary_csv))),
-        ("All classes", fold("classes.csv", _csv_table(folder.classes))),
+        ("All metrics", fold("summary.csv", _csv_table(folder.summary_csv, folder.again))),
+        ("All classes", fold("classes.csv", _csv_table(folder.classes, folder.again))),
     ]
     for pretraining in folder.pretrainings():
         run = read_run(pretraining)
@@ -433,7 +453,7 @@ def _flat(config: Mapping[str, Any], path: str = "config") -> dict[str, str]:
 
 
 def _environment(environment: Mapping[str, Any]) -> str:
-    rows = [[k, _join(v)] for k, v in environment.items() if k not in ("commands", "packages")]
+    rows = [[k, _join(v)] for k, v in environment.items() if k not in ("commands", "config", "packages")]
     rows += [[k, str(v)] for k, v in environment.get("packages", {}).items()]
     return table(["", "version or kind"], rows) if rows else ""
 
@@ -458,11 +478,10 @@ def _command(argv: Sequence[str]) -> str:
     return shlex.join([*(["python", argv[0]] if program.endswith(".py") else [program]), *argv[1:]])
 
 
-def _csv_table(path: Path) -> str:
+def _csv_table(path: Path, cure: str) -> str:
     if not path.is_file():
         return ""
-    with path.open(newline="") as file:
-        head, *rows = csv.reader(file)
+    head, *rows = read_csv(path, cure)
     return table([h.replace("_", " ") for h in head], [[_short(v) for v in row] for row in rows])
 
 

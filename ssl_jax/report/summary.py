@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.files import read_json, write_bytes
+from ssl_jax.files import read_json, read_npz, write_bytes
 from ssl_jax.report import figures
 from ssl_jax.report.tables import (
     Cell,
@@ -43,7 +43,8 @@ def write_tables(workdir: Path, cells: Sequence[Cell], baseline: str) -> list[Ro
 def write_all(workdir: Path, cells: Sequence[Cell], baseline: str) -> list[Row]:
     """Writes the tables again, then what needs every cell: gains by class, differences over patients, figures."""
     folder, cells = StudyFolder(workdir), _sorted(cells)
-    rows, metric, about = write_tables(workdir, cells, baseline), main_metric(cells), read_json(folder.about)
+    rows, metric = write_tables(workdir, cells, baseline), main_metric(cells)
+    about = read_json(folder.about, folder.again)
     share, prefix = about["share"], "Phantoms: " if about["phantom"] else ""
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
     class_metric = "recall" if metric == "top1" else "auc"
@@ -68,13 +69,13 @@ def _sorted(cells: Sequence[Cell]) -> list[Cell]:
 
 def _patients(folder: StudyFolder, cells: Sequence[Cell], baseline: str) -> list[Row]:
     """Rows of `over_patients` for multi-label data. An image without a group counts as a patient of its own."""
-    test = np.load(folder.test)
+    test = read_npz(folder.test, ("labels", "groups"), folder.again)
     if test["labels"].ndim == 1:
         return []
     scores: dict[tuple[str, int], list[np.ndarray]] = {}
     for cell in cells:
         path = folder.cell(cell["arm"], cell["labels"], cell["seed"]).with_suffix(".npz")
-        scores.setdefault((cell["arm"], cell["labels"]), []).append(np.load(path)["scores"])
+        scores.setdefault((cell["arm"], cell["labels"]), []).append(read_npz(path, ["scores"], folder.again)["scores"])
     stacked = {key: np.stack(each) for key, each in scores.items()}
     return over_patients(stacked, test["labels"], test["groups"], baseline)
 
@@ -83,7 +84,7 @@ def _summary(
     folder: StudyFolder, cells: Sequence[Cell], rows: Sequence[Row], baseline: str, patients: Sequence[Row] = ()
 ) -> str:
     """The text of summary.md."""
-    about, metric = read_json(folder.about), main_metric(cells)
+    about, metric = read_json(folder.about, folder.again), main_metric(cells)
     rows_of_metric = [row for row in rows if row["metric"] == metric]
     arms = list(dict.fromkeys(row["arm"] for row in rows_of_metric))
     others, seeds = [arm for arm in arms if arm != baseline], sorted({row["seeds"] for row in rows_of_metric})

@@ -22,6 +22,7 @@ from ssl_jax.errors import UserError, first_line, unknown
 from ssl_jax.files import read_json, read_lines, write_bytes, write_json
 
 GROUPS = ("metrics", "timing")
+REMOVE = "remove it, and the run goes on as a new one there"  # what to do about a damaged wandb.json or mlflow.json
 CLOSE_SECONDS = 60  # how long the end of a run waits for a tracker to send the rest
 
 Values = Mapping[str, float | str | None]  # None: not finite, as in JSON; text: a problem
@@ -145,7 +146,7 @@ class WandB:
         import wandb
 
         self.to_image, self.file = wandb.Image, folder / "wandb.json"
-        saved = read_json(self.file)
+        saved = read_json(self.file, REMOVE)
         try:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "ssl_jax"),
@@ -203,7 +204,7 @@ class MLflow:
         if not uri:
             uri, location = f"sqlite:///{folder / 'mlflow.db'}", (folder / "mlflow").as_uri()
         self.client = MlflowClient(uri)
-        self.id = str(read_json(folder / "mlflow.json").get("id", ""))
+        self.id = str(read_json(folder / "mlflow.json", REMOVE).get("id", ""))
         if self.id:
             try:
                 self.client.update_run(self.id, status="RUNNING")
