@@ -17,6 +17,7 @@ RUN = "run folder, written by `ssl-jax pretrain`"
 OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # accept --config.KEY=VALUE but have no --config
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 JSON = (False, "end the output with one line of JSON, for programs")
+DRY_RUN = (False, "say what this would read, need and write, after a few steps; write nothing")
 QUIET = (False, "print nothing but warnings and errors")
 MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png) or table of boxes (path,left,top,right,bottom,class)"
 
@@ -35,6 +36,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "model": ("", "architecture: model.name"),
             "config": ("", CONFIG),
             "cluster": (False, "join the other hosts of a TPU pod; SLURM, Open MPI and GKE need no flag"),
+            "dry_run": DRY_RUN,
         },
     ),
     "evaluate": (
@@ -56,6 +58,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "data": ("", f"images, some of them labelled (default: the config's): {DATA}"),
             "workdir": (..., "study folder to create or continue"),
             "cells": ("", "K/N: run only the K-th of N parts; 0/N: only pretrain"),
+            "dry_run": DRY_RUN,
         },
     ),
     "finetune": (
@@ -66,6 +69,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "out": (..., "folder for the classifier"),
             "test": ("", "labelled data to test on"),
             "seed": (0, "random seed"),
+            "dry_run": DRY_RUN,
             "json": JSON,
         },
     ),
@@ -229,7 +233,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     overrides, rest = _overrides(argv)
     values.set_gnu_getopt(True)  # flags may follow other words
     try:
-        words = values([f"ssl-jax {command}", *rest])[1:]
+        words = values([f"ssl-jax {command}", *("--dry_run" if item == "--dry-run" else item for item in rest)])[1:]
     except flags.UnrecognizedFlagError as error:
         raise unknown("flag", f"--{error.flagname}", (f"--{n}" for n in table)) from None
     except flags.Error as error:

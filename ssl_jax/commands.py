@@ -7,7 +7,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,17 @@ PROTOCOLS = ("knn", "linear", "finetune")
 READ = ("window", "frontal", "background")
 
 
-def pretrain(config: Config, workdir: str, cluster: bool = False) -> Encoder:
-    from ssl_jax import parallel
+def pretrain(config: Config, workdir: str, cluster: bool = False, dry_run: bool = False) -> Encoder | None:
+    from ssl_jax import dry_runs, parallel
     from ssl_jax.report.html import write_report
     from ssl_jax.train import fit
 
     parallel.join_processes(cluster)
     interrupts.take_back()
     folder = Path(workdir)
+    if dry_run:
+        _print_lines(dry_runs.pretraining(config, folder, open_source(config.data)))
+        return None
     encoder = fit(config, folder)
     if parallel.is_main_process():
         print(f"encoder: {RunFolder(folder).encoder}\nreport:  {write_report(folder)}")
@@ -144,19 +147,23 @@ def _log_odds(shares: np.ndarray) -> np.ndarray:
     return np.log(shares) - np.log1p(-shares)
 
 
-def study(config: Config, workdir: str, cells: str = "") -> None:
+def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) -> None:
     """Pretrains the arms that need it in workdir/pretrain/<arm>, then runs the cells; see `ssl_jax.study`.
 
     cells: "0/N" only pretrains, and several such processes share the arms. "K/N" runs the K-th of N parts of the cells
     with encoders that are already there; if one is missing, it raises SystemExit(75), "try again later". "" does
     everything that is left and writes the tables.
     """
+    from ssl_jax import dry_runs
     from ssl_jax import study as studies
     from ssl_jax.report.html import write_report
     from ssl_jax.train import REQUEUE, fit
 
     folder, part = StudyFolder(workdir), _parse_part(cells)
     pretrainings = studies.pretrainings(config)  # a mistake in any arm is an error before the first one trains
+    if dry_run:
+        _print_lines(dry_runs.study(config, folder, pretrainings))
+        return
     with folder.lock(shared=part is not None):
         folder.record_environment()
         runs = {key: folder.pretraining(*key) for key in pretrainings}
@@ -203,7 +210,13 @@ def _parse_part(cells: str) -> tuple[int, int] | None:
 
 
 def finetune(
-    workdir: str, data: str, out: str, test: str = "", seed: int = 0, overrides: Sequence[str] = ()
+    workdir: str,
+    data: str,
+    out: str,
+    test: str = "",
+    seed: int = 0,
+    dry_run: bool = False,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes out/classifier.safetensors and, last, out/classifier.json; prints the validation and the test score.
 
@@ -211,18 +224,23 @@ def finetune(
     out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of
     classifier.json.
     """
+    from ssl_jax import dry_runs
     from ssl_jax.classifier import begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds
     from ssl_jax.evaluate.finetuning import finetune as fit_classifier
 
     encoder, config = load_encoder(workdir), settings_of(Path(workdir), overrides)
     folder = Path(out)
-    begin_classifier(folder, "--out")
+    if not dry_run:
+        begin_classifier(folder, "--out")
     source = open_source(encoder.data(data_of(data, "--data", config.data)))
     train, classes = labelled_part(source, source, data), source.classes
     held_out = None
     if test:  # before training, which a misspelt class would otherwise waste
         held_out = labelled_part(_open_test(encoder, config, test, data), source, test)
+    if dry_run:
+        _print_lines(dry_runs.finetuning_run(encoder, config, train, folder))
+        return {}
     print(f"fine-tuning on {len(train.labels)} labelled images, classes: {', '.join(classes)}", flush=True)
     options: Any = {"classes": len(classes), "settings": config.finetune, "seed": seed, "groups": train.source.groups}
     classifier = fit_classifier(encoder, train.source.arrays(), train.labels, **options)
@@ -422,6 +440,11 @@ def needs_labels(method: str) -> bool:
 
 
 # Shared by several commands.
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def _open_test(encoder: Encoder, config: Config, test: str, data: str) -> Source:

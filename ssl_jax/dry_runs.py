@@ -6,7 +6,7 @@ import itertools
 import shutil
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import numpy as np
 
 from ssl_jax import parallel
 from ssl_jax.config import Config
-from ssl_jax.data import Source
+from ssl_jax.data import Source, open_source
 from ssl_jax.data.labelled import Labelled
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import visible
 from ssl_jax.evaluate import finetuning
+from ssl_jax.run_folder import StudyFolder
 from ssl_jax.train import memory
 from ssl_jax.train.step import batches, compile_step, init_state, set_up
 
@@ -58,6 +59,19 @@ def pretraining(config: Config, workdir: Path, source: Source) -> Iterator[str]:
         f" ({train.batch / step:.0f} images/s in {len(seconds)} steps; checkpoints and evaluations come on top)"
     )
     yield f"writes    {_writes(workdir, train.keep * size)}: {train.keep} checkpoints of {size_of(size)}, the encoder"
+
+
+def study(config: Config, folder: StudyFolder, pretrainings: Mapping[tuple[str, int], Config]) -> Iterator[str]:
+    """Lines about a study: its arms, label counts and cells, and each arm's first pretraining."""
+    settings = config.study
+    cells = len(settings.arms) * len(settings.labels) * settings.seeds
+    yield f"study     {len(settings.arms)} arms: {', '.join(settings.arms)}; {len(pretrainings)} pretrainings"
+    labels = ", ".join(map(str, settings.labels))
+    yield f"cells     {cells}: {settings.protocol} on {labels} labels, {settings.seeds} draws each"
+    for (arm, number), run in pretrainings.items():
+        if not number:
+            yield f"\n{arm}, {settings.pretrainings} of them:" if settings.pretrainings > 1 else f"\n{arm}:"
+            yield from pretraining(run, folder.pretraining(arm).path, open_source(run.data))
 
 
 def finetuning_run(encoder: Encoder, config: Config, train: Labelled, out: Path) -> Iterator[str]:
