@@ -332,7 +332,12 @@ def run(command: str, argv: Sequence[str]) -> None:
     if command == "completion":
         from ssl_jax.completion import script
 
-        print(script(**values))
+        flags = {
+            name: [f"--{flag}" if default is False else f"--{flag}=" for flag, (default, _) in flags_of(name).items()]
+            for name in COMMANDS
+        }
+        words = {"help": "command", **{name: first for name, (first, *_) in POSITIONAL.items()}}
+        print(script(values["shell"], flags, words))
         return
     with _silent(quiet):
         from ssl_jax import commands

@@ -1,8 +1,8 @@
 """Completion of commands and flags in the shell: `ssl-jax completion bash` prints a script for it."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ssl_jax.cli import COMMANDS, POSITIONAL, flags_of
 from ssl_jax.errors import unknown
 
 ZSH = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n"  # with it, zsh reads scripts for bash
@@ -21,20 +21,20 @@ _ssl_jax() {{
 complete -o default -F _ssl_jax ssl-jax"""
 
 
-def script(shell: str) -> str:
-    """The script for a shell, bash or zsh, from the table of commands. Raises UserError for another shell."""
-    if shell not in ("bash", "zsh"):
-        raise unknown("--shell", shell, ("bash", "zsh"))
-    commands = " ".join(COMMANDS)
-    cases = [f'    help) words="{commands}" ;;', *map(_case, COMMANDS)]
-    return ZSH * (shell == "zsh") + BASH.format(commands=commands, cases="\n".join(cases))
+def script(shell: str, flags: Mapping[str, Iterable[str]], words: Mapping[str, str]) -> str:
+    """The script for a shell, bash or zsh. Raises UserError for another shell.
 
-
-def _case(command: str) -> str:
-    flags = [f"--{name}" if default is False else f"--{name}=" for name, (default, _) in flags_of(command).items()]
-    first = POSITIONAL.get(command, ("",))[0]
-    words = _methods() if first == "method" else ["bash", "zsh"] if first == "shell" else []
-    return f'    {command}) flags="{" ".join([*flags, "--help"])}" words="{" ".join(words)}" ;;'
+    flags: of each command, such as "--size=". words: what the first word after a command is, such as "method".
+    """
+    choices = {"method": _methods(), "shell": ["bash", "zsh"], "command": list(flags)}
+    if shell not in choices["shell"]:
+        raise unknown("--shell", shell, choices["shell"])
+    cases = [
+        f'    {command}) flags="{" ".join([*flags.get(command, ()), "--help"])}" '
+        f'words="{" ".join(choices.get(words.get(command, ""), []))}" ;;'
+        for command in ("help", *flags)
+    ]
+    return ZSH * (shell == "zsh") + BASH.format(commands=" ".join(flags), cases="\n".join(cases))
 
 
 def _methods() -> list[str]:
