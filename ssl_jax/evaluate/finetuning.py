@@ -32,6 +32,7 @@ class Classifier(NamedTuple):
     chosen:   lr and backbone_ratio; if there was a choice, also validation (accuracy or mean AUC) and all trials
     held_out: logits and labels of the images that decided the choice, from a model that was not trained on them; None
               if there was no choice
+    losses:   float32 [steps], the training loss of each step
     """
 
     encoder: Encoder
@@ -39,6 +40,7 @@ class Classifier(NamedTuple):
     stats: Any
     chosen: dict[str, Any]
     held_out: tuple[np.ndarray, np.ndarray] | None = None
+    losses: np.ndarray | None = None
 
 
 def finetune(
@@ -78,8 +80,8 @@ def finetune(
         raise UserError("config.finetune: lr or backbone_ratio is empty; give at least one value for each")
 
     def fit(index: np.ndarray, head: dict[str, np.ndarray], lr: float, ratio: float) -> Classifier:
-        params, stats = _train(encoder, images[index], labels[index], head, weights, settings, lr, ratio, seed)
-        return Classifier(encoder, params, stats, {"lr": lr, "backbone_ratio": ratio})
+        params, stats, losses = _train(encoder, images[index], labels[index], head, weights, settings, lr, ratio, seed)
+        return Classifier(encoder, params, stats, {"lr": lr, "backbone_ratio": ratio}, losses=losses)
 
     def initial_head(index: np.ndarray) -> dict[str, np.ndarray]:
         if features is None:
@@ -156,7 +158,8 @@ def balance(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def _train(encoder: Encoder, images, labels, head, weights, settings: Finetune, lr: float, ratio: float, seed: int):
-    """(params, stats) after the last step. Every batch has the same shape, so the step compiles once."""
+    """(params, stats) after the last step, and the losses of all. Every batch has the same shape, so the step compiles
+    once."""
     views = resolve_views(settings.augment, 1, encoder.size)
     batch = settings.batch
     steps = max(settings.steps, math.ceil(settings.epochs * len(labels) / batch))
@@ -165,13 +168,14 @@ def _train(encoder: Encoder, images, labels, head, weights, settings: Finetune, 
     scales = np.float32(ratio), np.float32(settings.weight_decay)
     static = encoder.network, views, settings.batch_norm == "frozen"
     state = _start(encoder.params, encoder.stats, head)
-    key = jax.random.key(seed)
+    key, losses = jax.random.key(seed), []
     for step in range(steps):
         index = order[step * batch : (step + 1) * batch]
         data = images[index], labels[index], weights
-        state = _step(state, data, key, np.int32(step), rates[step], *scales, *static)
-    params, stats, _ = jax.device_get(state)
-    return params, stats
+        state, loss = _step(state, data, key, np.int32(step), rates[step], *scales, *static)
+        losses.append(loss)
+    (params, stats, _), losses = jax.device_get((state, losses))
+    return params, stats, np.asarray(losses)
 
 
 def _order(examples: int, count: int, seed: int) -> np.ndarray:
@@ -215,6 +219,6 @@ def _step(state, data, key, step, lr, ratio, decay, network: Network, views: tup
         logits = features @ params["head"]["w"] + params["head"]["b"]
         return loss(logits, labels, weights=weights), new_stats
 
-    grads, new_stats = jax.grad(loss_of, has_aux=True)(params)
+    (value, new_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, opt_state = _adamw(lr, ratio, decay).update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), stats if frozen else new_stats, opt_state
+    return (optax.apply_updates(params, updates), stats if frozen else new_stats, opt_state), value
