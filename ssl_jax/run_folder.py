@@ -218,6 +218,8 @@ class StudyFolder(Folder):
         self.about = self.path / "study.json"
         self.test = self.path / "test.npz"
         self.results = self.path / "results.csv"
+        self.references_csv = self.path / "references.csv"
+        self.cautions = self.path / "cautions.json"
         self.summary_csv = self.path / "summary.csv"
         self.summary_md = self.path / "summary.md"
         self.classes = self.path / "classes.csv"
@@ -228,6 +230,10 @@ class StudyFolder(Folder):
     def cell(self, arm: str, labels: int, seed: int) -> Path:
         """The .json file of a cell; its scores lie beside it, in a .npz file."""
         return self.path / "cells" / arm / str(labels) / f"{seed}.json"
+
+    def references(self, labels: int, seed: int) -> Path:
+        """The scores of what costs nothing, on one draw of labels."""
+        return self.path / "references" / str(labels) / f"{seed}.json"
 
     def pretraining(self, arm: str, number: int = 0) -> RunFolder:
         """The run folder of pretraining `number` of an arm, counted from 0."""

@@ -1,9 +1,11 @@
 """The label-efficiency study: arms x label counts x seeds, every arm on the same draw of labels.
 
     cells/<arm>/<labels>/<seed>.json   scores, hyper-parameters, key    ... .npz   test scores, indices of the labels
+    references/<labels>/<seed>.json    scores of the references, which cost nothing: see `evaluate.references`
     config.json, study.json            options; classes and their frequencies
     test.npz                           labels, file names and patients of the test images
     results.csv   one row per cell                                   summary.csv, summary.md   means and differences
+    references.csv   means of the references
     curve.png     score against label count                          gain_by_class.png, classes.csv   gains by class
 
 A finished cell is reused until something it depends on changes: its `key` is a hash of all its inputs.
@@ -22,14 +24,15 @@ import jax
 import numpy as np
 
 from ssl_jax import files
-from ssl_jax.config import Config, Data, Finetune, Study, merge, to_json
+from ssl_jax.config import Config, Data, Finetune, Model, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_indices, labelled_part
 from ssl_jax.data.source import Source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
-from ssl_jax.evaluate.finetuning import finetune, predict
+from ssl_jax.evaluate.finetuning import finetune, loss_curve, predict
 from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.references import RANDOM, References, digest
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.subsets import nested_subset
 from ssl_jax.files import read_json, read_npz, remove_leftovers, write_json, write_npz
@@ -166,28 +169,48 @@ def run_study(
     _write_metadata(config, workdir, train, test, test_labels)
 
     cells: list[Cell] = []
+    references: list[Cell] = []
     progress, rows = _Progress(len(cell_ids)), list[Row]()
     evaluator = _Evaluator(config, arms, test.arrays(), test_labels, train.classes)
     encoders = _Encoders(study, arms, get_encoder, cell_ids)
+    compared = References(_networks(encoders, study, arms), test.arrays(), test_labels, train.classes, config.eval)
     for cell_id in cell_ids:
-        encoder, digest = encoders.of(cell_id)
+        encoder, encoder_digest = encoders.of(cell_id)
         examples, indices = subsets.of(cell_id), subsets.draws[cell_id.labels, cell_id.seed]
-        key = evaluator.key(cell_id, digest, indices, examples)
+        key = evaluator.key(cell_id, encoder_digest, indices, examples)
         path = StudyFolder(workdir).cell(*cell_id)
         cell = _load(path, key, log)
         if cell is None:
-            cell, scores = evaluator.run(cell_id, encoder, digest, examples)
+            cell, scores = evaluator.run(cell_id, encoder, encoder_digest, examples)
             _save(path, cell | {"key": key}, scores, indices)
             note, cell = progress.add(cell["seconds"]), read_json(path)  # as a later run will read it
         else:
             note = progress.skip()
         cells.append(cell)
+        if cell_id.arm == study.baseline:  # once for each draw, whichever part of the study runs here
+            references += _references(compared, StudyFolder(workdir), cell_id, examples)
         name = "top1" if "top1" in cell["scores"] else "macro_auc"
         score = f"{SHORT[name]} {cell['scores'][name]:.4f}"
         log(f"{progress}  {cell_id.arm}, {cell_id.labels} labels, seed {cell_id.seed}: {score}  ({note})")
         if part is None and len(cells) % (len(cell_ids) // study.seeds) == 0:
-            rows = write_tables(workdir, cells, study.baseline)
-    return write_all(workdir, cells, study.baseline) if part is None else rows
+            rows = write_tables(workdir, cells, study.baseline, references)
+    return write_all(workdir, cells, study.baseline, references) if part is None else rows
+
+
+def _networks(encoders: "_Encoders", study: Study, arms: Mapping[str, Config]) -> dict[str, Encoder]:
+    """An encoder of each network that is compared, under the name of its random counterpart."""
+    first: dict[Model, str] = {}
+    for arm in sorted(arms, key=lambda arm: arm != study.baseline):
+        first.setdefault(dataclasses.replace(arms[arm].model, init=""), arm)
+    names = {arm: RANDOM if len(first) == 1 else f"{RANDOM} of {arm}" for arm in first.values()}
+    return {name: encoders.of(CellId(arm, study.labels[0], 0))[0] for arm, name in names.items()}
+
+
+def _references(compared: References, folder: StudyFolder, cell: CellId, examples: Examples) -> list[Cell]:
+    """The references on the labels of a cell, as cells whose arm is the name of a reference."""
+    path = folder.references(cell.labels, cell.seed)
+    each = compared.of(path, examples.images, examples.labels, seed=cell.seed, groups=examples.groups)
+    return [{"arm": name, "labels": cell.labels, "seed": cell.seed, "scores": scores} for name, scores in each.items()]
 
 
 class _Encoders:
@@ -218,32 +241,34 @@ class _Evaluator:
     def __init__(self, config: Config, arms: Mapping[str, Config], images: np.ndarray, labels: np.ndarray, classes):
         self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, classes
         self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
-        self.shared_inputs = {"test": _digest(images, labels), "classes": classes, "protocol": self.protocol}
+        self.shared_inputs = {"test": digest(images, labels), "classes": classes, "protocol": self.protocol}
         self.test_features: dict[str, np.ndarray] = {}  # by the encoder's digest
 
     def key(self, cell: CellId, encoder_digest: str, indices: np.ndarray, examples: Examples) -> str:
         """A hash of everything that the cell depends on."""
-        labels = _digest(indices, *(array for array in examples if array is not None))
+        labels = digest(indices, *(array for array in examples if array is not None))
         settings = None if self.protocol == "linear" else dataclasses.asdict(self.settings[cell.arm])
         own = {"labels": labels, "seed": cell.seed, "settings": settings, "encoder": encoder_digest}
         inputs = {"version": VERSION, **self.shared_inputs, **own}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def run(self, cell: CellId, encoder: Encoder, digest: str, examples: Examples) -> tuple[Cell, np.ndarray]:
+    def run(self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples) -> tuple[Cell, np.ndarray]:
         start = time.monotonic()
         options: Any = {"classes": len(self.classes), "seed": cell.seed, "groups": examples.groups}
         chosen: dict[str, Any]
+        result: dict[str, Any] = {}
         if self.protocol == "linear":
-            if digest not in self.test_features:
-                self.test_features[digest] = encoder.embed(self.images)
+            if encoder_digest not in self.test_features:
+                self.test_features[encoder_digest] = encoder.embed(self.images)
             probe = linear_probe(encoder.embed(examples.images), examples.labels, **options)
-            scores = probe.scores(self.test_features[digest])
+            scores = probe.scores(self.test_features[encoder_digest])
             chosen = {"strength": probe.strength, "validation": probe.validation}
         else:
             settings = self.settings[cell.arm]
             classifier = finetune(encoder, examples.images, examples.labels, settings=settings, **options)
             scores, chosen = predict(classifier, self.images), classifier.chosen
-        result = {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
+            result["loss"] = loss_curve(classifier.losses)
+        result |= {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
         return {**cell._asdict(), **result, "seconds": round(time.monotonic() - start, 1)}, scores
 
 
@@ -296,20 +321,11 @@ def _check_test_labels(labels: np.ndarray) -> None:
         raise UserError("config.study.test: no class has both positive and negative images; at least one must")
 
 
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array)
-    return digest.hexdigest()
-
-
 def _encoder_digest(encoder: Encoder) -> str:
     leaves, structure = jax.tree.flatten((encoder.params, encoder.stats))
     # As JSON, in which the metadata of a loaded encoder and of one just trained are equal.
     metadata = json.dumps([str(structure), encoder.size, encoder.channels, encoder.about.get("model")], sort_keys=True)
-    return hashlib.sha256((metadata + _digest(*map(np.asarray, leaves))).encode()).hexdigest()
+    return hashlib.sha256((metadata + digest(*map(np.asarray, leaves))).encode()).hexdigest()
 
 
 def _load(path: Path, key: str, log: Callable[[str], None]) -> Cell | None:

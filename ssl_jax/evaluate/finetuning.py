@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,13 @@ from ssl_jax.config import Finetune, View
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import linear_probe
-from ssl_jax.evaluate.scores import selection_score
+from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.evaluate.subsets import holdout
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.network import Network
 from ssl_jax.transforms import matrices
 
+FALLING = 0.06  # of the loss of guessing: see `still_falling`
 WARMUP = 0.05  # share of the steps over which the learning rate rises
 
 
@@ -32,7 +34,8 @@ class Classifier(NamedTuple):
     chosen:   lr and backbone_ratio; if there was a choice, also validation (accuracy or mean AUC) and all trials
     held_out: logits and labels of the images that decided the choice, from a model that was not trained on them; None
               if there was no choice
-    losses:   float32 [steps], the training loss of each step
+    losses:   float32 [steps], the training loss of each step relative to that of guessing: of the best prediction that
+              looks at no image. 1: nothing has been learnt
     """
 
     encoder: Encoder
@@ -119,6 +122,19 @@ def predict(classifier: Classifier, images: np.ndarray) -> np.ndarray:
     return encoder.embed(images) @ np.asarray(head["w"]) + np.asarray(head["b"])
 
 
+def loss_curve(losses: np.ndarray) -> list[float]:
+    """The mean of `Classifier.losses` over each tenth of the steps."""
+    return [round(float(part.mean()), 4) for part in np.array_split(losses, 10) if len(part)]
+
+
+def still_falling(curve: Sequence[float]) -> bool:
+    """Whether training was probably too short, judged by its `loss_curve`: it still fell by FALLING in the second half.
+
+    The learning rate goes to zero, so the last tenths are always flat, and say nothing.
+    """
+    return len(curve) == 10 and curve[4] - curve[-1] > FALLING
+
+
 def _check(encoder: Encoder, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
     if len(images) != len(labels) or not len(labels):
         raise UserError(f"labels: {len(labels)} for {len(images)} images; allowed: one per image, at least one")
@@ -167,6 +183,8 @@ def _train(encoder: Encoder, images, labels, head, weights, settings: Finetune, 
     rates = _rates(lr, steps)
     scales = np.float32(ratio), np.float32(settings.weight_decay)
     static = encoder.network, views, settings.batch_norm == "frozen"
+    guess = np.tile(log_frequencies(labels, head["b"].shape[0]), (len(labels), 1))
+    guessing = max(float(_loss_for(labels)(guess, labels, weights=weights)), 1e-6)
     state = _start(encoder.params, encoder.stats, head)
     key, losses = jax.random.key(seed), []
     for step in range(steps):
@@ -175,7 +193,7 @@ def _train(encoder: Encoder, images, labels, head, weights, settings: Finetune, 
         state, loss = _step(state, data, key, np.int32(step), rates[step], *scales, *static)
         losses.append(loss)
     (params, stats, _), losses = jax.device_get((state, losses))
-    return params, stats, np.asarray(losses)
+    return params, stats, np.asarray(losses) / guessing
 
 
 def _order(examples: int, count: int, seed: int) -> np.ndarray:
@@ -201,6 +219,10 @@ def _adamw(lr: Any, ratio: Any, decay: Any) -> optax.GradientTransformation:
     return optax.partition(adamw, {part: part for part in parts})
 
 
+def _loss_for(labels):
+    return binary_cross_entropy if labels.ndim == 2 else cross_entropy
+
+
 @jax.jit
 def _start(params, stats, head):
     params = {"encoder": params, "head": head}
@@ -211,7 +233,7 @@ def _start(params, stats, head):
 def _step(state, data, key, step, lr, ratio, decay, network: Network, views: tuple[View, ...], frozen: bool):
     params, stats, opt_state = state
     images, labels, weights = data
-    loss = binary_cross_entropy if labels.ndim == 2 else cross_entropy
+    loss = _loss_for(labels)
     (x,), _ = make_views(views)(jax.random.fold_in(key, step), images)
 
     def loss_of(params):

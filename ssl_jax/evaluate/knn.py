@@ -37,6 +37,17 @@ def knn_predict(
     return _votes(bank, bank_labels, queries, temperature, classes=classes, k=k, chunk=min(chunk, len(queries)))
 
 
+def knn_scores(
+    bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, classes: int, k: int, temperature: float
+) -> np.ndarray:
+    """The votes of `knn_predict` as scores for `metrics`: shares of one label, log-odds of several."""
+    votes = np.asarray(knn_predict(bank, labels, queries, classes=classes, k=k, temperature=temperature))
+    if labels.ndim == 1:
+        return votes
+    shares = np.clip(votes, 1e-6, 1 - 1e-6)  # neighbours that all agree do not make it certain
+    return np.log(shares) - np.log1p(-shares)
+
+
 @functools.partial(jax.jit, static_argnames=("classes", "k", "chunk"))
 def _votes(bank, labels, queries, temperature, *, classes, k, chunk):
     bank, queries, labels = _normalize(bank), _normalize(queries), jnp.asarray(labels)

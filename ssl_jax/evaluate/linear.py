@@ -39,6 +39,7 @@ def linear_probe(
     grid: tuple[float, ...] = STRENGTHS,
     groups: np.ndarray | None = None,
     class_weights: Literal["none", "balanced"] = "none",
+    max_iter: int = 300,
 ) -> Probe:
     """Logistic regression (L-BFGS) on standardised features float [N, D] with labels int [N] in 0 .. classes - 1.
 
@@ -47,7 +48,7 @@ def linear_probe(
 
     The strength in `grid` with the best `selection_score` on a stratified `validation` share of the labels is chosen,
     the same for all classes; then all labels are fitted again. groups [N] are held out as a whole.
-    class_weights="balanced" gives every kind of label the same total weight.
+    class_weights="balanced" gives every kind of label the same total weight. max_iter: of L-BFGS.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
     chosen, score = grid[len(grid) // 2], np.nan
@@ -57,11 +58,11 @@ def linear_probe(
         kept, held = (_at_most(part, MAX_TO_CHOOSE, rng) for part in (kept, held))
         trials = []
         for strength in sorted(grid):
-            weights, bias = _fit(features[kept], labels[kept], classes, strength, class_weights)
+            weights, bias = _fit(features[kept], labels[kept], classes, strength, class_weights, max_iter)
             trials.append((*selection_score(features[held] @ weights + bias, labels[held]), -strength))
         score, _, negated = max(trials)  # of equals the strongest penalty
         chosen = -negated
-    return Probe(*_fit(features, labels, classes, chosen, class_weights), chosen, score)
+    return Probe(*_fit(features, labels, classes, chosen, class_weights, max_iter), chosen, score)
 
 
 def _at_most(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -69,7 +70,7 @@ def _at_most(indices: np.ndarray, count: int, rng: np.random.Generator) -> np.nd
 
 
 def _fit(
-    features: np.ndarray, labels: np.ndarray, classes: int, strength: float, class_weights: str
+    features: np.ndarray, labels: np.ndarray, classes: int, strength: float, class_weights: str, max_iter: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(weights float32 [D, K], bias float32 [K]) for unscaled features."""
     mean, std = features.mean(axis=0), features.std(axis=0)
@@ -77,29 +78,29 @@ def _fit(
     scale = np.where(std > 1e-6 * max(float(std.max()), 1e-12), 1 / np.maximum(std, 1e-12), 0)
     scaled, balanced = (features - mean) * scale, None if class_weights == "none" else class_weights
     if labels.ndim == 2:
-        parts = [_binary(scaled, label, strength, balanced) for label in labels.T]
+        parts = [_binary(scaled, label, strength, balanced, max_iter) for label in labels.T]
         weights, bias = np.stack([w for w, _ in parts], axis=1), np.array([b for _, b in parts])
     else:
-        weights, bias = _multinomial(scaled, labels, classes, strength, balanced)
+        weights, bias = _multinomial(scaled, labels, classes, strength, balanced, max_iter)
     weights *= scale[:, None]
     return weights.astype(np.float32), (bias - mean @ weights).astype(np.float32)
 
 
-def _multinomial(scaled, labels, classes, strength, balanced):
+def _multinomial(scaled, labels, classes, strength, balanced, max_iter):
     """Weights [D, K] and bias [K] for one label per image."""
     present = np.unique(labels)
     weights, bias = np.zeros((scaled.shape[1], classes)), np.full(classes, -20.0)  # classes without an example keep -20
     if len(present) == 1:
         bias[present] = 0.0
         return weights, bias
-    coefficients, intercept = _regression(scaled, labels, strength, balanced)
+    coefficients, intercept = _regression(scaled, labels, strength, balanced, max_iter)
     if len(present) == 2:  # scikit-learn keeps one column for two classes
         coefficients, intercept = np.stack([-coefficients[0], coefficients[0]]) / 2, np.array([-1, 1]) * intercept / 2
     weights[:, present], bias[present] = coefficients.T, intercept
     return weights, bias
 
 
-def _binary(scaled, label, strength, balanced):
+def _binary(scaled, label, strength, balanced, max_iter):
     """Weights [D] and bias of one class; a soft label y counts as a positive of weight y and a negative of 1 - y."""
     known = ~np.isnan(label)
     x, y = scaled[known], label[known].astype(np.float64)
@@ -108,12 +109,12 @@ def _binary(scaled, label, strength, balanced):
     used, weight = np.concatenate([y > 0, y < 1]), np.concatenate([y, 1 - y])
     target = np.repeat([1, 0], len(y))
     coefficients, intercept = _regression(
-        np.concatenate([x[y > 0], x[y < 1]]), target[used], strength, balanced, weight[used]
+        np.concatenate([x[y > 0], x[y < 1]]), target[used], strength, balanced, max_iter, weight[used]
     )
     return coefficients[0].astype(np.float64), float(intercept[0])
 
 
-def _regression(scaled, labels, strength, balanced, weights=None):
+def _regression(scaled, labels, strength, balanced, max_iter, weights=None):
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -121,5 +122,5 @@ def _regression(scaled, labels, strength, balanced, weights=None):
     # Products this small gain nothing from threads, and take 20 times as long if another process uses the cores.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # weak penalties need not converge to be compared
-        model = LogisticRegression(C=strength, max_iter=300, class_weight=balanced).fit(scaled, labels, weights)
+        model = LogisticRegression(C=strength, max_iter=max_iter, class_weight=balanced).fit(scaled, labels, weights)
     return model.coef_, model.intercept_

@@ -79,6 +79,13 @@ def selection_score(scores: np.ndarray, labels: np.ndarray) -> tuple[float, floa
     return float(accuracy), float(log_probabilities[np.arange(len(labels)), labels].mean())
 
 
+def log_frequencies(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Scores [K] that depend on no image: log shares, or log-odds of labels [N, K]; half an image short of certainty."""
+    if labels.ndim == 1:
+        return np.log(np.bincount(labels, minlength=classes) + 0.5)
+    return np.log(np.nansum(labels, axis=0) + 0.5) - np.log(np.nansum(1 - labels, axis=0) + 0.5)
+
+
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """(mean, half width of its 95 % interval) by Student's t. The half width of a single value is nan.
 

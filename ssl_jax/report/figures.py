@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ssl_jax.evaluate.references import PIXELS, RANDOM
 from ssl_jax.plotting import BASELINE, COLORS, panels, save
 
 METRIC_NAMES = {
@@ -22,11 +23,20 @@ METRIC_NAMES = {
 MAX_ROWS = 30  # classes up to which each has a row of its own
 
 
-def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metric: str, prefix: str = "") -> None:
+def curve(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    baseline: str,
+    metric: str,
+    prefix: str = "",
+    references: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Score by label count (left) and paired difference to the baseline (right), with 95 % bands.
 
     rows: of `tables.summarise`. prefix: of each title, such as "Phantoms: ". If the baseline is the only arm, the right
-    panel is left out.
+    panel is left out. references: such rows of the references, of which raw pixels and random encoder get a thin line
+    through the better of linear and kNN.
     """
     rows = [row for row in rows if row["metric"] == metric]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -37,6 +47,10 @@ def curve(rows: Sequence[Mapping[str, Any]], path: Path, *, baseline: str, metri
         left = axes[0]
         for arm in arms:
             _band(left, [row for row in rows if row["arm"] == arm], "mean", "half", arm, colors[arm])
+        for name, style in ((PIXELS, "--"), (RANDOM, ":")):
+            best = _best([row for row in references if row["metric"] == metric and row["arm"].startswith(name)])
+            if best:
+                left.plot(*zip(*best.items(), strict=True), style, color=BASELINE, label=name, linewidth=1.2)
         left.set_ylabel(f"{METRIC_NAMES[metric]}, %")
         left.set_title(f"{prefix}Test score")
         left.legend(frameon=False, loc="lower right")
@@ -174,6 +188,11 @@ def _band(ax, rows, mean, half, label, color):
     spread = np.array([100 * (row[half] or 0) for row in rows])
     ax.plot(x, y, "o-", color=color, label=label, linewidth=1.8, markersize=4.5)
     ax.fill_between(x, y - spread, y + spread, color=color, alpha=0.16, linewidth=0)
+
+
+def _best(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Label count -> the largest mean, in percent."""
+    return {n: max(100 * row["mean"] for row in rows if row["labels"] == n) for n in sorted({r["labels"] for r in rows})}
 
 
 def _colors(arms: Sequence[str], baseline: str) -> dict[str, str]:

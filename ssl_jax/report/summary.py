@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.files import read_json, read_npz, write_bytes
-from ssl_jax.report import figures
+from ssl_jax.files import read_json, read_npz, write_bytes, write_json
+from ssl_jax.report import cautions, figures, tables
 from ssl_jax.report.tables import (
     Cell,
     Row,
@@ -30,20 +30,27 @@ PHANTOM = (
 )
 
 
-def write_tables(workdir: Path, cells: Sequence[Cell], baseline: str) -> list[Row]:
-    """Writes results.csv, summary.csv and summary.md of the cells so far; returns the rows of summary.csv."""
+def write_tables(workdir: Path, cells: Sequence[Cell], baseline: str, references: Sequence[Cell] = ()) -> list[Row]:
+    """Writes results.csv, summary.csv, references.csv, cautions.json and summary.md of the cells so far; returns the
+    rows of summary.csv. references: cells whose arm is the name of a reference."""
     folder, cells = StudyFolder(workdir), _sorted(cells)
     rows = summarise(cells, baseline)
     write_results(folder.results, cells)
     write_csv(folder.summary_csv, rows)
-    write_bytes(folder.summary_md, _summary(folder, cells, rows, baseline).encode())
+    if references:
+        write_csv(folder.references_csv, [_reference(row) for row in summarise(_sorted(references), "")])
+    write_bytes(folder.summary_md, _summary(folder, cells, rows, baseline, references=references).encode())
     return rows
 
 
-def write_all(workdir: Path, cells: Sequence[Cell], baseline: str) -> list[Row]:
+def _reference(row: Row) -> Row:
+    return {"reference": row["arm"], **{key: row[key] for key in ("labels", "metric", "seeds", "mean", "half")}}
+
+
+def write_all(workdir: Path, cells: Sequence[Cell], baseline: str, references: Sequence[Cell] = ()) -> list[Row]:
     """Writes the tables again, then what needs every cell: gains by class, differences over patients, figures."""
     folder, cells = StudyFolder(workdir), _sorted(cells)
-    rows, metric = write_tables(workdir, cells, baseline), main_metric(cells)
+    rows, metric = write_tables(workdir, cells, baseline, references), main_metric(cells)
     about = read_json(folder.about, folder.again)
     share, prefix = about["share"], "Phantoms: " if about["phantom"] else ""
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
@@ -55,8 +62,9 @@ def write_all(workdir: Path, cells: Sequence[Cell], baseline: str) -> list[Row]:
     patients = _patients(folder, cells, baseline)
     if patients:
         write_csv(folder.patients, patients)
-        write_bytes(folder.summary_md, _summary(folder, cells, rows, baseline, patients).encode())
-    figures.curve(rows, folder.curve, baseline=baseline, metric=metric, prefix=prefix)
+        write_bytes(folder.summary_md, _summary(folder, cells, rows, baseline, patients, references).encode())
+    beside = summarise(_sorted(references), "")
+    figures.curve(rows, folder.curve, baseline=baseline, metric=metric, prefix=prefix, references=beside)
     options: Any = {"baseline": baseline, "metric": class_metric, "share": share, "prefix": prefix}
     figures.gain_by_class(gains, folder.gain_by_class, **options)
     return rows
@@ -81,9 +89,14 @@ def _patients(folder: StudyFolder, cells: Sequence[Cell], baseline: str) -> list
 
 
 def _summary(
-    folder: StudyFolder, cells: Sequence[Cell], rows: Sequence[Row], baseline: str, patients: Sequence[Row] = ()
+    folder: StudyFolder,
+    cells: Sequence[Cell],
+    rows: Sequence[Row],
+    baseline: str,
+    patients: Sequence[Row] = (),
+    references: Sequence[Cell] = (),
 ) -> str:
-    """The text of summary.md."""
+    """The text of summary.md. Writes cautions.json, too."""
     about, metric = read_json(folder.about, folder.again), main_metric(cells)
     rows_of_metric = [row for row in rows if row["metric"] == metric]
     arms = list(dict.fromkeys(row["arm"] for row in rows_of_metric))
@@ -95,17 +108,40 @@ def _summary(
     text += f"{' or '.join(map(str, seeds))} seeds ± half the width of its 95 % interval (Student's t)."
     if left_out := cells[0]["scores"]["left_out"]:
         text += f" Left out, as the test images do not have both labels: {', '.join(left_out)}."
-    parts += [text, table(rows_of_metric, "mean", ".1f", arms)]
+    beside = [row for row in summarise(_sorted(references), "") if row["metric"] == metric]
+    names = list(dict.fromkeys(row["arm"] for row in beside))
+    if names:
+        text += f" Below the arms, from {names[0]} on: what costs nothing, on the same labels."
+    parts += [text, table([*rows_of_metric, *beside], "mean", ".1f", [*arms, *names])]
+    short, above = cautions.undertrained(cells, references, metric), cautions.margins(cells, references, metric)
+    means = {(row["arm"], row["labels"]): row["mean"] for row in rows_of_metric}
     if others:
         parts += [
-            f"Paired difference to {baseline}, in points. All arms share the labels of a seed, so the difference is "
-            "more precise than either score.",
+            f"Paired difference to {baseline}, in points. All arms share the labels of a seed. "
+            + _sharper(rows_of_metric, baseline),
             table(rows_of_metric, "difference", "+.1f", others),
-            _list(verdicts(rows, baseline, metric, patients)),
+            _list(verdicts(rows, baseline, metric, patients, short)),
         ]
+    if told := cautions.sentences(short, above, means):
+        parts += ["Before you trust these numbers:", _list(told)]
+    write_json(folder.cautions, cautions.to_json(short, above, means))
     if others and "top1" not in cells[0]["scores"]:
         parts += _classes(cells, baseline, about["share"])
     return "\n\n".join([*parts, _what_varies(about, patients)]) + "\n"
+
+
+def _sharper(rows: Sequence[Row], baseline: str) -> str:
+    """Whether sharing labels makes the difference more certain than the scores. Often it does, but not always."""
+    known = {(row["arm"], row["labels"]) for row in rows if row["difference_half"] is not None}
+    if not known:
+        return "With a single seed, nothing is known about how certain it is."
+    found = tables.sharper(rows, baseline)
+    if sum(map(len, found.values())) == len(known):
+        return "The difference is known better than either score."
+    if not found:
+        return "Here the difference is not known better than the scores."
+    where = "; ".join(f"{arm} with {', '.join(f'{n:,}' for n in counts)} labels" for arm, counts in found.items())
+    return f"The difference is known better than either score for {where}, and not for the others."
 
 
 def _classes(cells: Sequence[Cell], baseline: str, share: Mapping[str, float]) -> list[str]:

@@ -142,12 +142,20 @@ def _in_order(scores: np.ndarray, positive: np.ndarray, negative: np.ndarray) ->
     return ((higher > lower) + 0.5 * (higher == lower)).mean(axis=0)
 
 
-def verdicts(rows: Sequence[Row], baseline: str, metric: str, patients: Sequence[Row] = ()) -> list[str]:
+def verdicts(
+    rows: Sequence[Row],
+    baseline: str,
+    metric: str,
+    patients: Sequence[Row] = (),
+    undertrained: Mapping[tuple[str, int], str] | None = None,
+) -> list[str]:
     """One sentence per arm and label count: whether the interval of its paired difference lies above zero.
 
     patients: of `over_patients`. If given, a difference is called better or worse only if both intervals, over draws of
-    labels and over test patients, lie on the same side of zero.
+    labels and over test patients, lie on the same side of zero. undertrained: of `cautions`; an arm is not called
+    better than a baseline that was trained too briefly, nor worse if it was itself.
     """
+    short = undertrained or {}
     resampled = {(p["arm"], p["labels"]): (100 * p["low"], 100 * p["high"]) for p in patients}
     sentences = []
     for row in rows:
@@ -167,8 +175,24 @@ def verdicts(rows: Sequence[Row], baseline: str, metric: str, patients: Sequence
         if (row["arm"], row["labels"]) in resampled:
             intervals.append(resampled[row["arm"], row["labels"]])
             shown += f"; over test patients {intervals[1][0]:+.1f} to {intervals[1][1]:+.1f}"
-        sentences.append(f"{what}: {points:+.1f} points ({shown}): {_verdict(intervals)}.")
+        loser = baseline if points > 0 else row["arm"]
+        judged = _verdict(intervals)
+        if judged.startswith(("better", "worse", "different")) and (loser, row["labels"]) in short:
+            judged = f"not judged, as {loser} looks undertrained"
+        sentences.append(f"{what}: {points:+.1f} points ({shown}): {judged}.")
     return sentences
+
+
+def sharper(rows: Sequence[Row], baseline: str) -> dict[str, list[int]]:
+    """For each other arm, the label counts at which its difference to the baseline is known better than either score:
+    has a smaller interval than both. rows: of one metric."""
+    half = {(row["arm"], row["labels"]): row["half"] for row in rows}
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        halves = half[row["arm"], row["labels"]], half.get((baseline, row["labels"]))
+        if row["difference_half"] is not None and all(h is not None and row["difference_half"] < h for h in halves):
+            found.setdefault(row["arm"], []).append(row["labels"])
+    return found
 
 
 def _verdict(intervals: Sequence[tuple[float, float]]) -> str:

@@ -1,0 +1,162 @@
+"""What a score has to beat: references that cost nothing, on the same labels and the same test images.
+
+    majority class              every image is said to belong to the most frequent class; an AUC of 0.5
+    raw pixels, linear or kNN   the images themselves, reduced to at most SIDE px, in the place of the embedding
+    random encoder, the same    an encoder of the same network that has learnt nothing
+
+An encoder that does not beat raw pixels has not helped.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ssl_jax.augment import center_view
+from ssl_jax.config import Eval, Model
+from ssl_jax.encoder import Encoder, random_encoder
+from ssl_jax.evaluate.knn import knn_scores
+from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.scores import log_frequencies, metrics, paired
+from ssl_jax.files import write_json
+
+MAJORITY, PIXELS, RANDOM = "majority class", "raw pixels", "random encoder"
+SIDE = 32  # px
+MAX_LABELS = 10_000  # labelled images that a reference learns from: more hardly change it and cost minutes
+STRENGTHS, MAX_ITER = (1e-3, 1e-2, 1e-1), 100  # of the logistic regressions
+VERSION = 1  # of the computation; raise it when a change to the code changes the numbers
+Scores = dict[str, dict[str, float]]  # reference -> metric -> value
+
+
+def pixels(images: np.ndarray) -> np.ndarray:
+    """The pixels of images uint8 [N, H, W, C], larger ones reduced to SIDE px a side, as float32 [N, D] in [0, 1]."""
+    side = min(SIDE, *images.shape[1:3])
+    parts = [np.asarray(_reduced(images[i : i + 256], side)) for i in range(0, len(images), 256)]
+    return np.concatenate(parts).reshape(len(images), -1)
+
+
+def _reduced(images: np.ndarray, side: int) -> np.ndarray:
+    if images.shape[1:3] == (side, side):
+        return images.astype(np.float32) / 255
+    padded = np.pad(images, [(0, 256 - len(images)), (0, 0), (0, 0), (0, 0)])  # one shape, one compilation
+    return np.asarray(_center(padded, side))[: len(images)]
+
+
+_center = jax.jit(center_view, static_argnums=1)
+
+
+def untrained(encoder: Encoder) -> Encoder:
+    """An encoder of the same network with random weights."""
+    model = encoder.about.get("model", {})
+    if model.get("init"):  # this network starts from weights that were trained
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
+        return random_encoder(dataclasses.replace(Model(**fields), init=""), encoder.size, encoder.channels, seed=0)
+    shape = (1, encoder.size, encoder.size, encoder.channels)
+    params, stats = jax.jit(encoder.network.init)(jax.random.key(0), jnp.zeros(shape))
+    return encoder._replace(params=params, stats=stats)
+
+
+class References:
+    """The references for one set of test images uint8 [M, H, W, C], with labels [M] or [M, K].
+
+    encoders: each network that is compared, under the name of its reference ("random encoder"). Nothing is computed
+    before it is needed, so references that are all on disk cost nothing.
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, Encoder],
+        images: np.ndarray,
+        labels: np.ndarray,
+        classes: Sequence[str],
+        settings: Eval,
+    ):
+        self.encoders, self.images, self.labels, self.classes, self.settings = encoders, images, labels, classes, settings
+        self.features: dict[str, tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]] = {}
+        networks = {name: [e.about.get("model"), e.size, e.channels] for name, e in encoders.items()}
+        self.inputs = [VERSION, digest(images, labels), list(classes), networks, settings.knn_k, settings.knn_temperature]
+
+    def of(
+        self, path: Path, images: np.ndarray, labels: np.ndarray, *, seed: int, groups: np.ndarray | None = None
+    ) -> Scores:
+        """The numbers of `metrics` for each reference that learns from these labelled images; kept in a file."""
+        inputs = [*self.inputs, digest(images, labels, *([] if groups is None else [groups])), seed]
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, ValueError):
+            saved = {}
+        if saved.get("key") != key:
+            saved = {"key": key, "scores": self._compute(images, labels, seed, groups)}
+            write_json(path, saved)
+        names = [MAJORITY, *(f"{name}, {how}" for name in (PIXELS, *self.encoders) for how in ("linear", "kNN"))]
+        return {name: saved["scores"][name] for name in names}
+
+    def _compute(self, images: np.ndarray, labels: np.ndarray, seed: int, groups: np.ndarray | None) -> Scores:
+        if len(labels) > MAX_LABELS:
+            kept = np.sort(np.random.default_rng(seed).choice(len(labels), MAX_LABELS, replace=False))
+            images, labels, groups = images[kept], labels[kept], None if groups is None else groups[kept]
+        classes, k = len(self.classes), min(self.settings.knn_k, len(labels))
+        scores = {MAJORITY: np.tile(log_frequencies(labels, classes), (len(self.labels), 1))}
+        for name in (PIXELS, *self.encoders):
+            embed, test = self._embedded(name)
+            features = embed(images)
+            options: Any = {"classes": classes, "seed": seed, "groups": groups}
+            probe = linear_probe(features, labels, grid=STRENGTHS, max_iter=MAX_ITER, **options)
+            scores[f"{name}, linear"] = probe.scores(test)
+            # All pixels are positive: without their mean, all images point the same way.
+            centre = features.mean(axis=0) if name == PIXELS else 0
+            near = {"classes": classes, "k": k, "temperature": self.settings.knn_temperature}
+            scores[f"{name}, kNN"] = knn_scores(features - centre, labels, test - centre, **near)
+        each = {name: metrics(s, self.labels, self.classes) for name, s in scores.items()}
+        return {name: {m: v for m, v in values.items() if isinstance(v, float)} for name, values in each.items()}
+
+    def _embedded(self, name: str) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
+        """(a function that embeds images, the embedded test images)."""
+        if name not in self.features:
+            embed = pixels if name == PIXELS else untrained(self.encoders[name]).embed
+            self.features[name] = embed, embed(self.images)
+        return self.features[name]
+
+
+class Margin(NamedTuple):
+    """How far a score lies above raw pixels: their better name and mean score, the mean of the paired differences over
+    draws of labels, and half the width of its 95 % interval (nan for a single draw)."""
+
+    name: str
+    score: float
+    difference: float
+    half: float
+
+    @property
+    def words(self) -> str:
+        if self.difference <= 0:
+            return f"not above {PIXELS}"
+        return f"not shown to be above {PIXELS}" if self.difference - self.half <= 0 else f"above {PIXELS}"
+
+
+def over_pixels(scores: Sequence[float], references: Sequence[Mapping[str, float]]) -> Margin:
+    """Scores of an encoder on several draws of labels against the better of linear and kNN on raw pixels.
+
+    references: for each draw, reference -> score.
+    """
+    names = [name for name in references[0] if name.startswith(PIXELS)]
+    name = max(names, key=lambda name: np.mean([each[name] for each in references]))
+    theirs = [each[name] for each in references]
+    return Margin(name, float(np.mean(theirs)), *paired(scores, theirs))
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """A hash of the arrays: values, shapes and types."""
+    total = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        total.update(f"{array.dtype}{array.shape}".encode())
+        total.update(array)
+    return total.hexdigest()
