@@ -7,7 +7,8 @@ STD_COLLAPSED = 0.01  # `embedding_std` below which the embedding counts as coll
 
 
 def embedding_std(features: jax.Array) -> jax.Array:
-    """Standard deviation of the L2-normalised embeddings [N, D], a scalar: about 1 is healthy, 0 is collapse.
+    """Standard deviation of the L2-normalised embeddings [N, D], a scalar: about 1 if every direction is used, 0
+    after a collapse. It says nothing about what the embedding knows.
 
     Mean over dimensions of the standard deviation over examples, times sqrt(D), because an isotropic embedding has
     1 / sqrt(D) in each dimension. Source: SimSiam, section 4.1, https://arxiv.org/abs/2011.10566.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax import files, interrupts
-from ssl_jax.config import Config, Model, method_module, method_names
+from ssl_jax.config import Config, Data, Model, method_module, method_names
 from ssl_jax.data import Source, open_source
 from ssl_jax.data import phantom as phantom_of
 from ssl_jax.data.labelled import Labelled, labelled_part
@@ -24,7 +24,6 @@ from ssl_jax.evaluate.finetuning import Classifier
 from ssl_jax.run_folder import RunFolder, StudyFolder
 from ssl_jax.settings import data_of, settings_of
 
-PROTOCOLS = ("knn", "linear", "finetune")
 # Options of config.data that a classifier keeps: its images are read as in training.
 READ = ("window", "frontal", "background")
 
@@ -55,96 +54,30 @@ def evaluate(
     test: str = "",
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Writes evaluation/<protocol>-<labels>.json and .npz (scores of all test images); prints the means.
+    """Writes evaluation/<protocol>-<labels>.json and .npz (scores of all test images); prints the means, and those of
+    what costs nothing on the same images. See `ssl_jax.evaluation`.
 
+    On other data or with other settings than the run's own, the names end with the data and a hash of what differs.
     Returns the content of the .json file.
     """
-    from ssl_jax.evaluate.scores import interval, metrics
-    from ssl_jax.evaluate.subsets import nested_subset, without_positive
+    from ssl_jax import evaluation
 
-    if protocol not in PROTOCOLS:
-        raise unknown("--protocol", protocol, PROTOCOLS)
+    if protocol not in evaluation.PROTOCOLS:
+        raise unknown("--protocol", protocol, evaluation.PROTOCOLS)
     if labels < 0:
         raise UserError(f"--labels={labels}: allowed: 0 (all) or more")
     if seeds < 1:
         raise UserError(f"--seeds={seeds}: allowed: 1 or more")
     folder = Path(workdir)
-    encoder, config = load_encoder(folder), settings_of(folder, overrides)
+    encoder, config, own = load_encoder(folder), settings_of(folder, overrides), settings_of(folder, ())
     train, held_out, description = _train_and_test(encoder, config, data, test)
-    classes, groups = train.source.classes, train.source.groups
-    count = len(train.labels)
-    draws = [nested_subset(train.labels, labels, s, groups) if labels else np.arange(count) for s in range(seeds)]
-    for seed, draw in enumerate(draws):
-        if absent := without_positive(train.labels[draw], classes):
-            print(f"draw {seed}: no image of {', '.join(absent)} among the {len(draw)} labelled images")
-    scores = _scores(encoder, config, protocol, train, draws, held_out.source.arrays())
-    per_seed = [metrics(s, held_out.labels, classes) for s in scores]
-    names = [name for name, value in per_seed[0].items() if isinstance(value, float)]
-    intervals = {name: interval([m[name] for m in per_seed]) for name in names}
-    result: dict[str, Any] = {
-        "protocol": protocol,
-        "labels": labels or "all",
-        "seeds": seeds,
-        "classes": classes,
-        "test": description,
-        "per_seed": per_seed,
-        "mean": {name: mean for name, (mean, _) in intervals.items()},
-        "interval": {name: half if seeds > 1 else None for name, (_, half) in intervals.items()},
-    }
-    path = RunFolder(folder).evaluation / f"{protocol}-{labels or 'all'}"
-    arrays = {"scores": np.stack(scores), "labels": held_out.labels, "names": np.array(held_out.source.names)}
-    if held_out.source.groups is not None:
-        arrays["groups"] = held_out.source.groups
-    files.write_npz(path.with_suffix(".npz"), **arrays)
-    files.write_json(path.with_suffix(".json"), result)
-    print(f"{protocol}, {labels or 'all'} labels, {seeds} draw{'s' * (seeds > 1)}, {description}:")
-    for name, (mean, half) in intervals.items():
-        print(f"  {name:20} {mean:.4f}" + (f" ± {half:.4f} (95 %)" if seeds > 1 else ""))
-    _print_left_out(per_seed[0])
-    print(f"predictions: {path}.npz")
-    return result
-
-
-def _scores(
-    encoder: Encoder,
-    config: Config,
-    protocol: str,
-    train: Labelled,
-    draws: Sequence[np.ndarray],
-    test_images: np.ndarray,
-) -> list[np.ndarray]:
-    """For each draw of labelled images, the scores [N, K] that a classifier trained on it gives to the test images."""
-    from ssl_jax.evaluate.finetuning import finetune, predict
-    from ssl_jax.evaluate.knn import knn_predict
-    from ssl_jax.evaluate.linear import linear_probe
-
-    used = np.unique(np.concatenate(draws))
-    images, labels = train.source.take(used).arrays(), train.labels[used]
-    all_groups = None if train.source.groups is None else train.source.groups[used]
-    classes = len(train.source.classes)
-    if protocol != "finetune":
-        features, test_features = encoder.embed(images), encoder.embed(test_images)
-    scores = []
-    for seed, draw in enumerate(draws):
-        rows = np.searchsorted(used, draw)
-        groups = None if all_groups is None else all_groups[rows]
-        if protocol == "knn":
-            k, temperature = min(config.eval.knn_k, len(rows)), config.eval.knn_temperature
-            bank = (features[rows], labels[rows], test_features)
-            votes = np.asarray(knn_predict(*bank, classes=classes, k=k, temperature=temperature))
-            scores.append(_log_odds(votes) if train.source.multilabel else votes)
-        elif protocol == "linear":
-            probe = linear_probe(features[rows], labels[rows], classes=classes, seed=seed, groups=groups)
-            scores.append(probe.scores(test_features))
-        else:
-            options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
-            scores.append(predict(finetune(encoder, images[rows], labels[rows], **options), test_images))
-    return scores
-
-
-def _log_odds(shares: np.ndarray) -> np.ndarray:
-    shares = np.clip(shares, 1e-6, 1 - 1e-6)  # neighbours that all agree do not make it certain
-    return np.log(shares) - np.log1p(-shares)
+    specs = _data_spec(encoder, config, data), data_of(test, "--test", config.data) if test else None
+    usual = evaluation.conditions(own, protocol, _data_spec(encoder, own, ""), None)
+    conditions = evaluation.conditions(config, protocol, *specs)
+    name = f"{protocol}-{labels or 'all'}{evaluation.suffix(usual, conditions)}"
+    about = {"test": description, "conditions": conditions}
+    options: Any = {"labels": labels, "seeds": seeds, "about": about, "path": RunFolder(folder).evaluation / name}
+    return evaluation.evaluate(encoder, config, protocol, train, held_out, **options)
 
 
 def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) -> None:
@@ -245,7 +178,7 @@ def finetune(
     options: Any = {"classes": len(classes), "settings": config.finetune, "seed": seed, "groups": train.source.groups}
     classifier = fit_classifier(encoder, train.source.arrays(), train.labels, **options)
     about = {**encoder.about, "classes": classes, "finetune": dataclasses.asdict(config.finetune), "seed": seed}
-    about |= {"chosen": classifier.chosen, "multilabel": source.multilabel}
+    about |= {"chosen": classifier.chosen, "multilabel": source.multilabel, "data": data, "test_data": test}
     about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}
     if source.multilabel and classifier.held_out:
         about["thresholds"] = choose_thresholds(*classifier.held_out, classes, config.finetune.sensitivity)
@@ -270,6 +203,7 @@ def _test_classifier(
     """Writes test.csv and, for multi-label data, reliability.png with this title; prints and returns the metrics."""
     from ssl_jax.evaluate.classification_report import evaluate_on_test, format_report
     from ssl_jax.evaluate.finetuning import predict as scores_of
+    from ssl_jax.evaluation import print_left_out
     from ssl_jax.report.figures import reliability
 
     scores, groups, multilabel = scores_of(classifier, test.source.arrays()), test.source.groups, test.labels.ndim == 2
@@ -278,7 +212,7 @@ def _test_classifier(
     _print_numbers(result)
     if multilabel:
         print("\n".join(format_report(result)))
-        _print_left_out(result)
+        print_left_out(result)
         reliability(result["reliability"], folder / "reliability.png", title=title)
     return result
 
@@ -287,11 +221,6 @@ def _print_numbers(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float):
             print(f"  {name:20} {value:.4g}")
-
-
-def _print_left_out(result: Mapping[str, Any]) -> None:
-    if result["left_out"]:
-        print(f"  left out (cannot be scored on these test images): {', '.join(result['left_out'])}")
 
 
 def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -453,11 +382,15 @@ def _open_test(encoder: Encoder, config: Config, test: str, data: str) -> Source
     return open_source(spec, "test" if spec.name == "chexpert" or test == data else "all")
 
 
+def _data_spec(encoder: Encoder, config: Config, data: str) -> Data:
+    return encoder.data(data_of(data, "--data", config.data) if data else dataclasses.replace(config.data, limit=0))
+
+
 def _train_and_test(encoder: Encoder, config: Config, data: str, test: str) -> tuple[Labelled, Labelled, str]:
     """(training images, test images, description of the test images), in the size that the encoder takes."""
     from ssl_jax.evaluate.subsets import holdout
 
-    spec = encoder.data(data_of(data, "--data", config.data) if data else dataclasses.replace(config.data, limit=0))
+    spec = _data_spec(encoder, config, data)
     source = open_source(spec)
     train = labelled_part(source, source, data or config.data.path or config.data.name)
     if test:

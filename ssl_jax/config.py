@@ -231,10 +231,10 @@ class Eval:
 class Finetune:
     """Training a classifier from few labels. Each tuple is a grid; the best entry on held-out labels is used."""
 
-    steps: int = option(400, "smallest number of steps", min=1)
+    steps: int = option(600, "smallest number of steps", min=1)
     epochs: int = option(20, "smallest number of passes over the labels", min=0)
     batch: int = option(64, "batch size; images repeat within a batch if there are fewer labels", min=1)
-    lr: tuple[float, ...] = option((3e-4, 1e-3), "learning rate of the head (AdamW)")
+    lr: tuple[float, ...] = option((3e-4, 1e-3, 3e-3), "learning rate of the head (AdamW)")
     backbone_ratio: tuple[float, ...] = option((1.0,), "learning rate of the backbone relative to the head's")
     weight_decay: float = option(1e-2, "weight decay (AdamW)")
     head: Literal["probe", "zero"] = option("probe", "initial head: a linear probe, or zeros")

@@ -22,7 +22,7 @@ from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.network import Network
 from ssl_jax.transforms import matrices
 
-FALLING = 0.06  # of the loss of guessing: see `still_falling`
+FALLING, FITTED = 0.05, 0.15  # parts of the loss of guessing: see `still_falling`
 WARMUP = 0.05  # share of the steps over which the learning rate rises
 
 
@@ -128,11 +128,12 @@ def loss_curve(losses: np.ndarray) -> list[float]:
 
 
 def still_falling(curve: Sequence[float]) -> bool:
-    """Whether training was probably too short, judged by its `loss_curve`: it still fell by FALLING in the second half.
+    """Whether training was probably too short, judged by its `loss_curve`: it fell by more than FALLING in the second
+    half, and ends above FITTED, far from having learnt all that a few labels can teach.
 
     The learning rate goes to zero, so the last tenths are always flat, and say nothing.
     """
-    return len(curve) == 10 and curve[4] - curve[-1] > FALLING
+    return len(curve) == 10 and curve[4] - curve[-1] > FALLING and curve[-1] > FITTED
 
 
 def _check(encoder: Encoder, images: np.ndarray, labels: np.ndarray, classes: int) -> None:

@@ -77,10 +77,23 @@ class References:
         classes: Sequence[str],
         settings: Eval,
     ):
-        self.encoders, self.images, self.labels, self.classes, self.settings = encoders, images, labels, classes, settings
+        self.encoders, self.images, self.labels, self.classes, self.settings = (
+            encoders,
+            images,
+            labels,
+            classes,
+            settings,
+        )
         self.features: dict[str, tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]] = {}
         networks = {name: [e.about.get("model"), e.size, e.channels] for name, e in encoders.items()}
-        self.inputs = [VERSION, digest(images, labels), list(classes), networks, settings.knn_k, settings.knn_temperature]
+        self.inputs = [
+            VERSION,
+            digest(images, labels),
+            list(classes),
+            networks,
+            settings.knn_k,
+            settings.knn_temperature,
+        ]
 
     def of(
         self, path: Path, images: np.ndarray, labels: np.ndarray, *, seed: int, groups: np.ndarray | None = None

@@ -80,7 +80,10 @@ def selection_score(scores: np.ndarray, labels: np.ndarray) -> tuple[float, floa
 
 
 def log_frequencies(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Scores [K] that depend on no image: log shares, or log-odds of labels [N, K]; half an image short of certainty."""
+    """Scores [K] that depend on no image: log shares of labels [N], or log-odds of labels [N, K].
+
+    Half an image is added, as nothing is certain.
+    """
     if labels.ndim == 1:
         return np.log(np.bincount(labels, minlength=classes) + 0.5)
     return np.log(np.nansum(labels, axis=0) + 0.5) - np.log(np.nansum(1 - labels, axis=0) + 0.5)

@@ -29,7 +29,9 @@ def undertrained(cells: Sequence[Cell], references: Sequence[Cell], metric: str)
         curves = [c["loss"] for c in cells if (c["arm"], c["labels"]) == (arm, count) and c.get("loss")]
         if curves and still_falling(curve := np.mean(curves, axis=0)):
             middle, end = curve[len(curve) // 2 - 1], curve[-1]
-            found[arm, count] = f"its training loss still fell at the end, from {middle:.2f} of guessing halfway to {end:.2f}"
+            found[arm, count] = (
+                f"its training loss still fell at the end, from {middle:.2f} of guessing halfway to {end:.2f}"
+            )
         for fewer in sorted({n for a, n in scores if a == arm and 1.5 * n <= count}, reverse=True):
             low, high = np.mean(scores[arm, fewer]), np.mean(scores[arm, count])
             others = {a for a, n in scores if a != arm and (a, fewer) in scores and (a, count) in scores}

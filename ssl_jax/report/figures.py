@@ -192,7 +192,9 @@ def _band(ax, rows, mean, half, label, color):
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Label count -> the largest mean, in percent."""
-    return {n: max(100 * row["mean"] for row in rows if row["labels"] == n) for n in sorted({r["labels"] for r in rows})}
+    return {
+        n: max(100 * row["mean"] for row in rows if row["labels"] == n) for n in sorted({r["labels"] for r in rows})
+    }
 
 
 def _colors(arms: Sequence[str], baseline: str) -> dict[str, str]:

@@ -6,7 +6,6 @@ passes through `escape`, as file and class names come from the user's disk.
 
 import json
 import logging
-import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -19,8 +18,10 @@ import numpy as np
 from ssl_jax import config as configs
 from ssl_jax.collapse import STD_COLLAPSED, rank_me
 from ssl_jax.errors import DamagedError, UserError
+from ssl_jax.evaluate.references import PIXELS, RANDOM, pixels, untrained
 from ssl_jax.files import read_csv, read_json, read_lines, read_text, write_bytes
 from ssl_jax.report import plots
+from ssl_jax.report.evaluations import below_pixels, by_class, classifiers, confusion, evaluations
 from ssl_jax.report.page import fold, markdown, note, number, page, percent, picture, table
 from ssl_jax.run_folder import RunFolder, StudyFolder
 
@@ -29,9 +30,9 @@ NARROW = 0.1  # embedding std below which the report warns that the embedding us
 # The metrics that all methods report.
 COMMON = {"step", "epoch", "loss", "grad_norm", "embedding_std", "lr", "probe_accuracy", "probe_loss", "collapsed"}
 COMPLETE = {"step", "epoch", "loss", "embedding_std"}  # what the report needs of a step
+EMBEDDING = "embedding"
 MAX_IMAGES = 1000  # embedded for the neighbours and the map
 NEIGHBOURS, QUERIES = 6, 10
-MAX_CELLS = 20  # classes up to which the confusion matrix shows its numbers
 
 
 class RunRecord(NamedTuple):
@@ -55,18 +56,25 @@ class Sample(NamedTuple):
     labels: np.ndarray | None
     classes: list[str]
     total: int  # images in the whole data set
+    shares: Mapping[str, float] | None = None  # of the nearest neighbours that share the class, by what finds them
 
 
 def write_report(workdir: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run or study folder to `out` (default: workdir/report.html) and returns its path.
+    """Writes the page of a run or study folder, or of a folder of such folders, to `out` (default: workdir/report.html)
+    and returns its path.
 
     The nearest neighbours and the embedding map need the training images, of which at most 1,000 are read again. If
     the data are gone, only these two sections are missing. Raises UserError if the folder holds neither a run nor a
-    study.
+    study, at most two levels down.
     """
     study, run = StudyFolder(workdir), RunFolder(workdir)
     out = Path(out) if out else run.report
-    text = _study_page(study) if study.exists() else _run_page(read_run(run))
+    if study.exists():
+        text = _study_page(study)
+    elif not run.config.is_file() and (found := _found(run.path)):
+        text = _overview(run.path, found)
+    else:
+        text = _run_page(read_run(run))
     # A file name that is not UTF-8 must not break the report.
     write_bytes(out, text.encode("utf-8", "backslashreplace"))
     return out
@@ -113,13 +121,15 @@ def _run_page(run: RunRecord) -> str:
         except (UserError, OSError) as error:
             missing = note(f"Not shown, nor is the embedding map: {error}")
     newest = run.evaluations[-1] if run.evaluations else None
+    command = f"ssl-jax evaluate --workdir={shlex.quote(str(run.folder.path))} --protocol=linear"
     environment = _sound(run.folder.environment, run.folder.again)
     sections = [
         ("Training curves", _curves(run) or note("No step has been logged yet.")),
         ("Views", _views(run.folder)),
-        ("Evaluation", _evaluations(run)),
-        ("Confusion", _confusion(newest) if newest else ""),
-        ("Classes", _classes(newest) if newest else ""),
+        ("Evaluation", evaluations([("", e) for e in run.evaluations], command)),
+        ("Confusion", confusion(newest) if newest else ""),
+        ("Classes", by_class(newest) if newest else ""),
+        ("Classifiers", classifiers(_classifiers(run.folder.path))),
         ("Nearest neighbours", _neighbours(sample) if sample else missing),
         ("Embedding map", _map(sample) if sample else ""),
         ("Configuration", _configuration(run.config)),
@@ -128,6 +138,45 @@ def _run_page(run: RunRecord) -> str:
     ]
     title = f"{run.config['method']['name']} · {run.config['model']['name']} · {_data_name(run.config['data'])}"
     return page(title, f"Run folder {run.folder.path.absolute().name}", _verdict(run, sample), sections)
+
+
+def _found(folder: Path) -> list[Path]:
+    """The run and study folders at most two levels below `folder`; a study's own runs are part of the study."""
+    paths = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json"))
+    studies = [path for path in paths if StudyFolder(path).exists()]
+    return [path for path in paths if not any(study in path.parents for study in studies)]
+
+
+def _classifiers(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    paths = sorted(path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/classifier.json"))
+    cure = "its `ssl-jax finetune` command makes it anew"
+    return [(path.parent.relative_to(folder).as_posix(), made) for path in paths if (made := _sound(path, cure))]
+
+
+def _overview(folder: Path, found: Sequence[Path]) -> str:
+    """The page of a folder that holds runs and studies: a table of all, their evaluations and classifiers."""
+    runs = {path.relative_to(folder).as_posix(): path for path in found}
+    studies = [name for name, path in runs.items() if StudyFolder(path).exists()]
+    records = {name: read_run(RunFolder(path)) for name, path in runs.items() if name not in studies}
+    rows = []
+    for name, run in records.items():
+        last, check = run.steps[-1] if run.steps else {}, run.checks[-1] if run.checks else {}
+        data = _data_name(run.config["data"])
+        numbers = [f"{last.get('epoch', 0):.4g}", number(last.get("loss")), number(check.get("knn_accuracy"))]
+        state = "finished" if run.finished else "not finished"
+        health = _health(last, below_pixels(run.evaluations))[0] if last else "–"
+        rows.append([name, run.config["method"]["name"], run.config["model"]["name"], data, *numbers, state, health])
+    head = ["run", "method", "network", "data", "epochs", "loss", "kNN accuracy", "", "embedding"]
+    scored = [(name, e) for name, run in records.items() for e in run.evaluations]
+    sections = [("Runs", table(head, rows) if rows else ""), ("Evaluation", evaluations(scored))]
+    sections.append(("Classifiers", classifiers(_classifiers(folder))))
+    for name in studies:
+        summary = StudyFolder(runs[name]).summary_md
+        sections.append(
+            (f"Study {name}", markdown(summary.read_text()) if summary.is_file() else note("No results yet."))
+        )
+    text = f"{len(records)} runs and {len(studies)} studies. Each has a report of its own: ssl-jax report --workdir=..."
+    return page(f"Runs in {folder.absolute().name}", f"Folder {folder.absolute().name}", note(text), sections)
 
 
 def _study_page(folder: StudyFolder) -> str:
@@ -141,16 +190,34 @@ def _study_page(folder: StudyFolder) -> str:
         ("Result", markdown(summary) if summary else unfinished),
         ("Score by number of labels", picture(folder.curve, f"{prefix}Test score by number of labels.")),
         ("Gain by class", picture(folder.gain_by_class, f"{prefix}Gain of each class. {columns}.")),
-        ("All metrics", fold("summary.csv", _csv_table(folder.summary_csv, folder.again))),
+        (
+            "All metrics",
+            fold("summary.csv", _csv_table(folder.summary_csv, folder.again))
+            + fold("references.csv: what costs nothing", _csv_table(folder.references_csv, folder.again)),
+        ),
         ("All classes", fold("classes.csv", _csv_table(folder.classes, folder.again))),
     ]
+    cautions = _sound(folder.cautions, folder.again).get("not_above_pixels", [])
     for pretraining in folder.pretrainings():
-        run = read_run(pretraining)
-        sections.append((f"Pretraining of {pretraining.path.name}", _verdict(run, None) + _curves(run)))
+        run, name = read_run(pretraining), pretraining.path.name
+        below = next((_below_in_study(c) for c in cautions if name in _run_names(c["arm"], about)), "")
+        body = _verdict(run, None, below) + _curves(run) + evaluations([("", e) for e in run.evaluations])
+        sections.append((f"Pretraining of {name}", body))
+    sections.append(("Classifiers", classifiers(_classifiers(folder.path))))
     sections.append(("Configuration", _configuration(config) if config else ""))
     sections += [("Environment", _environment(environment)), ("Commands", _commands(environment))]
     title = f"Label-efficiency study{' on phantom images' if phantom else ''}"
     return page(title, f"Study folder {folder.path.absolute().name}", _design(config, about), sections)
+
+
+def _run_names(arm: str, about: Mapping[str, Any]) -> list[str]:
+    folder = StudyFolder("")
+    return [folder.pretraining(arm, i).path.name for i in range(about.get("pretrainings", 1))]
+
+
+def _below_in_study(caution: Mapping[str, Any]) -> str:
+    text = f"Not better than raw pixels: with {caution['labels']:,} labels of the study {percent(caution['score'])}, where "
+    return f"{text}raw pixels reach {percent(caution['pixels'])}."
 
 
 def _design(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -172,13 +239,21 @@ def _design(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 # What the run did, in words.
 
 
-def _verdict(run: RunRecord, sample: Sample | None) -> str:
+def _verdict(run: RunRecord, sample: Sample | None, below: str = "") -> str:
+    """below: a sentence that says that the encoder does not beat raw pixels, if it is known from elsewhere."""
     config, last = run.config, run.steps[-1] if run.steps else None
     images = f"{sample.total:,} images of " if sample else ""
     subject = f"{config['method']['name']} with a {config['model']['name']} on {images}{_data_name(config['data'])}"
     if last is None:
         return f"<p>{escape(subject)}. No step has been logged yet.</p>"
-    state, health = _health(last)
+    judged = below_pixels(run.evaluations) or below
+    if not run.evaluations and sample and sample.shares and sample.shares[EMBEDDING] <= sample.shares[PIXELS]:
+        mine, pixels = (percent(sample.shares[name]) for name in (EMBEDDING, PIXELS))
+        judged = (
+            judged
+            or f"Not better than raw pixels: {mine} of its nearest neighbours share the class, of theirs {pixels}."
+        )
+    state, health = _health(last, judged)
     text = f"{subject}, trained for {last['epoch']:.4g} epochs"
     text += f" ({last['step']:,} steps with a batch of {config['train']['batch']:,})."
     if not run.finished:
@@ -201,8 +276,8 @@ def _verdict(run: RunRecord, sample: Sample | None) -> str:
     return f'<p>{escape(text)}</p><p class="verdict {state}">{escape(health)}</p><div class="tiles">{boxes}</div>'
 
 
-def _health(last: Mapping[str, Any]) -> tuple[str, str]:
-    """(healthy, narrow, collapsed or broken; a sentence that says so)."""
+def _health(last: Mapping[str, Any], below: str = "") -> tuple[str, str]:
+    """(healthy, weak, narrow, collapsed or broken; a sentence that says so). below: why it is weak, if it is."""
     std = last["embedding_std"]
     if last["loss"] is None or std is None:
         return "broken", "The last loss is not a finite number. Lower the learning rate or clip the gradient."
@@ -215,6 +290,8 @@ def _health(last: Mapping[str, Any]) -> tuple[str, str]:
         return "collapsed", f"The embedding has collapsed: {spread}. Likely causes: {causes}."
     if std < NARROW:
         return "narrow", f"The embedding is narrow: {spread}. Training may have been too short, or may be collapsing."
+    if below:
+        return "weak", f"{below} The embedding has not collapsed: {spread}."
     return "healthy", f"The embedding is healthy: {spread}."
 
 
@@ -260,86 +337,6 @@ def _views(folder: RunFolder) -> str:
     return picture(folder.views, text)
 
 
-# Evaluation.
-
-
-def _evaluations(run: RunRecord) -> str:
-    if not run.evaluations:
-        command = f"ssl-jax evaluate --workdir={shlex.quote(str(run.folder.path))} --protocol=linear"
-        return note(f"None yet. To evaluate the encoder: {command}")
-    metrics = sorted({name for e in run.evaluations for name in e["mean"]}, key=lambda m: (m != "top1", m))
-    rows = []
-    for e in sorted(run.evaluations, key=lambda e: (e["protocol"], math.inf if e["labels"] == "all" else e["labels"])):
-        values = [_with_interval(e["mean"].get(m), e["interval"].get(m)) for m in metrics]
-        rows.append([e["protocol"], str(e["labels"]), str(e["seeds"]), e["test"], *values])
-    text = "Encoder of the last epoch. Mean over the draws of labels (seeds) ± half the width of its 95 % interval."
-    heads = [m.replace("_", " ") for m in metrics]
-    return note(text) + table(["protocol", "labels", "seeds", "tested on", *heads], rows, first_number=4)
-
-
-def _with_interval(mean: float | None, half: float | None) -> str:
-    return f"{mean:.4f}" + (f" ± {half:.4f}" if half is not None else "") if mean is not None else "–"
-
-
-def _confusion(evaluation: Mapping[str, Any]) -> str:
-    """Heat map and per-class table of an evaluation, summed over its seeds."""
-    classes, each = evaluation["classes"], evaluation["per_seed"]
-    if not all("confusion" in seed for seed in each):
-        return ""
-    counts = np.sum([seed["confusion"] for seed in each], axis=0)
-    actual, predicted, correct = counts.sum(axis=1), counts.sum(axis=0), np.diag(counts)
-    shares = counts / np.maximum(actual, 1)[:, None]
-    wrong = shares - np.diag(np.diag(shares))
-    rows = []
-    for c, name in enumerate(classes):
-        recall, precision = (correct[c] / n[c] if n[c] else None for n in (actual, predicted))
-        f1 = 2 * correct[c] / (actual[c] + predicted[c]) if actual[c] else None
-        aucs = [seed["auc"][name] for seed in each if name in seed.get("auc", {})]
-        other = wrong[c].argmax()
-        mistaken = f"{classes[other]} ({percent(wrong[c, other])})" if wrong[c, other] > 0 else "–"
-        numbers = [f"{actual[c] // len(each):,}", *map(percent, (recall, precision, f1))]
-        rows.append([name, *numbers, f"{np.mean(aucs):.4f}" if aucs else "–", mistaken])
-    head = ["class", "test images", "recall", "precision", "F1", "AUC", "most often mistaken for"]
-    by_class = table(head, rows, first_number=1)
-    text = f"{evaluation['protocol']}, {evaluation['labels']} labels, {evaluation['test']}"
-    text += f"; sum over {len(each)} draws of labels." if len(each) > 1 else "."
-    text += " Each row shows which classes the images of one class were predicted as, in percent."
-    return note(text) + _matrix(shares, classes) + fold("Per class", by_class, folded=len(classes) > MAX_CELLS)
-
-
-def _classes(evaluation: Mapping[str, Any]) -> str:
-    """Table of a multi-label evaluation: means over its seeds."""
-    each = evaluation["per_seed"]
-    if not all("ap" in seed for seed in each):
-        return ""
-
-    def mean(metric: str, name: str) -> str:
-        values = [seed[metric][name] for seed in each if name in seed[metric]]
-        return f"{np.mean(values):.4f}" if values else "–"
-
-    rows = [
-        [name, *(f"{each[0][n][name]:,}" for n in ("known", "support")), mean("auc", name), mean("ap", name)]
-        for name in evaluation["classes"]
-    ]
-    draws = f"; mean over {len(each)} draws of labels" if len(each) > 1 else ""
-    return note(f"{evaluation['protocol']}, {evaluation['labels']} labels, {evaluation['test']}{draws}.") + table(
-        ["class", "labelled", "positive", "AUC", "average precision"], rows, first_number=1
-    )
-
-
-def _matrix(shares: np.ndarray, classes: Sequence[str]) -> str:
-    if len(classes) > MAX_CELLS:
-        return f'<img class="heat" alt="confusion matrix, one row per true class" src="{plots.heat(shares)}">'
-    heads = "".join(f'<th scope="col"><span>{escape(c)}</span></th>' for c in classes)
-    body = ""
-    for name, row in zip(classes, shares, strict=True):
-        cells = "".join(
-            f'<td{" class=deep" if v > 0.5 else ""} style="--v:{v:.3f}">{round(100 * v) or "·"}</td>' for v in row
-        )
-        body += f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>'
-    return f'<div class="wide"><table class="matrix"><tr><th>true \\ predicted</th>{heads}</tr>{body}</table></div>'
-
-
 # What the encoder does with images.
 
 
@@ -357,20 +354,41 @@ def _sample(run: RunRecord) -> Sample:
     features = encoder.embed(images, batch=min(256, count))
     features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     labels = None if source.labels is None or source.multilabel else np.asarray(source.labels)[indices]
-    return Sample(images, features, [source.names[i] for i in indices], labels, list(source.classes), len(source))
+    shares = None
+    if labels is not None and len(np.unique(labels[labels >= 0])) > 1 and count > NEIGHBOURS:
+        found = {EMBEDDING: features, PIXELS: pixels(images), RANDOM: untrained(encoder).embed(images, min(256, count))}
+        found[PIXELS] = found[PIXELS] - found[PIXELS].mean(axis=0)
+        shares = {name: _same(_nearest(values)[0], labels) for name, values in found.items()}
+        shares["chance"] = float(np.square(np.bincount(labels[labels >= 0]) / (labels >= 0).sum()).sum())
+    names = [source.names[i] for i in indices]
+    return Sample(images, features, names, labels, list(source.classes), len(source), shares)
+
+
+def _nearest(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(indices [N, NEIGHBOURS] of the most similar other images, cosine similarities [N, N])."""
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    return np.argsort(-similarity, axis=1, kind="stable")[:, :NEIGHBOURS], similarity
+
+
+def _same(nearest: np.ndarray, labels: np.ndarray) -> float:
+    """The share of neighbours that have the class of their query."""
+    known = labels >= 0
+    return float((labels[nearest] == labels[:, None])[known].mean())
 
 
 def _neighbours(sample: Sample) -> str:
     if len(sample.images) <= NEIGHBOURS:
         return note(f"Not shown: {len(sample.images)} images are too few.")
-    similarity = sample.features @ sample.features.T
-    np.fill_diagonal(similarity, -np.inf)
-    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :NEIGHBOURS]
+    nearest, similarity = _nearest(sample.features)
     text = f"Each row starts with a query image. The {NEIGHBOURS} images after it have the most similar embeddings "
     text += f"among {len(sample.images):,} training images; their cosine similarity is below each."
-    if sample.labels is not None and (known := sample.labels >= 0).any():
-        same = (sample.labels[nearest] == sample.labels[:, None])[known].mean()
-        text += f" Over all images, {same:.0%} of the neighbours share the class of their query (green frame)."
+    if sample.labels is not None and (sample.labels >= 0).any():
+        same = _same(nearest, sample.labels)
+        text += f" Over all images, {same:.0%} of the neighbours share the class of their query (green frame)"
+        others = [f"{name} {share:.0%}" for name, share in (sample.shares or {}).items() if name != EMBEDDING]
+        text += f"; beside it: {', '.join(others)}." if others else "."
     strips = "".join(_strip(sample, q, nearest[q], similarity[q]) for q in _queries(sample))
     return f'{note(text)}<div class="strips">{strips}</div>'
 

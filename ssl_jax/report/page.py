@@ -26,7 +26,7 @@ nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-top: 1.2rem; fon
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
 .verdict { padding: .6rem .9rem; border-left: 4px solid var(--good); background: var(--card); border-radius: 3px; }
-.verdict.narrow { border-color: #d97706; }
+.verdict.narrow, .verdict.weak { border-color: #d97706; }
 .verdict.collapsed, .verdict.broken { border-color: var(--bad); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1rem 0; }
 .tiles div { background: var(--card); border-radius: 8px; padding: .75rem .9rem; font-size: .9rem; }

@@ -1,0 +1,184 @@
+"""`ssl-jax evaluate`: an encoder judged on test images, beside what costs nothing, with a file that says under which
+conditions."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_jax import files
+from ssl_jax.config import Config, Data
+from ssl_jax.data.labelled import Labelled
+from ssl_jax.encoder import Encoder
+from ssl_jax.evaluate.finetuning import finetune, loss_curve, predict, still_falling
+from ssl_jax.evaluate.knn import knn_scores
+from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.references import RANDOM, References, over_pixels
+from ssl_jax.evaluate.scores import interval, metrics
+from ssl_jax.evaluate.subsets import nested_subset, without_positive
+from ssl_jax.report.tables import main_metric
+
+PROTOCOLS = ("knn", "linear", "finetune")
+HOW_READ = ("cache", "workers", "engine")  # options of config.data that change how images are read, not which
+
+
+def evaluate(
+    encoder: Encoder,
+    config: Config,
+    protocol: str,
+    train: Labelled,
+    test: Labelled,
+    *,
+    labels: int,
+    seeds: int,
+    about: Mapping[str, Any],
+    path: Path,
+) -> dict[str, Any]:
+    """Writes path.json and path.npz, prints the means, and returns what path.json holds.
+
+    labels: drawn from `train` for each seed; 0: all. about: what the file says of its conditions.
+    """
+    classes, count = train.source.classes, len(train.labels)
+    every = np.arange(count)
+    draws = [nested_subset(train.labels, labels, s, train.source.groups) if labels else every for s in range(seeds)]
+    for seed, draw in enumerate(draws):
+        if absent := without_positive(train.labels[draw], classes):
+            print(f"draw {seed}: no image of {', '.join(absent)} among the {len(draw)} labelled images")
+    used = np.unique(np.concatenate(draws))
+    pool = Labelled(train.source.take(used), train.labels[used])
+    draws, test_images = [np.searchsorted(used, draw) for draw in draws], test.source.arrays()
+    scores, curve = _scores(encoder, config, protocol, pool, draws, test_images)
+    each = [metrics(s, test.labels, classes) for s in scores]
+    compared = References({RANDOM: encoder}, test_images, test.labels, classes, config.eval)
+    names = path.parent / "references" / path.name.partition("-")[2]  # those of all protocols are the same
+    beside = _references(compared, pool, draws if labels else draws[:1], names)
+    beside *= 1 if labels else seeds
+    result: dict[str, Any] = {
+        "protocol": protocol,
+        "labels": labels or "all",
+        "seeds": seeds,
+        "classes": classes,
+        "step": encoder.about.get("step"),
+        "metric": main_metric([{"scores": each[0]}]),
+        "per_seed": each,
+        **_means([{name: value for name, value in m.items() if isinstance(value, float)} for m in each]),
+        "references": {name: _means([scores[name] for scores in beside]) for name in beside[0]},
+        "loss": curve,
+        **about,
+    }
+    arrays = {"scores": np.stack(scores), "labels": test.labels, "names": np.array(test.source.names)}
+    if test.source.groups is not None:
+        arrays["groups"] = test.source.groups
+    files.write_npz(path.with_name(f"{path.name}.npz"), **arrays)
+    files.write_json(path.with_name(f"{path.name}.json"), result)
+    _print(result, beside)
+    print(f"predictions: {path}.npz")
+    return result
+
+
+def _scores(
+    encoder: Encoder,
+    config: Config,
+    protocol: str,
+    train: Labelled,
+    draws: Sequence[np.ndarray],
+    test_images: np.ndarray,
+) -> tuple[list[np.ndarray], list[float] | None]:
+    """For each draw of labelled images, the scores [N, K] that a classifier trained on it gives to the test images;
+    and the mean loss curve of fine-tuning."""
+    images, labels, all_groups = train.source.arrays(), train.labels, train.source.groups
+    classes = len(train.source.classes)
+    if protocol != "finetune":
+        features, test_features = encoder.embed(images), encoder.embed(test_images)
+    scores, curves = [], []
+    for seed, rows in enumerate(draws):
+        groups = None if all_groups is None else all_groups[rows]
+        if protocol == "knn":
+            k, temperature = min(config.eval.knn_k, len(rows)), config.eval.knn_temperature
+            bank = (features[rows], labels[rows], test_features)
+            scores.append(knn_scores(*bank, classes=classes, k=k, temperature=temperature))
+        elif protocol == "linear":
+            probe = linear_probe(features[rows], labels[rows], classes=classes, seed=seed, groups=groups)
+            scores.append(probe.scores(test_features))
+        else:
+            options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
+            classifier = finetune(encoder, images[rows], labels[rows], **options)
+            scores.append(predict(classifier, test_images))
+            curves.append(loss_curve(classifier.losses))
+    return scores, np.mean(curves, axis=0).tolist() if curves else None
+
+
+def _means(each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """{"mean": metric -> mean over draws, "interval": metric -> half width of its 95 % interval, None for one draw}."""
+    found = {name: interval([values[name] for values in each]) for name in each[0]}
+    return {
+        "mean": {name: mean for name, (mean, _) in found.items()},
+        "interval": {name: half if len(each) > 1 else None for name, (_, half) in found.items()},
+    }
+
+
+def conditions(config: Config, protocol: str, data: Data, test: Data | None) -> dict[str, Any]:
+    """What a result depends on beside the encoder: the data, test data that are not their own, the settings."""
+    settings = {
+        "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")},
+        "linear": {},
+        "finetune": dataclasses.asdict(config.finetune),
+    }
+    made = {"data": _described(data), "test": test and _described(test), "settings": settings[protocol]}
+    return json.loads(json.dumps(made))  # as a reader of the file will see it
+
+
+def _described(data: Data) -> dict[str, Any]:
+    path = str(Path(data.path).absolute()) if data.path and Path(data.path).exists() else data.path
+    return {k: v for k, v in dataclasses.asdict(data).items() if k not in HOW_READ} | {"path": path}
+
+
+def suffix(usual: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The end of a result's name: "" under the run's own conditions, else the data and a hash of the conditions."""
+    if here == usual:
+        return ""
+    changed = next((here[key] for key in ("test", "data") if here[key] != usual[key]), None)
+    stem = re.sub(r"\W+", "_", Path(changed["path"] or changed["name"]).stem)[:30] if changed else "settings"
+    return f"-{stem}-{hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()[:6]}"
+
+
+def _references(
+    compared: References, train: Labelled, draws: Sequence[np.ndarray], name: Path
+) -> list[dict[str, dict[str, float]]]:
+    images, groups, found = train.source.arrays(), train.source.groups, []
+    for seed, rows in enumerate(draws):
+        options: Any = {"seed": seed, "groups": None if groups is None else groups[rows]}
+        found.append(
+            compared.of(name.with_name(f"{name.name}-{seed}.json"), images[rows], train.labels[rows], **options)
+        )
+    return found
+
+
+def _print(result: Mapping[str, Any], beside: Sequence[Mapping[str, Mapping[str, float]]]) -> None:
+    data, draws = result["conditions"]["data"], result["seeds"]
+    where = f"{data['path'] or data['name']}, tested on: {result['test']}"
+    print(f"{result['protocol']}, {result['labels']} labels, {draws} draw{'s' * (draws > 1)}, {where}:")
+    for name, mean in result["mean"].items():
+        half = result["interval"][name]
+        print(f"  {name:20} {mean:.4f}" + ("" if half is None else f" ± {half:.4f} (95 %)"))
+    print_left_out(result["per_seed"][0])
+    metric = result["metric"]
+    print(f"what costs nothing, {metric}:")
+    for name, values in result["references"].items():
+        print(f"  {name:22} {values['mean'][metric]:.4f}")
+    theirs = [{name: values[metric] for name, values in each.items()} for each in beside]
+    margin = over_pixels([each[metric] for each in result["per_seed"]], theirs)
+    spread = "" if np.isnan(margin.half) else f" ± {margin.half:.4f}"
+    print(f"the encoder is {margin.words}: {margin.difference:+.4f}{spread} against {margin.name}")
+    if result["loss"] and still_falling(result["loss"]):
+        print("fine-tuning was probably too short: its loss still fell; try more --config.finetune.steps")
+
+
+def print_left_out(result: Mapping[str, Any]) -> None:
+    if result["left_out"]:
+        print(f"  left out (cannot be scored on these test images): {', '.join(result['left_out'])}")
