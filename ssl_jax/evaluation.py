@@ -109,7 +109,7 @@ def _scores(
             options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
             classifier = finetune(encoder, images[rows], labels[rows], **options)
             scores.append(predict(classifier, test_images))
-            curves.append(loss_curve(classifier.losses))
+            curves.append(loss_curve(classifier))
     return scores, np.mean(curves, axis=0).tolist() if curves else None
 
 

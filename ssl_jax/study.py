@@ -267,7 +267,7 @@ class _Evaluator:
             settings = self.settings[cell.arm]
             classifier = finetune(encoder, examples.images, examples.labels, settings=settings, **options)
             scores, chosen = predict(classifier, self.images), classifier.chosen
-            result["loss"] = loss_curve(classifier.losses)
+            result["loss"] = loss_curve(classifier)
         result |= {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
         return {**cell._asdict(), **result, "seconds": round(time.monotonic() - start, 1)}, scores
 

@@ -80,7 +80,8 @@ FAST = [f"--config.finetune.{key}" for key in ("steps=60", "epochs=0", "batch=32
 @pytest.mark.parametrize("protocol", ["knn", "linear", "finetune"])
 def test_evaluate(encoder, opened, protocol, capsys):
     made = commands.evaluate(str(encoder), protocol, labels=60, seeds=2, overrides=FAST)
-    saved = np.load(encoder / "evaluation" / f"{protocol}-60.npz")
+    (path,) = (encoder / "evaluation").glob(f"{protocol}-60*.npz")
+    saved = np.load(path)
     test = source(60, 1)
     assert saved["names"].tolist() == [n for i, n in enumerate(test.names) if i != 3]  # of which nothing is known
     assert saved["groups"].tolist() == [g for i, g in enumerate(test.groups.tolist()) if i != 3]
@@ -92,9 +93,9 @@ def test_evaluate(encoder, opened, protocol, capsys):
     assert made["interval"]["macro_auc"] > 0 and 0 < made["mean"]["brier"] < 0.25
     shown = capsys.readouterr().out
     assert "no image of never" in shown and "left out (cannot be scored on these test images): never" in shown
-    assert json.loads((encoder / "evaluation" / f"{protocol}-60.json").read_text())["per_seed"][0]["left_out"] == [
-        "never"
-    ]
+    assert json.loads(path.with_suffix(".json").read_text())["per_seed"][0]["left_out"] == ["never"]
+    assert made["references"]["majority class"]["mean"]["macro_auc"] == 0.5
+    assert 0.5 < made["references"]["raw pixels, linear"]["mean"]["macro_auc"] < 1
 
 
 def test_finetune_test_and_predict(encoder, opened, tmp_path, capsys):

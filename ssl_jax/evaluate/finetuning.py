@@ -122,8 +122,9 @@ def predict(classifier: Classifier, images: np.ndarray) -> np.ndarray:
     return encoder.embed(images) @ np.asarray(head["w"]) + np.asarray(head["b"])
 
 
-def loss_curve(losses: np.ndarray) -> list[float]:
-    """The mean of `Classifier.losses` over each tenth of the steps."""
+def loss_curve(classifier: Classifier) -> list[float]:
+    """The mean of `Classifier.losses` over each tenth of the steps; [] if they are not known."""
+    losses: Any = [] if classifier.losses is None else classifier.losses
     return [round(float(part.mean()), 4) for part in np.array_split(losses, 10) if len(part)]
 
 

@@ -55,7 +55,9 @@ def untrained(encoder: Encoder) -> Encoder:
     """An encoder of the same network with random weights."""
     model = encoder.about.get("model", {})
     if model.get("init"):  # this network starts from weights that were trained
-        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in model.items()}
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in model.items()
+        }
         return random_encoder(dataclasses.replace(Model(**fields), init=""), encoder.size, encoder.channels, seed=0)
     shape = (1, encoder.size, encoder.size, encoder.channels)
     params, stats = jax.jit(encoder.network.init)(jax.random.key(0), jnp.zeros(shape))
@@ -125,7 +127,7 @@ class References:
             scores[f"{name}, linear"] = probe.scores(test)
             # All pixels are positive: without their mean, all images point the same way.
             centre = features.mean(axis=0) if name == PIXELS else 0
-            near = {"classes": classes, "k": k, "temperature": self.settings.knn_temperature}
+            near: Any = {"classes": classes, "k": k, "temperature": self.settings.knn_temperature}
             scores[f"{name}, kNN"] = knn_scores(features - centre, labels, test - centre, **near)
         each = {name: metrics(s, self.labels, self.classes) for name, s in scores.items()}
         return {name: {m: v for m, v in values.items() if isinstance(v, float)} for name, values in each.items()}

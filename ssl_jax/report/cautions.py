@@ -33,7 +33,7 @@ def undertrained(cells: Sequence[Cell], references: Sequence[Cell], metric: str)
                 f"its training loss still fell at the end, from {middle:.2f} of guessing halfway to {end:.2f}"
             )
         for fewer in sorted({n for a, n in scores if a == arm and 1.5 * n <= count}, reverse=True):
-            low, high = np.mean(scores[arm, fewer]), np.mean(scores[arm, count])
+            low, high = float(np.mean(scores[arm, fewer])), float(np.mean(scores[arm, count]))
             others = {a for a, n in scores if a != arm and (a, fewer) in scores and (a, count) in scores}
             enough = [np.mean(scores[a, count]) - np.mean(scores[a, fewer]) > NO_GAIN for a in others]
             if high - low <= min(NO_GAIN, (1 - low) / 20) and any(enough):  # close to 1, little is left to gain

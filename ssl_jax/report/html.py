@@ -172,9 +172,8 @@ def _overview(folder: Path, found: Sequence[Path]) -> str:
     sections.append(("Classifiers", classifiers(_classifiers(folder))))
     for name in studies:
         summary = StudyFolder(runs[name]).summary_md
-        sections.append(
-            (f"Study {name}", markdown(summary.read_text()) if summary.is_file() else note("No results yet."))
-        )
+        body = markdown(summary.read_text()) if summary.is_file() else note("No results yet.")
+        sections.append((f"Study {name}", body))
     text = f"{len(records)} runs and {len(studies)} studies. Each has a report of its own: ssl-jax report --workdir=..."
     return page(f"Runs in {folder.absolute().name}", f"Folder {folder.absolute().name}", note(text), sections)
 
@@ -216,8 +215,8 @@ def _run_names(arm: str, about: Mapping[str, Any]) -> list[str]:
 
 
 def _below_in_study(caution: Mapping[str, Any]) -> str:
-    text = f"Not better than raw pixels: with {caution['labels']:,} labels of the study {percent(caution['score'])}, where "
-    return f"{text}raw pixels reach {percent(caution['pixels'])}."
+    text = f"Not better than raw pixels: with {caution['labels']:,} labels, the study has {percent(caution['score'])}"
+    return f"{text}, raw pixels {percent(caution['pixels'])}."
 
 
 def _design(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -248,11 +247,8 @@ def _verdict(run: RunRecord, sample: Sample | None, below: str = "") -> str:
         return f"<p>{escape(subject)}. No step has been logged yet.</p>"
     judged = below_pixels(run.evaluations) or below
     if not run.evaluations and sample and sample.shares and sample.shares[EMBEDDING] <= sample.shares[PIXELS]:
-        mine, pixels = (percent(sample.shares[name]) for name in (EMBEDDING, PIXELS))
-        judged = (
-            judged
-            or f"Not better than raw pixels: {mine} of its nearest neighbours share the class, of theirs {pixels}."
-        )
+        mine, theirs = (percent(sample.shares[name]) for name in (EMBEDDING, PIXELS))
+        judged = judged or f"Not better than raw pixels: {mine} of its neighbours share the class, of theirs {theirs}."
     state, health = _health(last, judged)
     text = f"{subject}, trained for {last['epoch']:.4g} epochs"
     text += f" ({last['step']:,} steps with a batch of {config['train']['batch']:,})."
