@@ -14,7 +14,8 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.files import write_json
 from ssl_jax.report import plots
-from ssl_jax.report.html import Sample, _map, _neighbours, write_report
+from ssl_jax.report.html import Sample, _map, _neighbours, _verdict, read_run, write_report
+from ssl_jax.run_folder import RunFolder
 
 CLASSES = ["bag & <b>belt</b>", "cost $5", "coat"]
 
@@ -109,6 +110,60 @@ def test_several_labels_an_image_have_a_table_instead(tmp_path):
     assert "Classes" in sections(page) and "Confusion" not in sections(page)
     # Class, labelled, positive, AUC, average precision: of two positives one is above the only negative.
     assert "bag & <b>belt</b> 3 2 0.5000 0.8333 cost $5 2 1 1.0000 1.0000 coat 2 0 – –" in text_of(page)
+
+
+def beside(folder, stem, pixels, **more):
+    """Adds to an evaluation what costs nothing, and what it was made on."""
+    path = folder / "evaluation" / f"{stem}.json"
+    made = json.loads(path.read_text())
+    means = {"majority class": 0.34, "raw pixels, linear": pixels, "raw pixels, kNN": pixels - 0.1}
+    made["references"] = {name: {"mean": {"top1": v}, "interval": {"top1": None}} for name, v in means.items()}
+    made |= {"metric": "top1", "conditions": {"data": {"path": "/x/<scans>.csv", "name": "csv"}}, **more}
+    write_json(path, made)
+
+
+def test_an_encoder_below_raw_pixels_is_not_called_healthy(tmp_path):
+    folder = make_run(tmp_path)
+    add_evaluation(folder)
+    beside(folder, "linear-30", 0.6)
+    text = text_of(write_report(folder))
+    assert "0.3400 0.6000 –" in text and "/x/<scans>.csv" in text and "The embedding is healthy" in text
+    beside(folder, "linear-30", 0.7)
+    text = text_of(write_report(folder))
+    assert "healthy" not in text
+    assert "with 30 labels of /x/<scans>.csv, linear reaches 66.1 %, raw pixels 70.0 %." in text
+    add_evaluation(folder, "finetune-30")  # another protocol beats them on the same labels
+    beside(folder, "finetune-30", 0.7, mean={"top1": 0.71})
+    assert "The embedding is healthy" in text_of(write_report(folder))
+
+
+def test_neighbours_stand_beside_those_of_raw_pixels(tmp_path):
+    shares = {"embedding": 0.5, "raw pixels": 0.6, "random encoder": 0.4, "chance": 0.33}
+    markup = _neighbours(sample()._replace(shares=shares))
+    assert "; beside it: raw pixels 60%, random encoder 40%, chance 33%." in markup
+    run = read_run(RunFolder(make_run(tmp_path)))
+    assert "50.0 % of its neighbours share the class, of theirs 60.0 %" in _verdict(
+        run, sample()._replace(shares=shares)
+    )
+    assert "is healthy" in _verdict(run, sample()._replace(shares={**shares, "embedding": 0.7}))
+
+
+def test_runs_evaluations_and_classifiers_of_a_folder_all_appear(tmp_path):
+    for name in ("a", "deep/b"):
+        run = make_run(tmp_path / name)
+        for stem in ("knn-all", "knn-all-scans-12ab34"):
+            add_evaluation(run, stem)
+            beside(run, stem, 0.6)
+    about = {"classes": CLASSES, "data": "labelled.csv", "chosen": {"lr": 0.001, "validation": 0.75}}
+    write_json(tmp_path / "a" / "sorter" / "classifier.json", {**about, "test": {"top1": 0.8125}})
+    text = text_of(write_report(tmp_path / "a"))
+    assert text.count("knn 30 2 /x/<scans>.csv test split") == 2
+    assert "sorter labelled.csv – 3 lr 0.001 0.7500 top1 0.8125" in text
+    page = write_report(tmp_path)
+    assert sections(page) == ["Runs", "Evaluation", "Classifiers"]
+    text = text_of(page)
+    assert "a byol resnet18" in text and "deep/b byol resnet18" in text and "a/sorter labelled.csv" in text
+    assert text.count("deep/b knn 30 2") == 2
 
 
 def test_names_are_escaped(tmp_path):
@@ -229,6 +284,8 @@ def test_study_folder(tmp_path):
     (tmp_path / "summary.csv").write_text("arm,labels,mean\n<byol>,50,0.7012345\nscratch,50,0.65\n")
     table = "| arm | 50 labels | 1,000 labels |\n|---|---|---|\n| <byol> | 70.1 ± 0.5 | – |"
     (tmp_path / "summary.md").write_text(f"# Study\n\nTop-1 & <more>.\n\n{table}\n\nbyol: better.\n")
+    below = {"arm": "byol", "labels": 50, "score": 0.42, "pixels": 0.47, "by": "raw pixels, linear"}
+    write_json(tmp_path / "cautions.json", {"not_above_pixels": [below]})
     for name in ("curve", "gain_by_class"):
         Image.new("RGB", (60, 20)).save(tmp_path / f"{name}.png")
     page = write_report(tmp_path)
@@ -237,6 +294,7 @@ def test_study_folder(tmp_path):
     text = text_of(page)
     assert "byol, scratch: finetune with 50, 100, 250, 1,000 labels of fashion_mnist (train), 5 draws each" in text
     assert "tested on fashion_mnist (val). 1,200 training and 300 test images." in text
+    assert "with 50 labels, the study has 42.0 %, raw pixels 47.0 %" in text and "healthy" not in text
     assert "Label-efficiency study on phantom images" in text and text.count("Phantoms: ") == 2
     assert "Top-1 & <more>. arm 50 labels 1,000 labels <byol> 70.1 ± 0.5 – byol: better." in text
     assert (
