@@ -22,7 +22,7 @@ LAYERS = [
     {"train"},
     {"testing", "audit", "phantom"},
     {"report"},
-    {"study", "plan", "evaluation", "evaluation", "dry_runs"},
+    {"study", "plan", "evaluation", "dry_runs"},
     {"commands"},
     {"cli"},
 ]

@@ -5,12 +5,14 @@ from ssl_jax.evaluate.finetuning import Classifier, finetune, predict
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.multilabel import reliability, threshold_at_sensitivity
+from ssl_jax.evaluate.references import References, over_pixels, pixels
 from ssl_jax.evaluate.scores import interval, metrics, paired
 from ssl_jax.evaluate.subsets import holdout, nested_subset, without_positive
 from ssl_jax.evaluate.uncertainty import bootstrap_by_group, delong
 
 __all__ = [
     "Classifier",
+    "References",
     "bootstrap_by_group",
     "delong",
     "embedding_std",
@@ -21,7 +23,9 @@ __all__ = [
     "linear_probe",
     "metrics",
     "nested_subset",
+    "over_pixels",
     "paired",
+    "pixels",
     "predict",
     "rank_me",
     "reliability",
