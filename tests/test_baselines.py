@@ -165,7 +165,7 @@ def test_a_study_shows_what_costs_nothing(tmp_path):
     words = (tmp_path / "summary.md").read_text()
     for name in ("majority class", "raw pixels, linear", "raw pixels, kNN", "random encoder, linear"):
         assert f"| {name} | " in words
-    assert re.search(r"good is not (shown to be )?above raw pixels with 30 labels: ", words)  # one step of training
+    assert re.search(r"good is not (shown to be )?above raw pixels: with 30 labels ", words)  # one step of training
     told = json.loads((tmp_path / "cautions.json").read_text())
     assert {"arm": "good", "labels": 30} in [{k: c[k] for k in ("arm", "labels")} for c in told["not_above_pixels"]]
     rows = (tmp_path / "references.csv").read_text().splitlines()

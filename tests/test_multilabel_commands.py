@@ -95,7 +95,7 @@ def test_evaluate(encoder, opened, protocol, capsys):
     assert "no image of never" in shown and "left out (cannot be scored on these test images): never" in shown
     assert json.loads(path.with_suffix(".json").read_text())["per_seed"][0]["left_out"] == ["never"]
     assert made["references"]["majority class"]["mean"]["macro_auc"] == 0.5
-    assert 0.5 < made["references"]["raw pixels, linear"]["mean"]["macro_auc"] < 1
+    assert made["references"]["raw pixels, linear"]["mean"]["macro_auc"] > 0.5
 
 
 def test_finetune_test_and_predict(encoder, opened, tmp_path, capsys):

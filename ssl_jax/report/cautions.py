@@ -69,14 +69,14 @@ def sentences(short: Mapping[Where, str], above: Mapping[Where, Margin], scores:
         f"{arm} looks undertrained with {count:,} labels: {reason}. Give it more `finetune.steps`, or a higher rate."
         for (arm, count), reason in short.items()
     ]
+    failing: dict[tuple[str, str], list[str]] = {}
     for (arm, count), margin in above.items():
         if margin.words.startswith("not"):
             spread = "" if np.isnan(margin.half) else f" ± {100 * margin.half:.1f}"
-            told.append(
-                f"{arm} is {margin.words} with {count:,} labels: {100 * scores[arm, count]:.1f} against "
-                f"{100 * margin.score:.1f} ({margin.name}), {100 * margin.difference:+.1f}{spread} points."
-            )
-    return told
+            score, gain = 100 * scores[arm, count], f"{100 * margin.difference:+.1f}{spread} points"
+            text = f"with {count:,} labels {score:.1f} against {100 * margin.score:.1f} ({margin.name}), {gain}"
+            failing.setdefault((arm, margin.words), []).append(text)
+    return told + [f"{arm} is {words}: {'; '.join(texts)}." for (arm, words), texts in failing.items()]
 
 
 def to_json(short: Mapping[Where, str], above: Mapping[Where, Margin], scores: Mapping[Where, float]) -> dict[str, Any]:
