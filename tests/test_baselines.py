@@ -13,7 +13,8 @@ from toy_study import NAMES, toy_config, toy_run, toy_sources
 from ssl_jax import evaluation
 from ssl_jax.config import Data, Eval, Finetune, default, resolve
 from ssl_jax.evaluate.finetuning import finetune, loss_curve, still_falling
-from ssl_jax.evaluate.references import References, over_pixels, pixels, untrained
+from ssl_jax.evaluate.knn import knn_scores
+from ssl_jax.evaluate.references import References, _votes, over_pixels, pixels, untrained
 from ssl_jax.report import cautions
 from ssl_jax.report.summary import _sharper
 from ssl_jax.report.tables import summarise, verdicts
@@ -83,6 +84,11 @@ def test_several_labels_an_image(tmp_path):
     (images, labels), (test, truth) = toy_images(60), toy_images(30, seed=1)
     each, known = (np.float32(y[:, None] == np.arange(3)) for y in (labels, truth))
     each[:9, 1] = np.nan
+    rare = np.where(np.arange(60)[:, None] < 50, [[1, 1, np.nan]], each)  # of most nothing is known
+    near = {"classes": 3, "k": 5, "temperature": 0.1}
+    want = knn_scores(pixels(images), rare, pixels(test), **near)
+    votes = _votes(pixels(images), pixels(test), rare, **near)
+    np.testing.assert_allclose(votes, want, atol=0.02)
     scores = References({}, test, known, NAMES, Eval()).of(tmp_path / "0.json", images, each, seed=0)
     assert scores["majority class"]["macro_auc"] == 0.5
     assert min(scores["raw pixels, linear"]["macro_auc"], scores["raw pixels, kNN"]["macro_auc"]) > 0.7

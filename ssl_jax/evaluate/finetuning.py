@@ -186,7 +186,7 @@ def _train(encoder: Encoder, images, labels, head, weights, settings: Finetune, 
     scales = np.float32(ratio), np.float32(settings.weight_decay)
     static = encoder.network, views, settings.batch_norm == "frozen"
     guess = np.tile(log_frequencies(labels, head["b"].shape[0]), (len(labels), 1))
-    guessing = max(float(_loss_for(labels)(guess, labels, weights=weights)), 1e-6)
+    guessing = max(-selection_score(guess, labels)[1], 1e-6)
     state = _start(encoder.params, encoder.stats, head)
     key, losses = jax.random.key(seed), []
     for step in range(steps):
@@ -221,10 +221,6 @@ def _adamw(lr: Any, ratio: Any, decay: Any) -> optax.GradientTransformation:
     return optax.partition(adamw, {part: part for part in parts})
 
 
-def _loss_for(labels):
-    return binary_cross_entropy if labels.ndim == 2 else cross_entropy
-
-
 @jax.jit
 def _start(params, stats, head):
     params = {"encoder": params, "head": head}
@@ -235,7 +231,7 @@ def _start(params, stats, head):
 def _step(state, data, key, step, lr, ratio, decay, network: Network, views: tuple[View, ...], frozen: bool):
     params, stats, opt_state = state
     images, labels, weights = data
-    loss = _loss_for(labels)
+    loss = binary_cross_entropy if labels.ndim == 2 else cross_entropy
     (x,), _ = make_views(views)(jax.random.fold_in(key, step), images)
 
     def loss_of(params):

@@ -42,9 +42,12 @@ def knn_scores(
 ) -> np.ndarray:
     """The votes of `knn_predict` as scores for `metrics`: shares of one label, log-odds of several."""
     votes = np.asarray(knn_predict(bank, labels, queries, classes=classes, k=k, temperature=temperature))
-    if labels.ndim == 1:
-        return votes
-    shares = np.clip(votes, 1e-6, 1 - 1e-6)  # neighbours that all agree do not make it certain
+    return votes if labels.ndim == 1 else log_odds(votes)
+
+
+def log_odds(shares: np.ndarray) -> np.ndarray:
+    """Logits of the shares of positives among neighbours; that all of them agree does not make it certain."""
+    shares = np.clip(shares, 1e-6, 1 - 1e-6)
     return np.log(shares) - np.log1p(-shares)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from ssl_jax.augment import center_view
 from ssl_jax.config import Eval, Model
 from ssl_jax.encoder import Encoder, random_encoder
-from ssl_jax.evaluate.knn import knn_scores
+from ssl_jax.evaluate.knn import log_odds
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.scores import log_frequencies, metrics, paired
 from ssl_jax.files import write_json
@@ -127,8 +127,8 @@ class References:
             scores[f"{name}, linear"] = probe.scores(test)
             # All pixels are positive: without their mean, all images point the same way.
             centre = features.mean(axis=0) if name == PIXELS else 0
-            near: Any = {"classes": classes, "k": k, "temperature": self.settings.knn_temperature}
-            scores[f"{name}, kNN"] = knn_scores(features - centre, labels, test - centre, **near)
+            near = features - centre, test - centre
+            scores[f"{name}, kNN"] = _votes(*near, labels, classes, k, self.settings.knn_temperature)
         each = {name: metrics(s, self.labels, self.classes) for name, s in scores.items()}
         return {name: {m: v for m, v in values.items() if isinstance(v, float)} for name, values in each.items()}
 
@@ -138,6 +138,27 @@ class References:
             embed = pixels if name == PIXELS else untrained(self.encoders[name]).embed
             self.features[name] = embed, embed(self.images)
         return self.features[name]
+
+
+def _votes(
+    bank: np.ndarray, queries: np.ndarray, labels: np.ndarray, classes: int, k: int, temperature: float
+) -> np.ndarray:
+    """`knn.knn_scores`, for banks of many small sizes, each of which XLA would have to compile."""
+    from scipy.special import softmax
+    from sklearn.neighbors import NearestNeighbors
+
+    values = np.eye(classes)[labels] if labels.ndim == 1 else labels
+    known, positive = ~np.isnan(values), np.nan_to_num(values)
+    distance, index = NearestNeighbors(n_neighbors=k, metric="cosine").fit(bank).kneighbors(queries)
+    votes, voters = np.zeros((2, len(queries), classes))
+    for weight, nearest in zip(softmax(-distance / temperature, axis=1).T, index.T, strict=True):
+        votes += weight[:, None] * positive[nearest]
+        voters += weight[:, None] * known[nearest]
+    if labels.ndim == 1:
+        return votes
+    count = known.sum(axis=0)
+    unknown = np.where(count > 0, positive.sum(axis=0) / np.maximum(count, 1), 0.5)
+    return log_odds(np.where(voters > 0, votes / np.maximum(voters, 1e-12), unknown))
 
 
 class Margin(NamedTuple):
