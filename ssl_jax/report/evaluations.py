@@ -21,35 +21,32 @@ def evaluations(found: Sequence[tuple[str, Mapping[str, Any]]], command: str = "
     """
     if not found:
         return note(f"None yet. To evaluate the encoder: {command}") if command else ""
-    metrics = sorted({name for _, e in found for name in e["mean"]}, key=lambda m: (m != "top1", m))
+    judged = {e.get("metric", "top1") for _, e in found}
+    metrics = sorted({name for _, e in found for name in e["mean"]}, key=lambda m: (m not in judged, m != "top1", m))
     several, rows, told = len({run for run, _ in found}) > 1, [], []
-    for run, e in sorted(
-        found, key=lambda f: (f[0], f[1]["protocol"], math.inf if f[1]["labels"] == "all" else f[1]["labels"])
-    ):
+    for run, e in sorted(found, key=_order):
         values = [_with_interval(e["mean"].get(m), e["interval"].get(m)) for m in metrics]
         beside = [_with_interval(_best(e, name), None) for name in (MAJORITY, PIXELS, RANDOM)]
-        rows.append(
-            [
-                *[run] * several,
-                e["protocol"],
-                str(e["labels"]),
-                str(e["seeds"]),
-                data_of(e),
-                e["test"],
-                *values,
-                *beside,
-            ]
-        )
+        about = [*[run] * several, e["protocol"], str(e["labels"]), str(e["seeds"]), data_of(e), e["test"]]
+        rows.append([*about, values[0], *beside, *values[1:]])
         if below := below_pixels([e]):
-            told.append(f"{run + ': ' if several else ''}{below}")
+            told.append(f"{run}: {below}" if several else below)
     text = (
-        "Mean over the draws of labels (seeds) ± half the width of its 95 % interval. The last columns are what costs "
+        "Mean over the draws of labels (seeds) ± half the width of its 95 % interval. Beside it is what costs nothing, "
     )
-    text += "nothing, on the same labels and test images, by the metric that the evaluation is judged by (top-1 if the "
-    text += "classes are about equally frequent): raw pixels and random encoder are the better of linear and kNN."
+    text += (
+        "on the same labels and test images, by the metric that the evaluation is judged by: raw pixels and a random "
+    )
+    text += "encoder, each by the better of linear and kNN."
     heads = [m.replace("_", " ") for m in metrics]
-    head = [*["run"] * several, "protocol", "labels", "seeds", "data", "tested on", *heads, MAJORITY, PIXELS, RANDOM]
+    head = [*["run"] * several, "protocol", "labels", "seeds", "data", "tested on"]
+    head += [heads[0], MAJORITY, PIXELS, RANDOM, *heads[1:]]
     return note(text) + table(head, rows, first_number=5 + several) + "".join(map(note, told))
+
+
+def _order(entry: tuple[str, Mapping[str, Any]]) -> tuple[str, str, float]:
+    run, evaluation = entry
+    return run, evaluation["protocol"], math.inf if evaluation["labels"] == "all" else evaluation["labels"]
 
 
 def data_of(evaluation: Mapping[str, Any]) -> str:

@@ -174,7 +174,7 @@ def _overview(folder: Path, found: Sequence[Path]) -> str:
         summary = StudyFolder(runs[name]).summary_md
         body = markdown(summary.read_text()) if summary.is_file() else note("No results yet.")
         sections.append((f"Study {name}", body))
-    text = f"{len(records)} runs and {len(studies)} studies. Each has a report of its own: ssl-jax report --workdir=..."
+    text = f"Runs: {len(records)}. Studies: {len(studies)}. For a report of each: ssl-jax report --workdir=..."
     return page(f"Runs in {folder.absolute().name}", f"Folder {folder.absolute().name}", note(text), sections)
 
 
