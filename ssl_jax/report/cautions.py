@@ -66,7 +66,7 @@ def _by_seed(cells: Sequence[Cell], metric: str) -> dict[Where, list[float]]:
 def sentences(short: Mapping[Where, str], above: Mapping[Where, Margin], scores: Mapping[Where, float]) -> list[str]:
     """`undertrained` and `margins` in words; scores: the mean of each arm at each label count."""
     told = [
-        f"{arm} looks undertrained with {count:,} labels: {reason}. Give it more finetune.steps, or a higher finetune.lr."
+        f"{arm} looks undertrained with {count:,} labels: {reason}. Give it more finetune.steps, or a higher rate."
         for (arm, count), reason in short.items()
     ]
     failing: dict[tuple[str, str], list[str]] = {}
