@@ -278,6 +278,7 @@ def test_study_folder(tmp_path):
     config = configs.to_json(configs.resolve(configs.default("byol")))
     config["study"]["arms"] = {"byol": {"optim": {"lr": 0.1}}, "scratch": {}}
     config["study"]["test"]["split"] = "val"
+    config["data"]["name"] = "fashion_mnist"
     write_json(tmp_path / "config.json", config)
     about = {"train_images": 1200, "test_images": 300, "phantom": {"seed": 3}}
     write_json(tmp_path / "study.json", about)
