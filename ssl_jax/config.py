@@ -232,7 +232,7 @@ class Finetune:
     """Training a classifier from few labels. Each tuple is a grid; the best entry on held-out labels is used."""
 
     steps: int = option(600, "smallest number of steps", min=1)
-    epochs: int = option(20, "smallest number of passes over the labels", min=0)
+    epochs: int = option(60, "smallest number of passes over the labels", min=0)
     batch: int = option(64, "batch size; images repeat within a batch if there are fewer labels", min=1)
     lr: tuple[float, ...] = option((3e-4, 1e-3, 3e-3), "learning rate of the head (AdamW)")
     backbone_ratio: tuple[float, ...] = option((1.0,), "learning rate of the backbone relative to the head's")

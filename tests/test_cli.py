@@ -103,7 +103,7 @@ def test_finetune_then_predict(images, trained, capsys):
     out = images / "classifier"
     out.mkdir()
     (out / "classifier.safetensors").write_bytes(b"cut sh")
-    more = ["--config.finetune.steps=60", "--config.finetune.batch=16"]
+    more = [f"--config.finetune.{key}" for key in ("steps=60", "epochs=20", "batch=16")]
     assert ssl_jax("finetune", f"--workdir={trained}", f"--data={images / 'labelled.csv'}", f"--out={out}", *more) == 0
     table = images / "predictions.csv"
     assert ssl_jax("predict", f"--workdir={out}", f"--data={images / 'scans'}", f"--out={table}") == 0
@@ -170,7 +170,7 @@ def get_config():
     config.model.name = "ssl_jax.testing.model"
     config.method.update({"hidden": 16, "out": 8})
     config.train.update({"batch": 16, "duration": "10 steps", "devices": 1})
-    config.finetune.update({"steps": 4, "batch": 8, "lr": (1e-3,)})
+    config.finetune.update({"steps": 4, "epochs": 20, "batch": 8, "lr": (1e-3,)})
     config.study.arms = {"scratch": {}, "simclr": {"train": {"duration": "12 steps"}}}
     config.study.update({"labels": (12, 24), "seeds": 2})
     return config

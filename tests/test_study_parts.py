@@ -118,7 +118,7 @@ def get_config():
     config.model.name = "ssl_jax.testing.model"
     config.method.update({"hidden": 16, "out": 8})
     config.train.update({"batch": 16, "duration": "2 steps", "devices": 1})
-    config.finetune.update({"steps": 2, "batch": 8, "lr": (1e-3,)})
+    config.finetune.update({"steps": 2, "epochs": 20, "batch": 8, "lr": (1e-3,)})
     config.study.arms = {"scratch": {}, "simclr": {"train": {"seed": 1}}}
     config.study.update({"labels": (12,), "seeds": 2, "pretrainings": 2})
     return config

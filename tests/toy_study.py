@@ -24,7 +24,7 @@ def toy_sources():
 
 
 def toy_config(**changes):
-    tuning = Finetune(steps=12, batch=16, lr=(3e-3, 1e-2), augment=Augment(preset="none"))
+    tuning = Finetune(steps=12, epochs=20, batch=16, lr=(3e-3, 1e-2), augment=Augment(preset="none"))
     changes = {"arms": ARMS, "labels": (6, 30), "seeds": 2, **changes}
     tuning = dataclasses.replace(tuning, **changes.pop("finetune", {}))
     return dataclasses.replace(resolve(default("simclr")), finetune=tuning, study=Study(**changes))
