@@ -24,7 +24,12 @@ from ssl_jax.evaluate.subsets import nested_subset, without_positive
 from ssl_jax.report.tables import main_metric
 
 PROTOCOLS = ("knn", "linear", "finetune")
-HOW_READ = ("cache", "workers", "engine")  # options of config.data that change how images are read, not which
+HOW_READ = (
+    "cache",
+    "workers",
+    "engine",
+    "memory_gb",
+)  # options of config.data that change how images are read, not which
 
 
 def evaluate(
