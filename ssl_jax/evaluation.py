@@ -173,6 +173,8 @@ def _print(result: Mapping[str, Any], beside: Sequence[Mapping[str, Mapping[str,
         print(f"  {name:20} {mean:.4f}" + ("" if half is None else f" ± {half:.4f} (95 %)"))
     print_left_out(result["per_seed"][0])
     metric = result["metric"]
+    if metric not in result["mean"]:  # no class can be scored on these test images
+        return
     print(f"what costs nothing, {metric}:")
     for name, values in result["references"].items():
         print(f"  {name:22} {values['mean'][metric]:.4f}")

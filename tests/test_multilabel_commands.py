@@ -18,6 +18,7 @@ from ssl_jax.encoder import export, random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.files import write_json
 from ssl_jax.methods.base import RunInfo
+from ssl_jax.report.html import write_report
 from ssl_jax.testing.tiny import set_up, tiny_config
 
 CLASSES = ["top", "middle", "bottom", "never"]
@@ -160,6 +161,20 @@ def test_wrong_test_data_are_an_error_before_training(encoder, opened, tmp_path,
         with pytest.raises(UserError, match=message):
             commands.finetune(*flags)
     assert "fine-tuning" not in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_test_images_on_which_no_class_can_be_scored(encoder, opened, tmp_path, capsys):
+    held = npz(tmp_path, "held.npz")
+
+    def absent(*part):
+        made = source(*part)
+        made.labels[:] = 0
+        return made
+
+    opened[1][held] = absent
+    made = commands.evaluate(str(encoder), "knn", labels=40, test=held)
+    assert "macro_auc" not in made["mean"] and "left out" in capsys.readouterr().out
+    assert "held" in write_report(encoder).read_text()
 
 
 def test_folders_are_told_apart_by_their_tables(tmp_path, encoder, opened):

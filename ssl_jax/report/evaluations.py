@@ -28,7 +28,7 @@ def evaluations(found: Sequence[tuple[str, Mapping[str, Any]]], command: str = "
         values = [_with_interval(e["mean"].get(m), e["interval"].get(m)) for m in metrics]
         beside = [_with_interval(_best(e, name), None) for name in (MAJORITY, PIXELS, RANDOM)]
         about = [*[run] * several, e["protocol"], str(e["labels"]), str(e["seeds"]), data_of(e), e["test"]]
-        rows.append([*about, values[0], *beside, *values[1:]])
+        rows.append([*about, *values[:1], *beside, *values[1:]])
         if below := below_pixels([e]):
             told.append(f"{run}: {below}" if several else below)
     text = (
@@ -40,7 +40,7 @@ def evaluations(found: Sequence[tuple[str, Mapping[str, Any]]], command: str = "
     text += "encoder, each by the better of linear and kNN."
     heads = [m.replace("_", " ") for m in metrics]
     head = [*["run"] * several, "protocol", "labels", "seeds", "data", "tested on"]
-    head += [heads[0], MAJORITY, PIXELS, RANDOM, *heads[1:]]
+    head += [*heads[:1], MAJORITY, PIXELS, RANDOM, *heads[1:]]
     return note(text) + table(head, rows, first_number=5 + several) + "".join(map(note, told))
 
 
@@ -60,7 +60,8 @@ def _best(evaluation: Mapping[str, Any], reference: str) -> float | None:
     means = {
         name: each["mean"] for name, each in evaluation.get("references", {}).items() if name.startswith(reference)
     }
-    return max((mean[evaluation["metric"]] for mean in means.values()), default=None)
+    metric = evaluation.get("metric")
+    return max((mean[metric] for mean in means.values() if metric in mean), default=None)
 
 
 def below_pixels(found: Sequence[Mapping[str, Any]]) -> str:
@@ -68,7 +69,7 @@ def below_pixels(found: Sequence[Mapping[str, Any]]) -> str:
     best: dict[Any, tuple[float, float, str]] = {}
     for e in found:
         pixels = _best(e, PIXELS)
-        if pixels is None:
+        if pixels is None or e["metric"] not in e["mean"]:
             continue
         here, mine = (e["labels"], data_of(e), e["test"]), e["mean"][e["metric"]]
         if here not in best or mine - pixels > best[here][0] - best[here][1]:
