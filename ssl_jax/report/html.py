@@ -4,7 +4,6 @@ Each section is a function that returns HTML: "" leaves the section out, and a n
 passes through `escape`, as file and class names come from the user's disk.
 """
 
-import json
 import logging
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from ssl_jax.collapse import STD_COLLAPSED, rank_me
 from ssl_jax.errors import DamagedError, UserError
 from ssl_jax.evaluate.references import PIXELS, RANDOM, pixels, untrained
 from ssl_jax.files import read_csv, read_json, read_lines, read_text, write_bytes
-from ssl_jax.report import plots
+from ssl_jax.report import plots, reproduction
 from ssl_jax.report.evaluations import below_pixels, by_class, classifiers, confusion, evaluations
 from ssl_jax.report.page import fold, markdown, note, number, page, percent, picture, table
 from ssl_jax.run_folder import RunFolder, StudyFolder
@@ -132,9 +131,9 @@ def _run_page(run: RunRecord) -> str:
         ("Classifiers", classifiers(_classifiers(run.folder.path))),
         ("Nearest neighbours", _neighbours(sample) if sample else missing),
         ("Embedding map", _map(sample) if sample else ""),
-        ("Configuration", _configuration(run.config)),
-        ("Environment", _environment(environment)),
-        ("Commands", _commands(environment)),
+        ("Configuration", reproduction.configuration(run.config)),
+        ("Environment", reproduction.environment(environment)),
+        ("Commands", reproduction.commands(environment)),
     ]
     title = f"{run.config['method']['name']} · {run.config['model']['name']} · {_data_name(run.config['data'])}"
     return page(title, f"Run folder {run.folder.path.absolute().name}", _verdict(run, sample), sections)
@@ -203,8 +202,11 @@ def _study_page(folder: StudyFolder) -> str:
         body = _verdict(run, None, below) + _curves(run) + evaluations([("", e) for e in run.evaluations])
         sections.append((f"Pretraining of {name}", body))
     sections.append(("Classifiers", classifiers(_classifiers(folder.path))))
-    sections.append(("Configuration", _configuration(config) if config else ""))
-    sections += [("Environment", _environment(environment)), ("Commands", _commands(environment))]
+    sections.append(("Configuration", reproduction.configuration(config) if config else ""))
+    sections += [
+        ("Environment", reproduction.environment(environment)),
+        ("Commands", reproduction.commands(environment)),
+    ]
     title = f"Label-efficiency study{' on phantom images' if phantom else ''}"
     return page(title, f"Study folder {folder.path.absolute().name}", _design(config, about), sections)
 
@@ -437,59 +439,6 @@ def _map(sample: Sample) -> str:
     text = f"{len(sample.features):,} training images{', coloured by class' if sample.labels is not None else ''}. "
     text += f"Effective rank (RankMe): {rank:.1f} of {sample.features.shape[1]} dimensions."
     return note(text) + f'<div class="map">{charts}</div>'
-
-
-# How to reproduce it.
-
-
-def _configuration(config: Mapping[str, Any]) -> str:
-    try:
-        usual = configs.to_json(configs.resolve(configs.default(config["method"]["name"])))
-    except UserError as error:  # a method of another version of the library
-        return note(f"Defaults unknown: {error}.") + table(["key", "value"], list(_flat(config).items()))
-    values, defaults = _flat(config), _flat(usual)
-    rows = [[key, value, defaults.get(key, "from the preset")] for key, value in values.items()]
-    changed = [row for row in rows if row[1] != row[2]]
-    head = ["key", "value", "default"]
-    text = f"Method {config['method']['name']}. {len(changed)} of {len(rows)} options differ from its defaults."
-    full = table(head, rows, marked={row[0] for row in changed})
-    return note(text) + (table(head, changed) if changed else "") + fold("All options", full)
-
-
-def _flat(config: Mapping[str, Any], path: str = "config") -> dict[str, str]:
-    """Each option under the name of its flag."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        # Flags set the options of a view without naming `override`.
-        name = path if key == "override" else f"{path}.{key}"
-        flat |= _flat(value, name) if isinstance(value, Mapping) else {name: json.dumps(value, ensure_ascii=False)}
-    return flat
-
-
-def _environment(environment: Mapping[str, Any]) -> str:
-    rows = [[k, _join(v)] for k, v in environment.items() if k not in ("commands", "config", "packages")]
-    rows += [[k, str(v)] for k, v in environment.get("packages", {}).items()]
-    return table(["", "version or kind"], rows) if rows else ""
-
-
-def _join(value: Any) -> str:
-    if not isinstance(value, list):
-        return str(value)
-    return ", ".join(f"{value.count(v)} × {v}" if value.count(v) > 1 else str(v) for v in dict.fromkeys(value))
-
-
-def _commands(environment: Mapping[str, Any]) -> str:
-    lines = [f"{c['time'][:19]}  {_command(c['argv'])}" for c in environment.get("commands", []) if c.get("argv")]
-    text = (
-        "Every command that has worked in this folder (times in UTC). On the same machine, the same commands give the "
-    )
-    text += "same weights."
-    return note(text) + f"<pre>{escape(chr(10).join(lines))}</pre>" if lines else ""
-
-
-def _command(argv: Sequence[str]) -> str:
-    program = Path(argv[0]).name
-    return shlex.join([*(["python", argv[0]] if program.endswith(".py") else [program]), *argv[1:]])
 
 
 def _csv_table(path: Path, cure: str) -> str:
