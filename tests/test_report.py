@@ -24,6 +24,7 @@ def make_run(folder, *, labels=True, std=0.9, path="no/such/folder", **data):
     """A run folder as training leaves it, without its encoder."""
     config = configs.default("byol")
     config.data.name, config.data.path, config.optim.lr = data.get("name", "folder"), path, 0.123
+    config.model.name = "resnet18"
     config.augment.second.blur = 0.77
     write_json(folder / "config.json", configs.to_json(configs.resolve(config)))
     lines = []
