@@ -188,7 +188,7 @@ def test_an_arm_may_pretrain_on_other_data(tmp_path, monkeypatch):
 def test_the_config_for_chest_x_rays(spec, arms):
     made = resolve(load_config(spec, ["--config.data.path=DIR"]))
     assert [p.arm for p in study.list_cells(made.study)[: len(arms) + 1]] == ["supervised", *arms]
-    assert study.data_of_test(made).path == "DIR"
+    assert study.data_of_test(made).path == str(Path("DIR").absolute())
     assert study.from_scratch(made.study.arms["supervised"]) and made.data.labels == ("study",)
     pretrained = study.pretrainings(made)
     assert [key for key in pretrained] == [(arm, 0) for arm in arms]
