@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
