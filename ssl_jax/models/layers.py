@@ -232,7 +232,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how
     """Convolution of x [B, H, W, C] with kernel [k, k, C, D] -> [B, H', W', D], padded by `padding` on all sides.
 
     how: what `resolve_conv` returned. They agree up to rounding.
-      "native"   XLA's convolution; on a CPU, with a kernel's gradient that is several times faster than XLA's
+      "native"   XLA's convolution; on a CPU, with a kernel's gradient that is several times faster than XLA's, and
+                 patches for the shapes that XLA is slow at
       "patches"  on a CPU, products of patches with the kernel, for every shape
       "lax"      XLA's convolution and gradients, also when a CPU traces the program for another platform
     """
@@ -241,8 +242,9 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how
     if jax.default_backend() == "cpu" and how != "lax":
         if k == 1 and padding == 0:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
-        # XLA computes outputs of less than 4x4 at 2 GFLOP/s; products of patches reach 80 to 140.
-        if how == "patches" or min(height, width) < 4:
+        # XLA computes outputs of less than 4x4 at 2 GFLOP/s, and few channels on one thread; products of patches reach
+        # 80 to 140. A stem's one to three channels are left to XLA.
+        if how == "patches" or min(height, width) < 4 or 16 <= x.shape[-1] < 64:
             return _by_patches(x, kernel, stride, padding)
         return _native(x, kernel, stride, padding)
     return _lax(x, kernel, stride, padding)
