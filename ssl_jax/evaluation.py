@@ -79,9 +79,9 @@ def evaluate(
     arrays = {"scores": np.stack(scores), "labels": test.labels, "names": np.array(test.source.names)}
     if test.source.groups is not None:
         arrays["groups"] = test.source.groups
+    _print(result, beside)  # first, so that a full disk loses no number
     files.write_npz(path.with_name(f"{path.name}.npz"), **arrays)
     files.write_json(path.with_name(f"{path.name}.json"), result)
-    _print(result, beside)
     print(f"predictions: {path}.npz")
     return result
 
