@@ -33,7 +33,7 @@ def test_finetune(tmp_path, capsys):
     arguments = ["finetune", f"--workdir={run}", "--data=synthetic", f"--out={out}", "--dry-run"]
     assert main([*arguments, "--config.finetune.batch=8", "--config.finetune.epochs=1"]) == 0
     printed = capsys.readouterr().out
-    assert "3 trainings of 400 steps of 8 images" in printed and "time      about" in printed
+    assert "4 trainings of 600 steps of 8 images" in printed and "time      about" in printed
     assert sorted(tmp_path.rglob("*")) == before
 
 
