@@ -29,7 +29,7 @@ READ = ("window", "frontal", "background")
 
 
 def pretrain(config: Config, workdir: str, cluster: bool = False, dry_run: bool = False) -> Encoder | None:
-    from ssl_jax import dry_runs, parallel
+    from ssl_jax import parallel
     from ssl_jax.report.html import write_report
     from ssl_jax.train import fit
 
@@ -37,6 +37,8 @@ def pretrain(config: Config, workdir: str, cluster: bool = False, dry_run: bool 
     interrupts.take_back()
     folder = Path(workdir)
     if dry_run:
+        from ssl_jax import dry_runs
+
         _print_lines(dry_runs.pretraining(config, folder, open_source(config.data)))
         return None
     encoder = fit(config, folder)
@@ -87,7 +89,6 @@ def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) 
     with encoders that are already there; if one is missing, it raises SystemExit(75), "try again later". "" does
     everything that is left and writes the tables.
     """
-    from ssl_jax import dry_runs
     from ssl_jax import study as studies
     from ssl_jax.report.html import write_report
     from ssl_jax.train import REQUEUE, fit
@@ -95,6 +96,8 @@ def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) 
     folder, part = StudyFolder(workdir), _parse_part(cells)
     pretrainings = studies.pretrainings(config)  # a mistake in any arm is an error before the first one trains
     if dry_run:
+        from ssl_jax import dry_runs
+
         _print_lines(dry_runs.study(config, folder, pretrainings))
         return
     with folder.lock(shared=part is not None):
@@ -157,7 +160,6 @@ def finetune(
     out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of
     classifier.json.
     """
-    from ssl_jax import dry_runs
     from ssl_jax.classifier import begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds
     from ssl_jax.evaluate.finetuning import finetune as fit_classifier
@@ -172,6 +174,8 @@ def finetune(
     if test:  # before training, which a misspelt class would otherwise waste
         held_out = labelled_part(_open_test(encoder, config, test, data), source, test)
     if dry_run:
+        from ssl_jax import dry_runs
+
         _print_lines(dry_runs.finetuning_run(encoder, config, train, folder))
         return {}
     print(f"fine-tuning on {len(train.labels)} labelled images, classes: {', '.join(classes)}", flush=True)

@@ -336,7 +336,7 @@ def _to_dict(value: Any) -> Any:
 
 def _any_type(hint: Any, value: Any) -> Any:
     """The value of an option of several types, such as a number or "auto", as a ConfigDict has to be told of it."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    is_union = typing.get_origin(hint) in fields.UNIONS
     return config_dict.FieldReference(value, field_type=object) if is_union else value
 
 

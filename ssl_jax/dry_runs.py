@@ -1,7 +1,6 @@
 """`--dry-run`: what a command would do, need and write, from a few steps that leave nothing behind."""
 
 import dataclasses
-import datetime
 import itertools
 import shutil
 import statistics
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ssl_jax import parallel
+from ssl_jax import parallel, progress
 from ssl_jax.config import Config
 from ssl_jax.data import Source, open_source
 from ssl_jax.data.labelled import Labelled
@@ -119,7 +118,7 @@ def clock(seconds: float) -> str:
     >>> clock(12.34), clock(3723)
     ('12.3 s', '1:02:03')
     """
-    return f"{seconds:.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))
+    return f"{seconds:.1f} s" if seconds < 60 else progress.clock(seconds)
 
 
 def _images(setup):

@@ -100,11 +100,16 @@ def load_encoder(path: str | Path) -> Encoder:
     return rebuild(about, read_weights(folder / "encoder.safetensors", cure))
 
 
+def model_of(about: Mapping[str, Any]) -> Model:
+    """The config.model of an encoder, from its `about`, without the weights that it started from."""
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
+    return Model(**{**options, "init": ""})
+
+
 def rebuild(about: dict[str, Any], weights: Mapping[str, np.ndarray]) -> Encoder:
     """The encoder that `about` describes, with these weights under torchvision's names."""
     try:
-        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
-        model, size, channels = Model(**{**options, "init": ""}), about["size"], about["channels"]
+        model, size, channels = model_of(about), about["size"], about["channels"]
     except (KeyError, TypeError, AttributeError) as error:  # a file that somebody has edited
         raise UserError(f"encoder.json or classifier.json: describes no encoder ({first_line(error)})") from error
     encoder = random_encoder(model, size, channels, seed=0)

@@ -71,7 +71,7 @@ class Progress:
 
     def _left(self, now: float, step: int) -> str:
         since, first = self.begun or (now, step)
-        return f"  left {_clock((now - since) / (step - first) * (self.total - step))}" if step > first else ""
+        return f"  left {clock((now - since) / (step - first) * (self.total - step))}" if step > first else ""
 
 
 @contextlib.contextmanager
@@ -88,10 +88,10 @@ def counting(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Hours, minutes and seconds.
 
-    >>> _clock(61.4), _clock(100_000)
+    >>> clock(61.4), clock(100_000)
     ('0:01:01', '1 day, 3:46:40')
     """
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -7,7 +7,7 @@
 An encoder that does not beat raw pixels has not helped.
 """
 
-import dataclasses
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.augment import center_view
-from ssl_jax.config import Eval, Model
-from ssl_jax.encoder import Encoder, random_encoder
+from ssl_jax.config import Eval
+from ssl_jax.encoder import Encoder, model_of, random_encoder
+from ssl_jax.errors import DamagedError
 from ssl_jax.evaluate.knn import log_odds
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.scores import log_frequencies, metrics, paired
-from ssl_jax.files import write_json
+from ssl_jax.files import read_json, write_json
 
 MAJORITY, PIXELS, RANDOM = "majority class", "raw pixels", "random encoder"
 SIDE = 32  # px
@@ -53,12 +54,8 @@ _center = jax.jit(center_view, static_argnums=1)
 
 def untrained(encoder: Encoder) -> Encoder:
     """An encoder of the same network with random weights."""
-    model = encoder.about.get("model", {})
-    if model.get("init"):  # this network starts from weights that were trained
-        fields: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in model.items()
-        }
-        return random_encoder(dataclasses.replace(Model(**fields), init=""), encoder.size, encoder.channels, seed=0)
+    if encoder.about.get("model", {}).get("init"):  # this network starts from weights that were trained
+        return random_encoder(model_of(encoder.about), encoder.size, encoder.channels, seed=0)
     shape = (1, encoder.size, encoder.size, encoder.channels)
     params, stats = jax.jit(encoder.network.init)(jax.random.key(0), jnp.zeros(shape))
     return encoder._replace(params=params, stats=stats)
@@ -103,10 +100,9 @@ class References:
         """The numbers of `metrics` for each reference that learns from these labelled images; kept in a file."""
         inputs = [*self.inputs, digest(images, labels, *([] if groups is None else [groups])), seed]
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-        try:
-            saved = json.loads(path.read_text())
-        except (OSError, ValueError):
-            saved = {}
+        saved: dict[str, Any] = {}
+        with contextlib.suppress(DamagedError):  # computed again
+            saved = read_json(path)
         if saved.get("key") != key:
             saved = {"key": key, "scores": self._compute(images, labels, seed, groups)}
             write_json(path, saved)

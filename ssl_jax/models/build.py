@@ -25,7 +25,7 @@ def build_encoder(model: Model, channels: int, size: int = 224) -> Network:
     return registry.find("model", model.name).build(model, channels, size)
 
 
-THIN_UP_TO = 32  # px; a ResNet-18 takes 20 times as long there on a CPU
+THIN_UP_TO = 32  # px: a ResNet-18 of small images is too slow to try things on a CPU (benchmarks/README.md)
 
 
 def resolve_model(model: Model, size: int, backend: str | None = None) -> Model:

@@ -242,8 +242,8 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, how
     if jax.default_backend() == "cpu" and how != "lax":
         if k == 1 and padding == 0:
             return x[:, ::stride, ::stride] @ kernel[0, 0]
-        # XLA computes outputs of less than 4x4 at 2 GFLOP/s, and few channels on one thread; products of patches reach
-        # 80 to 140. A stem's one to three channels are left to XLA.
+        # XLA computes outputs of less than 4x4 at 2 GFLOP/s, where products of patches reach 80 to 140. From 16 to 63
+        # channels XLA's forward and gradients together were slower, too, before the kernel's gradient was written out.
         if how == "patches" or min(height, width) < 4 or 16 <= x.shape[-1] < 64:
             return _by_patches(x, kernel, stride, padding)
         return _native(x, kernel, stride, padding)
