@@ -1,4 +1,4 @@
-"""Seconds of one training step (forward, backward, SGD) here and in PyTorch, in the same run.
+"""Seconds of one training step (forward, backward, SGD), and of embedding, here and in PyTorch, in the same run.
 
     pip install torch==2.13.0
     python benchmarks/conv_bench.py [--repeats=10]
@@ -21,15 +21,35 @@ from ssl_jax.models import build_encoder
 from ssl_jax.models.resnet import ARCHITECTURES
 
 # name, stem, side in px, channels, images
-CASES = (
+TRAINING = (
     ("resnet18", "small", 32, 3, 64),
     ("resnet18", "imagenet", 64, 3, 64),
     ("resnet_thin", "auto", 28, 1, 512),
 )
+EMBEDDING = (
+    ("resnet18", "imagenet", 224, 3, 32),
+    ("resnet18", "imagenet", 64, 3, 256),
+    ("vit_small", "auto", 224, 3, 32),
+)
+
+
+class TorchViT(torch.nn.Module):
+    """ViT-S/16 without a class token, whose layers take PyTorch's fused path in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 384, 16, 16)
+        layer = torch.nn.TransformerEncoderLayer(384, 6, 1536, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = torch.nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1)
 
 
 def torch_net(name, stem, channels):
     """The same layers in PyTorch; basic blocks only."""
+    if name.startswith("vit"):
+        return TorchViT()
     widths, depths, _ = ARCHITECTURES[name]
     first = (5, 2) if name == "resnet_thin" else (7, 2) if stem == "imagenet" else (3, 1)
     return resnet(channels, widths, depths, stem=first, pool=stem == "imagenet")
@@ -73,6 +93,20 @@ def jax_step(name, stem, x, how):
     return step, seconds
 
 
+def torch_embed(name, stem, x):
+    net = torch_net(name, stem, x.shape[-1]).to(memory_format=torch.channels_last).eval()
+    images = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return torch.inference_mode()(lambda: net(images))
+
+
+def jax_embed(name, stem, x, how):
+    network = build_encoder(Model(name=name, stem=stem, conv=how), x.shape[-1], x.shape[1])
+    state = jax.jit(network.init)(jax.random.key(0), x)
+    start = time.perf_counter()
+    compiled = jax.jit(lambda state, x: network.apply(*state, x, train=False)[0]).lower(state, x).compile()
+    return lambda: jax.block_until_ready(compiled(state, x)), time.perf_counter() - start
+
+
 def fastest(steps, repeats):
     """The shortest time in seconds of each function of a dict, called in turn."""
     times = {name: [] for name in steps}
@@ -89,13 +123,16 @@ def main():
     parser.add_argument("--repeats", type=int, default=10)
     repeats = parser.parse_args().repeats
     print(f"jax {jax.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, fastest of {repeats}")
-    for name, stem, size, channels, batch in CASES:
+    cases = [("training", case) for case in TRAINING] + [("embedding", case) for case in EMBEDDING]
+    functions = {"training": (torch_step, jax_step), "embedding": (torch_embed, jax_embed)}
+    for task, (name, stem, size, channels, batch) in cases:
+        in_torch, in_jax = functions[task]
         x = np.random.default_rng(0).random((batch, size, size, channels), np.float32)
-        steps, compiling = {"torch": torch_step(name, stem, x)}, {}
-        for how in ("native", "patches"):
-            steps[how], compiling[how] = jax_step(name, stem, jnp.asarray(x), how)
+        steps, compiling = {"torch": in_torch(name, stem, x)}, {}
+        for how in ("native", "patches")[: 1 if name.startswith("vit") else 2]:
+            steps[how], compiling[how] = in_jax(name, stem, jnp.asarray(x), how)
         times = fastest(steps, repeats)
-        print(f"{name}, {stem} stem, {size} px, {batch} images")
+        print(f"{task}: {name}, {stem} stem, {size} px, {batch} images")
         for how, seconds in times.items():
             ratio = f"{seconds / times['torch']:.2f} of torch"
             extra = f", compiled in {compiling[how]:.1f} s" if how in compiling else ""

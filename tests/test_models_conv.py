@@ -16,7 +16,7 @@ from ssl_jax.models.layers import conv
 
 def case(size, channels, k, batch=6):
     rng = np.random.default_rng(size + channels + k)
-    x = rng.standard_normal((batch, size, size + 1, channels), np.float32)
+    x = rng.standard_normal((batch, size, size + 2, channels), np.float32)
     return x, rng.standard_normal((k, k, channels, 5), np.float32)
 
 
@@ -31,7 +31,16 @@ def values_and_gradients(function, x, kernel):
 
 @pytest.mark.parametrize(
     ("size", "channels", "k", "stride"),
-    [(9, 1, 7, 2), (8, 3, 5, 2), (7, 16, 3, 1), (8, 16, 3, 2), (7, 4, 3, 2), (6, 4, 1, 2), (5, 4, 1, 1), (2, 4, 3, 1)],
+    [
+        *(
+            (17, 1, 7, 2),
+            (16, 3, 5, 2),
+            (9, 16, 3, 1),
+            (16, 4, 3, 2),
+            (8, 48, 3, 1),
+        ),  # the last one by Winograd's tiles
+        *((8, 3, 5, 2), (2, 4, 3, 1), (6, 4, 1, 2), (5, 4, 1, 1)),  # small outputs, and single pixels
+    ],
 )
 @pytest.mark.parametrize("chunk_bytes", [1, 20_000])
 def test_formulations_agree(size, channels, k, stride, chunk_bytes, monkeypatch):
@@ -54,7 +63,7 @@ def test_formulations_agree(size, channels, k, stride, chunk_bytes, monkeypatch)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_in_a_loop_have_the_order_of_axes_that_is_fast(stride):
     """Micro-batches are a loop, and in a loop XLA's CPU compiler does not put axes right (over 13 times slower)."""
-    x, kernel = case(8, 3, 3)
+    x, kernel = case(16, 3, 3)
 
     def looped(x, kernel):
         grads = jax.grad(lambda x, kernel: jnp.sin(conv(x, kernel, stride, 1)).sum(), (0, 1))
@@ -67,15 +76,15 @@ def test_gradients_in_a_loop_have_the_order_of_axes_that_is_fast(stride):
 def test_chunks_divide_the_batch(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 9 * 16 * 64 * 4)  # an image per device
     for batch, chunks in ((12, 3), (10, 5), (7, 7), (3, 1)):
-        assert module._chunks(jnp.zeros((batch, 8, 8, 16)), jnp.zeros((3, 3, 16, 5)), 1, 1) == chunks
+        assert module._chunks(batch, 9 * 16 * 64 * 4) == chunks
 
 
-@pytest.mark.parametrize("how", ["native", "patches"])
-def test_split_over_devices_gathers_nothing(how):
+@pytest.mark.parametrize(("how", "channels"), [("native", 24), ("native", 48), ("patches", 24)])
+def test_split_over_devices_gathers_nothing(how, channels):
     from ssl_jax import parallel
 
     mesh = parallel.make_mesh(4, 64)
-    x, kernel = np.zeros((64, 14, 14, 24), np.float32), np.zeros((3, 3, 24, 24), np.float32)
+    x, kernel = np.zeros((64, 14, 14, channels), np.float32), np.zeros((3, 3, channels, channels), np.float32)
     step = jax.grad(lambda kernel, x: jnp.square(conv(conv(x, kernel, 1, 1, how), kernel, 1, 1, how)).sum())
     given = (parallel.replicated(mesh), parallel.batch_sharding(mesh))
     text = jax.jit(step, in_shardings=given).lower(kernel, x).compile().as_text()
