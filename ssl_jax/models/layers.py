@@ -298,8 +298,8 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
     return total.reshape(d, k, k, c).transpose(1, 2, 3, 0).astype(kernel.dtype)
 
 
-# Winograd's F(2x2, 3x3), https://arxiv.org/abs/1509.09308: tiles of 4x4 inputs and 2x2 outputs meet in 16 products, where
-# patches need 36, and take 4 times the memory of x, not 9. It was 1.2 to 1.6 times as fast as patches.
+# Winograd's F(2x2, 3x3), https://arxiv.org/abs/1509.09308: a tile of 4x4 inputs meets 2x2 outputs in 16 products, where
+# patches need 36, and tiles take 4 times the memory of x, not 9. It was 1.2 to 1.6 times as fast as patches.
 _FROM_TILE = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 
 
