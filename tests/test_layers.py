@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "ssl_jax"
 # Lowest first; what stands in one line does not import from each other.
 LAYERS = [
     {"errors"},
-    {"registry", "files", "progress", "hlo", "parallel", "interrupts", "start", "completion"},
+    {"registry", "files", "progress", "hlo", "parallel", "interrupts", "start", "completion", "neighbours"},
     {"fields", "checkpoint", "plotting"},
     {"config"},
     {"collapse", "losses", "augment", "transforms", "run_folder"},

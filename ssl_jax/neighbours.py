@@ -1,0 +1,35 @@
+"""Nearest neighbours among embeddings, by cosine similarity: exact, in bounded memory, on all cores."""
+
+import numpy as np
+
+from ssl_jax.errors import UserError
+
+
+def normalized(features: np.ndarray) -> np.ndarray:
+    """Rows float32 [N, D] of length 1; a row of zeros stays as it is."""
+    features = np.asarray(features, np.float32)
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def nearest(queries: np.ndarray, features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(indices int64 [M, k] into features, cosine similarities float32 [M, k]) of queries [M, D], nearest first.
+
+    Distances are computed a chunk of queries at a time, so memory is N x D. Raises UserError if k is larger than N.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    if not 1 <= k <= len(features):
+        raise UserError(f"k={k}: there are {len(features)} embeddings; allowed: 1 to {len(features)}")
+    search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(normalized(features))
+    distance, index = search.kneighbors(normalized(queries))
+    return index, (1 - np.square(distance) / 2).astype(np.float32)
+
+
+def nearest_others(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """`nearest` of each row of features [N, D] among all other rows. Raises UserError if k is N or larger."""
+    index, similarity = nearest(features, features, k + 1)
+    # With duplicates the row itself may stand anywhere, or not at all: then the farthest one goes.
+    own = index == np.arange(len(features))[:, None]
+    own[~own.any(axis=1), -1] = True
+    shape = len(features), k
+    return index[~own].reshape(shape), similarity[~own].reshape(shape)
