@@ -1,4 +1,5 @@
-PYTHON ?= python3
+# The newest Python that there is: from 3.12 on, pip finds newer and faster versions of JAX.
+PYTHON ?= $(shell for v in 3.13 3.12 3.11; do python$$v -c pass 2>/dev/null && echo python$$v && exit; done; echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
