@@ -130,7 +130,7 @@ def test_a_class_of_damaged_files_only_is_left_out(images, trained, tmp_path, ca
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(content)
     assert ssl_jax("embed", f"--workdir={trained}", f"--data={tmp_path}", f"--out={tmp_path / 'e.npz'}") == 0
-    assert np.load(tmp_path / "e.npz")["names"].tolist() == ["a/whole.jpg"]
+    assert np.load(tmp_path / "e.npz")["path"].tolist() == ["a/whole.jpg"]
 
 
 def test_embed_in_every_format(images, trained):
