@@ -259,14 +259,14 @@ class _Evaluator:
         result: dict[str, Any] = {}
         if self.protocol == "linear":
             if encoder_digest not in self.test_features:
-                self.test_features[encoder_digest] = encoder.embed(self.images)
+                self.test_features[encoder_digest] = encoder.embed(self.images, fixed=True)
             probe = linear_probe(encoder.embed(examples.images, fixed=True), examples.labels, **options)
             scores = probe.scores(self.test_features[encoder_digest])
             chosen = {"strength": probe.strength, "validation": probe.validation}
         else:
             settings = self.settings[cell.arm]
             classifier = finetune(encoder, examples.images, examples.labels, settings=settings, **options)
-            scores, chosen = classifier.logits(self.images), classifier.chosen
+            scores, chosen = classifier.logits(self.images, fixed=True), classifier.chosen
             result["loss"] = loss_curve(classifier)
         result |= {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
         return {**cell._asdict(), **result, "seconds": round(time.monotonic() - start, 1)}, scores
