@@ -45,14 +45,16 @@ class Encoder(NamedTuple):
 
         Raises UserError for images of other values, axes or channels. No images have embeddings [0, D].
         """
-        if not hasattr(images, "__len__"):
+        try:
+            count = len(images)
+        except TypeError:  # a number, a single Pillow image, a generator
             kind = type(images).__name__
-            raise UserError(f"images: {kind}; allowed: an array [N, H, W, C], or a list such as [image]")
-        if not len(images):
+            raise UserError(f"images: {kind}; allowed: an array [N, H, W, C], or a list such as [image]") from None
+        if not count:
             return np.zeros((0, self.width), np.float32)
-        full, parts = batch if fixed else min(batch, 1 << (len(images) - 1).bit_length()), []
-        for start in range(0, len(images), full):
-            part = as_images(images[start : start + full], self.size, self.channels, start)
+        full, parts = batch if fixed else min(batch, 1 << (count - 1).bit_length()), []
+        for start in range(0, count, full):
+            part = as_images(images, slice(start, start + full), self.size, self.channels)
             padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
             parts.append(np.asarray(_embed(self.network, self.params, self.stats, padded))[: len(part)])
         return np.concatenate(parts)

@@ -146,9 +146,7 @@ def test_masks_and_boxes_tell_the_same(tmp_path):
         again = open_masks(str(tmp_path / "other.csv"), source, how)(found[0].image)["Nodule"]
         np.testing.assert_array_equal(again, boxes)
     (tmp_path / "other.csv").write_text((tmp_path / "boxes.csv").read_text().replace("path", "scan", 1))
-    with pytest.raises(
-        UserError, match=r"--masks=.*other\.csv: no column of paths, such as path, file"
-    ):
+    with pytest.raises(UserError, match=r"--masks=.*other\.csv: no column of paths, such as path, file"):
         open_masks(str(tmp_path / "other.csv"), source, data)
 
 

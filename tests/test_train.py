@@ -111,7 +111,9 @@ def test_run_folder_holds_everything(uninterrupted):
     lines = read_lines(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if {"knn_accuracy", "rank_me"} <= set(line)] == [10, 20, 30, 40]
-    assert json.loads((uninterrupted / "environment.json").read_text())["conv"] in ("native", "patches")
+    environment = json.loads((uninterrupted / "environment.json").read_text())
+    assert environment["conv"] in ("native", "patches")
+    assert environment["data"] == {"images": 96, "shape": [16, 16, 1], "classes": 4}
 
 
 def test_killed_at_any_moment_it_ends_bit_identical(uninterrupted, tmp_path):

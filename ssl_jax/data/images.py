@@ -3,6 +3,7 @@
 Numbers mean what they mean to matplotlib's imshow: integers are from 0 to 255, floats from 0 to 1.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,19 +15,19 @@ VALUES = "integers from 0 to 255 or floats from 0 to 1"
 ROUNDING = 1e-3  # by which floats may miss the range from 0 to 1, after a resampling for instance
 
 
-def as_images(images: Any, size: int, channels: int, first: int = 0) -> np.ndarray:
-    """One or more images as uint8, or float32 in [0, 1], [N, size, size, channels].
+def as_images(images: Any, rows: slice, size: int, channels: int) -> np.ndarray:
+    """One or more of the images, images[rows], as uint8 or float32 in [0, 1], [N, size, size, channels].
 
     images: an array [N, H, W, C], or [N, H, W] if `channels` is 1; or a sequence of arrays [H, W, C], or [H, W], and
-        Pillow's images, of which each may have its own size. first: the number of the first one, for messages.
+        Pillow's images, of which each may have its own size.
 
     An image of another size is treated like a file: its central square is resized, bilinear with antialias. Pillow's
     images become gray or RGB; arrays must have `channels` channels. Raises UserError for everything else.
     """
     if isinstance(images, list | tuple) or getattr(images, "dtype", "") == np.dtype(object):
-        each = [_one(image, size, channels, f"images[{first + i}]") for i, image in enumerate(images)]
+        each = [_one(image, size, channels, f"images[{i}]") for i, image in enumerate(images[rows], rows.start)]
     else:
-        array = _with_channels(images, 4, channels, "images")
+        array = _with_channels(images[rows], 4, channels, "images", getattr(images, "shape", None))
         if array.shape[1:3] == (size, size):
             return as_pixels(array, "images")
         each = [_resized(image, size, channels) for image in as_pixels(array, "images")]
@@ -67,8 +68,11 @@ def _one(image: Any, size: int, channels: int, where: str) -> np.ndarray:
     return array if array.shape[:2] == (size, size) else _resized(array, size, channels)
 
 
-def _with_channels(images: Any, ndim: int, channels: int, where: str) -> np.ndarray:
-    """An array with `ndim` axes, of which the last is the channels. UserError if it has other axes or channels."""
+def _with_channels(images: Any, ndim: int, channels: int, where: str, whole: Sequence[int] | None = None) -> np.ndarray:
+    """An array with `ndim` axes, of which the last is the channels. UserError if it has other axes or channels.
+
+    whole: the shape of the array that these images are from, for messages.
+    """
     try:
         array = np.asarray(images)
     except ValueError as error:  # rows of different lengths
@@ -76,7 +80,7 @@ def _with_channels(images: Any, ndim: int, channels: int, where: str) -> np.ndar
     if array.dtype.kind in "OSU":  # None, text
         kind = type(images).__name__
         raise UserError(f"{where}: {kind}; allowed: arrays of {VALUES}, or Pillow images")
-    shape = list(array.shape)
+    shape = list(whole or array.shape)
     wanted = f"[{'N, ' * (ndim == 4)}H, W, {channels}]"
     # Gray images without an axis for it, unless the last axis must be that of one image.
     if array.ndim == ndim - 1 and channels == 1 and shape[-1] > 4:

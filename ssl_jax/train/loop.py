@@ -35,7 +35,7 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
     source = source or open_source(config.data)
     total = to_steps(config.train.duration, len(source), config.train.batch)
     folder = RunFolder(workdir)
-    decisions = memory.decisions(config, source, encoder) | {"data": lambda: _measures(source)}
+    decisions = memory.decisions(config, source, encoder) | {"data": lambda: measures(source)}
     with contextlib.ExitStack() as stack:
         entry = parallel.run_on_main(lambda: folder.enter(config, total, stack, **decisions))
         if entry["finished"]:
@@ -60,7 +60,7 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
         return trained
 
 
-def _measures(source: Source) -> dict[str, Any]:
+def measures(source: Source) -> dict[str, Any]:
     """What a run's state depends on in its data: with this, a checkpoint can be read without them (`ssl_jax.load`)."""
     classes = 0 if source.labels is None else len(source.classes)
     return {"images": len(source), "shape": list(source.shape), "classes": classes}
