@@ -136,8 +136,8 @@ def conditions(config: Config, protocol: str, data: Data, test: Data | None, ste
         "linear": {},
         "finetune": dataclasses.asdict(config.finetune),
     }
-    made = {"data": _described(data), "test": test and _described(test), "settings": settings[protocol]}
-    made |= {"step": step} if step else {}
+    made: dict[str, Any] = {"data": _described(data), "test": test and _described(test)}
+    made |= {"settings": settings[protocol], **({"step": step} if step else {})}
     return json.loads(json.dumps(made))  # as a reader of the file will see it
 
 

@@ -59,7 +59,8 @@ def _label_columns(labels: np.ndarray | None, classes: Sequence[str]) -> dict[st
         return {}
     if labels.ndim == 1:
         return {"label": [classes[label] if label >= 0 else None for label in labels]}
-    known = np.where(np.isnan(labels), None, labels.astype(object))
+    known = labels.astype(object)
+    known[np.isnan(labels)] = None
     return {name: column.tolist() for name, column in zip(classes, known.T, strict=True)}
 
 
