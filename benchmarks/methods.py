@@ -27,7 +27,7 @@ import numpy as np
 from ssl_jax.config import Data, Finetune, load_config, method_names, resolve
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
-from ssl_jax.evaluate import finetune, interval, knn_predict, linear_probe, metrics, nested_subset, predict
+from ssl_jax.evaluate import finetune, interval, knn_predict, linear_probe, metrics, nested_subset
 from ssl_jax.parallel import make_mesh
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.train import init_state, make_step, set_up
@@ -122,7 +122,7 @@ class Judge:
         few, count = nested_subset(self.labels, LABELS, seed), len(self.classes)
         how = Finetune(steps=300, epochs=0, lr=(3e-3,) if scratch else (1e-3,), head="zero" if scratch else "probe")
         model = finetune(encoder, self.images[few], self.labels[few], classes=count, settings=how, seed=seed)
-        tuned = {"finetune": self.top1(predict(model, self.test))}
+        tuned = {"finetune": self.top1(model.logits(self.test))}
         if scratch:
             return {"knn": float("nan"), "linear": float("nan")} | tuned
         bank, labels, queries = encoder.embed(self.images[:BANK]), self.labels[:BANK], encoder.embed(self.test)

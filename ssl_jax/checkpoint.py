@@ -71,7 +71,7 @@ class Checkpoints:
         Waits for the save before, if that is still under way. Raises UserError if there is no room.
         """
         self.wait()
-        path = self._path(step)
+        path = self.path(step)
         try:
             parallel.run_on_main(functools.partial(self._prepare, state))
             metadata = {"format": FORMAT, "arrays": _describe(state), "structure": _structure(state)}
@@ -107,7 +107,7 @@ class Checkpoints:
         parallel.run_on_main(self._remove_leftovers)
         found = parallel.run_on_main(self.steps)
         for step in reversed(found):
-            path = self._path(step)
+            path = self.path(step)
             state, problem = _restore(path, like)
             if not parallel.any_process(problem is not None):
                 return state
@@ -119,7 +119,7 @@ class Checkpoints:
             )
         return None
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
         return self.folder / f"{step:09d}"
 
     def _prepare(self, state: Any) -> None:
@@ -132,7 +132,7 @@ class Checkpoints:
         for step in self.steps()[: -self.keep]:
             # Renamed first: a kill in the middle of the removal must not leave half a checkpoint under a step's name.
             # The new name is new indeed: an earlier removal of the same step may have failed halfway.
-            path = self._path(step)
+            path = self.path(step)
             path.rename(tempfile.mkdtemp(prefix=f"{path.name}{REMOVED}", dir=self.folder))
         self._remove_leftovers()
 
@@ -156,6 +156,18 @@ def save(folder: Path, step: int, state: Any, keep: int) -> None:
 def restore_latest(folder: Path, like: Any, warn: Callable[[str], None]) -> Any | None:
     """The newest sound checkpoint in `folder`; see Checkpoints.restore_latest."""
     return Checkpoints(folder, 1, warn).restore_latest(like)
+
+
+def restore(folder: Path, step: int, like: Any) -> Any:
+    """The checkpoint of this step, placed like `like`: a tree of arrays, or of their shapes, types and shardings.
+
+    It only reads, so a run may go on writing here. Raises UserError if the checkpoint is damaged, or another's.
+    """
+    path = Checkpoints(folder, 1, _ignore).path(step)
+    state, problem = _restore(path, like)
+    if problem:
+        raise UserError(f"{path}: damaged checkpoint ({problem}); allowed: another step")
+    return state
 
 
 def _ignore(message: str) -> None:

@@ -12,6 +12,8 @@ from ssl_jax.evaluate.finetuning import Classifier
 
 # What `ssl-jax finetune` writes, in this order, before classifier.json. Without that, it is what a killed one left.
 PARTS = ("classifier.safetensors", "test.csv", "reliability.png")
+# What classifier.json says of its encoder, with the options of config.data that its images are read with.
+OF_ENCODER = ("model", "size", "channels", "mean", "std", "method", "step", "read")
 AGAIN = "remove the folder and run its `ssl-jax finetune` command again"
 
 
@@ -42,24 +44,20 @@ def save_about(folder: Path, about: dict[str, Any]) -> None:
     files.write_json(folder / "classifier.json", about)
 
 
-def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
-    """(classifier, the content of classifier.json). Raises UserError if there is none or it is damaged."""
-    path = folder / "classifier.json"
-    if not path.is_file():
+def load_classifier(path: str | Path) -> Classifier:
+    """The classifier in a folder that `ssl-jax finetune` wrote, to `embed` and `predict` with.
+
+    Raises UserError if there is none or it is damaged.
+    """
+    folder = Path(path)
+    if not (folder / "classifier.json").is_file():
         unfinished = (folder / "classifier.safetensors").exists()
         made = "a folder made by `ssl-jax finetune`"
         hint = "its `ssl-jax finetune` command has not ended; run it again" if unfinished else f"allowed: {made}"
-        raise UserError(f"--workdir={folder}: no classifier.json; {hint}")
-    about = files.read_json(path, AGAIN)
+        raise UserError(f"{folder}: no classifier.json; {hint}")
+    about = files.read_json(folder / "classifier.json", AGAIN)
     weights = files.read_weights(folder / "classifier.safetensors", AGAIN)
-    encoder = rebuild(about, weights)
+    encoder = rebuild({key: about[key] for key in OF_ENCODER if key in about}, weights)
     params = {"encoder": encoder.params, "head": {"w": weights["fc.weight"].T, "b": weights["fc.bias"]}}
-    return Classifier(encoder, params, encoder.stats, about["chosen"]), about
-
-
-def probabilities(scores: np.ndarray, multilabel: bool) -> np.ndarray:
-    """float64 [N, K] from logits [N, K]: a softmax over classes or, if multilabel, a sigmoid per class."""
-    from scipy.special import expit, softmax
-
-    scores = np.asarray(scores, np.float64)
-    return expit(scores) if multilabel else softmax(scores, axis=1)
+    multilabel = about.get("multilabel", False)
+    return Classifier(encoder, params, encoder.stats, about["chosen"], multilabel=multilabel, about=about)

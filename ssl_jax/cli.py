@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax import __version__, interrupts, progress
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import UserError, unknown, visible
 
 CONFIG = "config: NAME[:ARGUMENT] or FILE.py[:ARGUMENT]; change options with --config.SECTION.KEY=VALUE"
 METHOD = "method with its recipe, such as simclr (`ssl-jax methods` lists them); instead of --config, or to change it"
 RUN = "run folder, written by `ssl-jax pretrain`"
+ENCODER = f"{RUN}, or a classifier folder, written by `ssl-jax finetune`"
+STEP = ("", "checkpoint to use instead of the finished encoder: its step, or latest; the run may go on meanwhile")
 OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # accept --config.KEY=VALUE but have no --config
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 JSON = (False, "end the output with one line of JSON, for programs")
@@ -42,7 +44,8 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "evaluate": (
         "evaluate an encoder: kNN, linear probe or fine-tuning, on all or few labels",
         {
-            "workdir": (..., RUN),
+            "workdir": (..., ENCODER),
+            "step": STEP,
             "protocol": ("knn", "knn, linear or finetune"),
             "labels": (0, "number of labelled images to train on; 0: all"),
             "seeds": (1, "number of times these images are drawn"),
@@ -64,7 +67,8 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
     "finetune": (
         "train a classifier on labelled images, starting from an encoder",
         {
-            "workdir": (..., RUN),
+            "workdir": (..., ENCODER),
+            "step": STEP,
             "data": (..., f"labelled data: {DATA}"),
             "out": (..., "folder for the classifier"),
             "test": ("", "labelled data to test on"),
@@ -83,8 +87,13 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         },
     ),
     "embed": (
-        "write embeddings of images, with their file names",
-        {"workdir": (..., RUN), "data": (..., DATA), "out": (..., ".npz, .csv or .parquet file to write")},
+        "write embeddings of images, with their paths and, where the data have them, their labels",
+        {
+            "workdir": (..., ENCODER),
+            "step": STEP,
+            "data": (..., DATA),
+            "out": (..., ".npz, .csv or .parquet file to write"),
+        },
     ),
     "views": (
         "draw what a config's transforms do to your images",
@@ -374,7 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"ssl-jax: {error}", file=sys.stderr)
             return 2
         except OSError as error:  # a full disk, a folder without permission
-            print(f"ssl-jax: {error.filename or argv[0]}: {error.strerror or error}", file=sys.stderr)
+            line = visible(f"ssl-jax: {error.filename or argv[0]}: {error.strerror or error}")
+            print(line, file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("ssl-jax: interrupted", file=sys.stderr)

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import io
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +16,7 @@ from ssl_jax.config import Config, Data, Model, method_module, method_names
 from ssl_jax.data import Source, open_source
 from ssl_jax.data import phantom as phantom_of
 from ssl_jax.data.labelled import Labelled, labelled_part
-from ssl_jax.encoder import Encoder, load_encoder, random_encoder
+from ssl_jax.encoder import Encoder, random_encoder
 from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import Classifier
 from ssl_jax.run_folder import RunFolder, StudyFolder
@@ -54,13 +52,15 @@ def evaluate(
     seeds: int = 1,
     data: str = "",
     test: str = "",
+    step: int | str = "",
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes evaluation/<protocol>-<labels>.json and .npz (scores of all test images); prints the means, and those of
     what costs nothing on the same images. See `ssl_jax.evaluation`.
 
-    On other data or with other settings than the run's own, the names end with the data and a hash of what differs.
-    Returns the content of the .json file.
+    On other data or with other settings than the run's own, the names end with the data and a hash of what differs; of
+    a checkpoint that is not the finished run's last (step: its number, or "latest"), with its step. Returns the content
+    of the .json file.
     """
     from ssl_jax import evaluation
 
@@ -71,11 +71,11 @@ def evaluate(
     if seeds < 1:
         raise UserError(f"--seeds={seeds}: allowed: 1 or more")
     folder = Path(workdir)
-    encoder, config, own = load_encoder(folder), settings_of(folder, overrides), settings_of(folder, ())
+    (encoder, config), own = _load(workdir, step, overrides), settings_of(folder, ())
     train, held_out, description = _train_and_test(encoder, config, data, test)
     specs = _data_spec(encoder, config, data), data_of(test, "--test", config.data) if test else None
     usual = evaluation.conditions(own, protocol, _data_spec(encoder, own, ""), None)
-    conditions = evaluation.conditions(config, protocol, *specs)
+    conditions = evaluation.conditions(config, protocol, *specs, step=_other_step(encoder, folder) if step else 0)
     name = f"{protocol}-{labels or 'all'}{evaluation.suffix(usual, conditions)}"
     about = {"test": description, "conditions": conditions}
     options: Any = {"labels": labels, "seeds": seeds, "about": about, "path": RunFolder(folder).evaluation / name}
@@ -151,10 +151,12 @@ def finetune(
     out: str,
     test: str = "",
     seed: int = 0,
+    step: int | str = "",
     dry_run: bool = False,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Writes out/classifier.safetensors and, last, out/classifier.json; prints the validation and the test score.
+    """Writes out/classifier.safetensors and, last, out/classifier.json; prints the validation and the test score, and
+    whether training was probably too short.
 
     With test data it also writes out/test.csv, the prediction for every image, and for multi-label data
     out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of
@@ -163,8 +165,9 @@ def finetune(
     from ssl_jax.classifier import begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds
     from ssl_jax.evaluate.finetuning import finetune as fit_classifier
+    from ssl_jax.evaluate.finetuning import loss_curve, still_falling
 
-    encoder, config = load_encoder(workdir), settings_of(Path(workdir), overrides)
+    encoder, config = _load(workdir, step, overrides)
     folder = Path(out)
     if not dry_run:
         begin_classifier(folder, "--out")
@@ -188,6 +191,10 @@ def finetune(
         about["thresholds"] = choose_thresholds(*classifier.held_out, classes, config.finetune.sensitivity)
     save_weights(folder, classifier)
     _print_numbers(about["chosen"])
+    about["loss"] = loss_curve(classifier)
+    if reason := still_falling(about["loss"]):
+        about["undertrained"] = reason
+        print(f"it looks undertrained: {reason}; try more --config.finetune.steps, or a higher --config.finetune.lr")
     if held_out:
         title = "Phantoms: reliability" if phantom_of(data_of(test, "--test", config.data)) else "Reliability"
         about["test"] = _test_classifier(classifier, held_out, classes, about.get("thresholds", {}), folder, title)
@@ -206,12 +213,12 @@ def _test_classifier(
 ) -> dict[str, Any]:
     """Writes test.csv and, for multi-label data, reliability.png with this title; prints and returns the metrics."""
     from ssl_jax.evaluate.classification_report import evaluate_on_test, format_report
-    from ssl_jax.evaluate.finetuning import predict as scores_of
     from ssl_jax.evaluation import print_left_out
+    from ssl_jax.outputs import write_predictions
     from ssl_jax.report.figures import reliability
 
-    scores, groups, multilabel = scores_of(classifier, test.source.arrays()), test.source.groups, test.labels.ndim == 2
-    _write_predictions(folder / "test.csv", test.source, scores, classes, multilabel)
+    scores, groups, multilabel = classifier.logits(test.source.arrays()), test.source.groups, classifier.multilabel
+    write_predictions(folder / "test.csv", test.source, scores, classes, multilabel)
     result = evaluate_on_test(scores, test.labels, classes, groups=groups, thresholds=thresholds)
     _print_numbers(result)
     if multilabel:
@@ -228,49 +235,37 @@ def _print_numbers(values: Mapping[str, Any]) -> None:
 
 
 def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Writes a CSV file: path, patient (if the data name one), predicted class (unless an image can have several), and
-    one probability per class. Or a JSON file: a list of such rows, the probabilities under "probabilities".
+    """Writes the probabilities of each class as a CSV or JSON file; see `outputs.write_predictions`.
 
     Returns the number of predictions, the classes and the path.
     """
     from ssl_jax.classifier import load_classifier
-    from ssl_jax.evaluate.finetuning import predict as scores_of
+    from ssl_jax.outputs import write_predictions
 
     path = Path(out)
     _require_ending(path, "--out", (".csv", ".json"))
-    classifier, about = load_classifier(Path(workdir))
-    source = _open_readable(classifier.encoder, data, settings_of(Path(workdir), overrides, about.get("read", {})))
-    scores = scores_of(classifier, source.arrays())
-    _write_predictions(path, source, scores, about["classes"], about.get("multilabel", False))
+    classifier = load_classifier(workdir)
+    config = settings_of(Path(workdir), overrides, classifier.about.get("read", {}))
+    source, _ = _open_readable(classifier.encoder, data, config)
+    scores, classes = classifier.logits(source.arrays()), classifier.classes
+    write_predictions(path, source, scores, classes, classifier.multilabel)
     print(f"{len(scores)} predictions: {out}")
-    return {"predictions": len(scores), "classes": about["classes"], "out": out}
+    return {"predictions": len(scores), "classes": classes, "out": out}
 
 
-def embed(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> None:
-    """Writes a .npz file (embeddings float32 [N, D], names [N]), or a .csv or .parquet file with the name of each image
-    and one column per dimension."""
+def embed(workdir: str, data: str, out: str, step: int | str = "", overrides: Sequence[str] = ()) -> None:
+    """Writes the embeddings of images, their paths and, where the data have them, their labels: see
+    `outputs.write_embeddings`."""
+    from ssl_jax.outputs import write_embeddings
+
     path = Path(out)
     _require_ending(path, "--out", (".npz", ".csv", ".parquet"))
-    encoder = load_encoder(workdir)
-    source = _open_readable(encoder, data, settings_of(Path(workdir), overrides))
-    features, names = encoder.embed(source.arrays()), source.names
-    columns = ["path", *(f"e{i}" for i in range(features.shape[1]))]
-    if path.suffix == ".npz":
-        files.write_npz(path, embeddings=features, names=np.array(names))
-    elif path.suffix == ".csv":
-        rows = [[name, *(f"{v:.7g}" for v in f)] for name, f in zip(names, features, strict=True)]
-        files.write_csv(path, columns, rows, end="\r\n")
-    else:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError:
-            raise UserError(f"--out={out}: needs pyarrow: pip install pyarrow (or write .npz or .csv)") from None
-        buffer = io.BytesIO()
-        table = pyarrow.table([names, *features.T.copy()], names=columns)
-        pyarrow.parquet.write_table(table, buffer)
-        files.write_bytes(path, buffer.getvalue())
-    print(f"{len(features)} embeddings of {features.shape[1]} dimensions: {out}")
+    encoder, config = _load(workdir, step, overrides)
+    source, labels = _open_readable(encoder, data, config, labelled=True)
+    features, classes = encoder.embed(source.arrays()), source.classes
+    write_embeddings(path, source.names, features, labels, classes)
+    beside = "" if labels is None else f", labels of {len(classes)} classes"
+    print(f"{len(features)} embeddings of {features.shape[1]} dimensions{beside}: {out}")
 
 
 def views(config: Config, out: str, images: int = 6, masks: str = "") -> None:
@@ -380,6 +375,26 @@ def _print_lines(lines: Iterable[str]) -> None:
         print(line, flush=True)
 
 
+def _load(workdir: str, step: int | str, overrides: Sequence[str]) -> tuple[Encoder, Config]:
+    """The encoder of a run or a classifier, and the settings that its images are read with, with overrides.
+
+    step: of a checkpoint, or "latest"; "": the finished encoder.
+    """
+    from ssl_jax.load import load_encoder
+
+    if step not in ("", "latest") and not str(step).isdecimal():
+        raise UserError(f"--step={step}: allowed: the step of a checkpoint, or latest")
+    number: Any = step if step == "latest" else int(step) if step != "" else None
+    encoder = load_encoder(workdir, number)
+    return encoder, settings_of(Path(workdir), overrides, encoder.about.get("read"))
+
+
+def _other_step(encoder: Encoder, folder: Path) -> int:
+    """The step of an encoder that is not the one which the run has exported; else 0."""
+    exported = files.read_json(RunFolder(folder).encoder / "encoder.json").get("step")
+    return 0 if encoder.about["step"] == exported else encoder.about["step"]
+
+
 def _open_test(encoder: Encoder, config: Config, test: str, data: str) -> Source:
     """The images that --test names: the test part of CheXpert and of the data that --data names, all of other data."""
     spec = encoder.data(data_of(test, "--test", config.data))
@@ -414,30 +429,25 @@ def _require_ending(path: Path, flag: str, endings: Sequence[str]) -> None:
         raise UserError(f"{flag}={path}: is a folder; allowed: the path of a file")
 
 
-def _write_predictions(path: Path, source: Source, scores: np.ndarray, classes: list[str], multilabel: bool) -> None:
-    from ssl_jax.classifier import probabilities
-
-    shares = probabilities(scores, multilabel)
-    columns: dict[str, Sequence[Any]] = {"path": source.names}
-    if source.groups is not None:
-        columns["patient"] = source.groups.tolist()
-    if not multilabel:
-        columns["predicted"] = [classes[i] for i in shares.argmax(axis=1)]
-    # With every digit: rounded probabilities near 0 and 1 would tie, which changes AUCs and thresholds.
-    rows = list(zip(*columns.values(), shares.tolist(), strict=True))
-    if path.suffix == ".json":
-        listed = [dict(zip(columns, first)) | {"probabilities": dict(zip(classes, p))} for *first, p in rows]
-        files.write_bytes(path, (json.dumps(listed, indent=1) + "\n").encode())
-    else:
-        files.write_csv(path, [*columns, *classes], [[*first, *p] for *first, p in rows], end="\r\n")
-
-
-def _open_readable(encoder: Encoder, data: str, config: Config) -> Source:
-    """All images that can be read, however few; the source logs the others."""
-    spec = encoder.data(data_of(data, "--data", config.data))
+def _open_readable(
+    encoder: Encoder, data: str, config: Config, labelled: bool = False
+) -> tuple[Source, np.ndarray | None]:
+    """All images that can be read, however few, and with `labelled` their labels, if there are any; the source logs the
+    other images."""
+    spec = dataclasses.replace(encoder.data(data_of(data, "--data", config.data)), max_bad_share=1.0)
     # The label columns of the training data may be missing here, and are not needed.
-    source = open_source(dataclasses.replace(spec, labels=(), max_bad_share=1.0), "all")
-    source.forget_labels()
+    unlabelled = dataclasses.replace(spec, labels=())
+    try:
+        source = open_source(spec if labelled else unlabelled, "all")
+    except UserError as error:
+        if not str(error).startswith("config.data.labels"):
+            raise
+        print(f"no labels: {error}")
+        source = open_source(unlabelled, "all")
+    labels = source.labels if labelled else None
+    source.forget_labels()  # so that any image may stand in for a damaged one
     source.arrays()
     readable = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in shows another file's image
-    return source if len(readable) == len(source) else source.take(readable)
+    if len(readable) == len(source):
+        return source, labels
+    return source.take(readable), None if labels is None else labels[readable]

@@ -64,7 +64,9 @@ class Data:
         "auto", "DICOM: what is black and white; auto: the window of the file, else percentiles of the image"
     )
     background: str = option("white", "colour behind the transparent parts of an image file: a name, or '#808080'")
-    image_column: str = option("", "csv: column with the path of the image; empty: path, file, filename or image")
+    image_column: str = option(
+        "", "csv, table of boxes: column with the path of the image; empty: path, file, filename or image"
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str) -> "Data":
@@ -163,6 +165,12 @@ class Model:
     mean: tuple[float, ...] = option((), "per channel, for images in [0, 1]; empty: ImageNet's (3 channels) or 0.5")
     std: tuple[float, ...] = option((), "per channel; empty: ImageNet's (3 channels) or 0.25")
     init: str = option("", "start from this exported encoder (a run folder or a .safetensors file); empty: random")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], key: str) -> "Model":
+        """From a config file or flags. A relative path in `init` becomes absolute, as those of data do."""
+        model = cls(**fields.convert_all(cls, values, key))
+        return dataclasses.replace(model, init=_absolute(model.init))
 
 
 @dataclass(frozen=True)

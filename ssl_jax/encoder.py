@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssl_jax import checkpoint
 from ssl_jax.augment import center_view
 from ssl_jax.config import Config, Data, Model
+from ssl_jax.data.images import as_images
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import COPY, read_json, read_weights, write_json, write_weights
 from ssl_jax.models import build_encoder, from_torch, normalization, resolve_model, to_torch
@@ -32,23 +34,45 @@ class Encoder(NamedTuple):
     channels: int
     about: dict[str, Any]
 
-    def embed(self, images: np.ndarray, batch: int = 256) -> np.ndarray:
-        """Embeddings float32 [N, D] of images uint8 [N, H, W, C], which are resized to `size` if necessary."""
-        parts = []
-        for start in range(0, len(images), batch):
-            part = images[start : start + batch]
-            padded = np.pad(part, [(0, batch - len(part)), (0, 0), (0, 0), (0, 0)])  # one shape, one compilation
-            parts.append(np.asarray(_embed(self.network, self.size, self.params, self.stats, padded))[: len(part)])
+    def embed(self, images: Any, batch: int = 256, fixed: bool = False) -> np.ndarray:
+        """Embeddings float32 [N, D] of N images.
+
+        images: an array [N, H, W, C], or [N, H, W] of gray images; or a list of arrays [H, W, C] and Pillow images,
+            each of its own size. Integers are from 0 to 255, floats from 0 to 1. An image that is not `size` px large
+            is treated like an image file: its central square is resized. A single image is a list of one.
+        batch: images at a time; if there are fewer, their number is padded to a power of two, which is compiled once.
+        fixed: pad to `batch` instead, so that a single compilation serves calls with any number of images.
+
+        Raises UserError for images of other values, axes or channels. No images have embeddings [0, D].
+        """
+        try:
+            count = len(images)
+        except TypeError:  # a number, a single Pillow image, a generator
+            kind = type(images).__name__
+            raise UserError(f"images: {kind}; allowed: an array [N, H, W, C], or a list such as [image]") from None
+        if not count:
+            return np.zeros((0, self.width), np.float32)
+        full, parts = batch if fixed else min(batch, 1 << (count - 1).bit_length()), []
+        for start in range(0, count, full):
+            part = as_images(images, slice(start, start + full), self.size, self.channels)
+            padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
+            parts.append(np.asarray(_embed(self.network, self.params, self.stats, padded))[: len(part)])
         return np.concatenate(parts)
+
+    @property
+    def width(self) -> int:
+        """D, the number of dimensions of an embedding."""
+        image = jax.ShapeDtypeStruct((1, self.size, self.size, self.channels), np.uint8)
+        return _embed.eval_shape(self.network, self.params, self.stats, image).shape[1]
 
     def data(self, data: Data) -> Data:
         """`data` with the size and channels that this encoder expects."""
         return dataclasses.replace(data, size=self.size, channels=self.channels)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed(network, size, params, stats, images):
-    return network.apply(params, stats, center_view(images, size), train=False)[0]
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(network, params, stats, images):
+    return network.apply(params, stats, center_view(images, images.shape[1]), train=False)[0]
 
 
 # Equal networks must be the same object, so that jit compiles each only once per process.
@@ -85,15 +109,17 @@ def encoder_metadata(config: Config, size: int, channels: int, step: int) -> dic
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """The encoder of a run folder, or of a folder written by `export`.
+    """The exported encoder of a run folder, or of a folder written by `export`; `ssl_jax.load_encoder` reads more.
 
     Raises UserError if there is none, if it is damaged, or if the weights do not fit the architecture in encoder.json.
     """
     folder = Path(path)
     folder = RunFolder(path).encoder if RunFolder(path).encoder.is_dir() else folder
     if not (folder / "encoder.json").is_file():
-        unfinished = RunFolder(path).checkpoints.is_dir()
-        hint = "the run has not ended; run its pretrain command again" if unfinished else "allowed: a run folder"
+        hint = "allowed: a folder made by `ssl-jax pretrain` or `ssl-jax finetune`"
+        if steps := checkpoint.steps(RunFolder(path).checkpoints):
+            hint = "the run has not ended; run its pretrain command again, or use a checkpoint"
+            hint += f" with step=latest, or step={' or '.join(map(str, steps))}"
         raise UserError(f"{path}: no encoder.json; {hint}")
     cure = f"{RunFolder.again}, or {COPY}"
     about = read_json(folder / "encoder.json", cure)
@@ -119,7 +145,7 @@ def rebuild(about: dict[str, Any], weights: Mapping[str, np.ndarray]) -> Encoder
 
 def started_from(network: Network, init: str) -> Network:
     """`network` with the weights of an exported encoder as its initial ones (config.model.init)."""
-    path = Path(init)
+    path = Path(init).expanduser()
     if path.is_dir():
         exported = RunFolder(path).encoder / "encoder.safetensors"
         path = exported if exported.exists() else path / "encoder.safetensors"

@@ -15,7 +15,7 @@ from ssl_jax import files
 from ssl_jax.config import Config, Data
 from ssl_jax.data.labelled import Labelled
 from ssl_jax.encoder import Encoder
-from ssl_jax.evaluate.finetuning import finetune, loss_curve, predict, still_falling
+from ssl_jax.evaluate.finetuning import finetune, loss_curve, still_falling
 from ssl_jax.evaluate.knn import knn_scores
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.references import RANDOM, References, over_pixels
@@ -60,7 +60,8 @@ def evaluate(
     scores, curve = _scores(encoder, config, protocol, pool, draws, test_images)
     each = [metrics(s, test.labels, classes) for s in scores]
     compared = References({RANDOM: encoder}, test_images, test.labels, classes, config.eval)
-    names = path.parent / "references" / path.name.partition("-")[2]  # those of all protocols are the same
+    # Those of all protocols and steps are the same.
+    names = path.parent / "references" / re.sub(r"-step\d+$", "", path.name.partition("-")[2])
     beside = _references(compared, pool, draws if labels else draws[:1], names)
     beside *= 1 if labels else seeds
     result: dict[str, Any] = {
@@ -113,7 +114,7 @@ def _scores(
         else:
             options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
             classifier = finetune(encoder, images[rows], labels[rows], **options)
-            scores.append(predict(classifier, test_images))
+            scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))
     return scores, np.mean(curves, axis=0).tolist() if curves else None
 
@@ -127,14 +128,16 @@ def _means(each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
-def conditions(config: Config, protocol: str, data: Data, test: Data | None) -> dict[str, Any]:
-    """What a result depends on beside the encoder: the data, test data that are not their own, the settings."""
+def conditions(config: Config, protocol: str, data: Data, test: Data | None, step: int = 0) -> dict[str, Any]:
+    """What a result depends on beside the run's encoder: the data, test data that are not their own, the settings; and
+    the step of the encoder, if it is not the run's last."""
     settings = {
         "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")},
         "linear": {},
         "finetune": dataclasses.asdict(config.finetune),
     }
-    made = {"data": _described(data), "test": test and _described(test), "settings": settings[protocol]}
+    made: dict[str, Any] = {"data": _described(data), "test": test and _described(test)}
+    made |= {"settings": settings[protocol], **({"step": step} if step else {})}
     return json.loads(json.dumps(made))  # as a reader of the file will see it
 
 
@@ -144,7 +147,10 @@ def _described(data: Data) -> dict[str, Any]:
 
 
 def suffix(usual: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The end of a result's name: "" under the run's own conditions, else the data and a hash of the conditions."""
+    """The end of a result's name: "" under the run's own conditions, else the data and a hash of the conditions. An
+    encoder that is not the run's last adds its step, so that it overwrites no result of the finished run."""
+    if "step" in here:
+        return f"{suffix(usual, {k: v for k, v in here.items() if k != 'step'})}-step{here['step']}"
     if here == usual:
         return ""
     changed = next((here[key] for key in ("test", "data") if here[key] != usual[key]), None)

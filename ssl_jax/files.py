@@ -135,7 +135,7 @@ def _neutral(cell: Any) -> Any:
     return cell
 
 
-def write_npz(path: Path, **arrays: Any) -> None:
+def write_npz(path: Path, /, **arrays: Any) -> None:
     """Writes the arrays compressed."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

@@ -30,7 +30,7 @@ from ssl_jax.data.labelled import labelled_indices, labelled_part
 from ssl_jax.data.source import Source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
-from ssl_jax.evaluate.finetuning import finetune, loss_curve, predict
+from ssl_jax.evaluate.finetuning import finetune, loss_curve
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.references import RANDOM, References, digest
 from ssl_jax.evaluate.scores import metrics
@@ -259,14 +259,14 @@ class _Evaluator:
         result: dict[str, Any] = {}
         if self.protocol == "linear":
             if encoder_digest not in self.test_features:
-                self.test_features[encoder_digest] = encoder.embed(self.images)
-            probe = linear_probe(encoder.embed(examples.images), examples.labels, **options)
+                self.test_features[encoder_digest] = encoder.embed(self.images, fixed=True)
+            probe = linear_probe(encoder.embed(examples.images, fixed=True), examples.labels, **options)
             scores = probe.scores(self.test_features[encoder_digest])
             chosen = {"strength": probe.strength, "validation": probe.validation}
         else:
             settings = self.settings[cell.arm]
             classifier = finetune(encoder, examples.images, examples.labels, settings=settings, **options)
-            scores, chosen = predict(classifier, self.images), classifier.chosen
+            scores, chosen = classifier.logits(self.images, fixed=True), classifier.chosen
             result["loss"] = loss_curve(classifier)
         result |= {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
         return {**cell._asdict(), **result, "seconds": round(time.monotonic() - start, 1)}, scores

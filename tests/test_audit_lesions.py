@@ -1,6 +1,7 @@
 """The audit of lesions against counts by hand, on images with a bright disc."""
 
 import csv
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +140,14 @@ def test_masks_and_boxes_tell_the_same(tmp_path):
     y, x = np.nonzero(found[0].mask)
     assert boxes[y.min() : y.max() + 1, x.min() : x.max() + 1].all()
     assert boxes.sum() == (y.max() + 1 - y.min()) * (x.max() + 1 - x.min())
+    for column, asked in (("Image", ""), ("scan", "scan"), ("file", "scan")):
+        (tmp_path / "other.csv").write_text((tmp_path / "boxes.csv").read_text().replace("path", column, 1))
+        how = dataclasses.replace(data, image_column=asked)
+        again = open_masks(str(tmp_path / "other.csv"), source, how)(found[0].image)["Nodule"]
+        np.testing.assert_array_equal(again, boxes)
+    (tmp_path / "other.csv").write_text((tmp_path / "boxes.csv").read_text().replace("path", "scan", 1))
+    with pytest.raises(UserError, match=r"--masks=.*other\.csv: no column of paths, such as path, file"):
+        open_masks(str(tmp_path / "other.csv"), source, data)
 
 
 def test_a_mask_is_cut_and_resized_like_its_image(tmp_path):

@@ -130,7 +130,7 @@ def test_a_class_of_damaged_files_only_is_left_out(images, trained, tmp_path, ca
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(content)
     assert ssl_jax("embed", f"--workdir={trained}", f"--data={tmp_path}", f"--out={tmp_path / 'e.npz'}") == 0
-    assert np.load(tmp_path / "e.npz")["names"].tolist() == ["a/whole.jpg"]
+    assert np.load(tmp_path / "e.npz")["path"].tolist() == ["a/whole.jpg"]
 
 
 def test_embed_in_every_format(images, trained):
@@ -143,9 +143,10 @@ def test_embed_in_every_format(images, trained):
     with files[".csv"].open() as file:
         rows = list(csv.reader(file))[1:]
     table = pyarrow.parquet.read_table(files[".parquet"])
-    assert packed["embeddings"].shape == (90, 12) and not any("broken" in n for n in packed["names"])
-    assert [r[0] for r in rows] == list(packed["names"]) == table["path"].to_pylist()
-    np.testing.assert_allclose(np.array([r[1:] for r in rows], float), packed["embeddings"], rtol=1e-5)
+    assert packed["embeddings"].shape == (90, 12) and not any("broken" in n for n in packed["path"])
+    assert [r[0] for r in rows] == list(packed["path"]) == table["path"].to_pylist()
+    assert [r[1] for r in rows] == [n.split("/")[0] for n in packed["path"]] == table["label"].to_pylist()
+    np.testing.assert_allclose(np.array([r[2:] for r in rows], float), packed["embeddings"], rtol=1e-5)
     np.testing.assert_allclose(table["e3"].to_numpy(), packed["embeddings"][:, 3])
 
 

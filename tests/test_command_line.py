@@ -17,6 +17,7 @@ from ssl_jax import cli, commands, interrupts, plotting, progress
 from ssl_jax.config import load_config, resolve
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
+from ssl_jax.outputs import write_predictions
 from ssl_jax.start import start_jax
 from ssl_jax.train.hooks import Stop
 
@@ -146,7 +147,7 @@ def test_help_of_a_command(capsys):
 def test_predictions_as_csv_and_as_json(tmp_path):
     source = Source(["=a.png", "b.png"], (2, 2, 1), lambda index: np.zeros((2, 2, 1), np.uint8))
     for name in ("p.csv", "p.json"):
-        commands._write_predictions(tmp_path / name, source, np.log([[0.25, 0.75], [0.5, 0.5]]), ["x", "y"], False)
+        write_predictions(tmp_path / name, source, np.log([[0.25, 0.75], [0.5, 0.5]]), ["x", "y"], False)
     rows = json.loads((tmp_path / "p.json").read_text())
     assert [row["path"] for row in rows] == ["=a.png", "b.png"] and rows[0]["predicted"] == "y"
     assert rows[0]["probabilities"] == pytest.approx({"x": 0.25, "y": 0.75})

@@ -9,7 +9,7 @@ from toy_encoder import TRACES, WIDTH, toy_encoder, toy_images
 
 from ssl_jax.config import Augment, Finetune
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate import finetune, holdout, metrics, predict
+from ssl_jax.evaluate import finetune, holdout, metrics
 from ssl_jax.evaluate.finetuning import balance
 
 SETTINGS = Finetune(steps=60, epochs=0, batch=32, lr=(0.01,), augment=Augment(preset="none", override={"flip": 0.5}))
@@ -21,7 +21,7 @@ def _leaves(classifier):
 
 def _accuracy(classifier, seed=7):
     images, labels = toy_images(300, seed=seed)
-    return (predict(classifier, images).argmax(1) == labels).mean()
+    return (classifier.logits(images).argmax(1) == labels).mean()
 
 
 @pytest.mark.parametrize("head", ["probe", "zero"])
@@ -104,7 +104,7 @@ def test_everything_compiles_once(head):
     varied = dataclasses.replace(settings, lr=(0.1, 0.2), backbone_ratio=(0.1, 1.0), weight_decay=0.3, steps=5)
     for count, seed in ((5, 1), (12, 2), (70, 3)):
         made = finetune(toy_encoder(seed), images[:count], labels[:count], classes=3, settings=varied, seed=seed)
-        predict(made, images[:count])
+        made.logits(images[:count], fixed=True)
     assert TRACES == []
 
 
@@ -123,7 +123,7 @@ def test_several_labels_are_learnt_from_what_is_known():
     groups = np.arange(90) // 3
     made = finetune(toy_encoder(), images, labels, classes=5, settings=settings, seed=1, groups=groups)
     test_images, test_labels = several(seed=7)
-    assert metrics(predict(made, test_images), test_labels, list("abcde"))["macro_auc"] > 0.9
+    assert metrics(made.logits(test_images), test_labels, list("abcde"))["macro_auc"] > 0.9
     assert made.params["head"]["w"].shape == (WIDTH, 5) and not made.params["head"]["w"][:, 3].any()
     # Chosen by mean AUC on whole patients.
     held = holdout(labels, 0.2, 1, groups)[1]
@@ -157,7 +157,7 @@ def test_balanced_weights_by_hand_and_in_training():
         rates = []
         for weights in ("none", "balanced"):
             how = dataclasses.replace(settings, class_weights=weights)
-            logits = predict(finetune(toy_encoder(), images, labels, classes=3, settings=how, seed=0), images)
+            logits = finetune(toy_encoder(), images, labels, classes=3, settings=how, seed=0).logits(images)
             rates.append((logits - logits[:, :1] if labels is one else logits)[:, 1:].mean())
         assert rates[1] > rates[0] + 0.5  # the rare ones are believed sooner
 

@@ -20,9 +20,9 @@ LAYERS = [
     {"evaluate", "settings"},
     {"classifier"},
     {"train"},
-    {"testing", "audit", "phantom"},
+    {"load", "testing", "audit", "phantom"},
     {"report"},
-    {"study", "plan", "evaluation", "dry_runs"},
+    {"study", "plan", "evaluation", "dry_runs", "sklearn", "outputs"},
     {"commands"},
     {"cli"},
 ]

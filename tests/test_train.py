@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax import cli, parallel, train
+from ssl_jax import cli, load, parallel, train
 from ssl_jax.checkpoint import read_metadata, steps
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_lines
@@ -111,7 +111,15 @@ def test_run_folder_holds_everything(uninterrupted):
     lines = read_lines(uninterrupted / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in lines if {"knn_accuracy", "rank_me"} <= set(line)] == [10, 20, 30, 40]
-    assert json.loads((uninterrupted / "environment.json").read_text())["conv"] in ("native", "patches")
+    environment = json.loads((uninterrupted / "environment.json").read_text())
+    assert environment["conv"] in ("native", "patches")
+    assert environment["data"] == {"images": 96, "shape": [16, 16, 1], "classes": 4}
+
+
+def test_the_last_checkpoint_holds_the_exported_encoder(uninterrupted):
+    made, exported = load._from_checkpoint(RunFolder(uninterrupted), 40), load.load_encoder(uninterrupted)
+    jax.tree.map(np.testing.assert_array_equal, (made.params, made.stats), (exported.params, exported.stats))
+    assert json.loads(json.dumps(made.about)) == exported.about
 
 
 def test_killed_at_any_moment_it_ends_bit_identical(uninterrupted, tmp_path):

@@ -8,12 +8,18 @@ import numpy as np
 
 from ssl_jax.config import Data
 from ssl_jax.data import Source
+from ssl_jax.data.csv import paths_of
 from ssl_jax.data.source import open_file, printable
 from ssl_jax.data.table import read_table
 from ssl_jax.errors import UnreadableError, UserError, visible
 
 LESION = "lesion"  # the class of a mask or box that names none
-COLUMNS = ("path", "left", "top", "right", "bottom")  # of a table of boxes; "class" may follow
+CORNERS = (
+    "left",
+    "top",
+    "right",
+    "bottom",
+)  # of a box, beside the image; "class" may follow
 Masks = Callable[[int], dict[str, np.ndarray]]  # index of an image -> class -> float32 [H, W] in [0, 1]
 
 
@@ -31,7 +37,8 @@ def open_masks(where: str, source: Source, data: Data) -> Masks:
     where: a folder with `<image path without extension>/<Class>.png`, or `<image path without extension>.png` for a
         lesion without a class, of the image's size and black where there is nothing; or a table (.csv, .tsv) of boxes
         with the columns path, left, top, right, bottom (px of the image file; right and bottom lie just outside) and,
-        optionally, class. Paths are those of `source.names`.
+        optionally, class. The column path may have another name, as in a table of images (`csv.paths_of`). Paths are
+        those of `source.names`.
 
     Raises UserError for a table with a bad line, and later for a mask that has not the shape of its image.
     """
@@ -41,7 +48,7 @@ def open_masks(where: str, source: Source, data: Data) -> Masks:
     if path.suffix.lower() not in (".csv", ".tsv") or not path.is_file():
         problem = "unknown file type" if path.is_file() else "not found"
         raise UserError(f"--masks={where}: {problem}; allowed: a folder of masks, or a .csv or .tsv file of boxes")
-    boxes = _read_boxes(path, where)
+    boxes = _read_boxes(path, where, data.image_column)
     if not boxes.keys() & {*source.names}:
         raise UserError(
             f"--masks={where}: no path is that of an image, such as {next(iter(boxes), 'empty')!r}; "
@@ -167,13 +174,15 @@ def _below(name: str, data: Data) -> Path:
     return path.relative_to(path.anchor)
 
 
-def _read_boxes(path: Path, where: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
-    """Image path -> (class, left, top, right, bottom) of its boxes."""
+def _read_boxes(path: Path, where: str, column: str) -> dict[str, list[tuple[str, float, float, float, float]]]:
+    """Image path -> (class, left, top, right, bottom) of its boxes. column: data.image_column."""
     table = read_table(path, f"--masks={where}")
-    missing = [name for name in COLUMNS if table.find(name) is None]
+    missing = [name for name in CORNERS if table.find(name) is None]
     if missing:
-        raise UserError(f"--masks={where}: no column {missing[0]!r}; needed: {', '.join(COLUMNS)}; optional: class")
-    images, *corners = (table.column(table.find(name) or name) for name in COLUMNS)
+        needed = f"needed: {', '.join(CORNERS)} and the path of the image; optional: class"
+        raise UserError(f"--masks={where}: no column {missing[0]!r}; {needed}")
+    images = paths_of(table, column if column and table.find(column) else "")
+    corners = [table.column(table.find(name) or name) for name in CORNERS]
     kind = table.find("class")
     names = table.column(kind) if kind else [""] * len(images)
     boxes: dict[str, list[tuple[str, float, float, float, float]]] = {}

@@ -35,7 +35,7 @@ def read(data: Data) -> Source:
         raise UserError("config.data.path='': missing; set it to a table (.csv, .tsv) of image files")
     where, table_path = f"config.data.path={data.path!r}", Path(data.path).expanduser()
     table = read_table(table_path, where)
-    paths, parts = _paths(table, data.image_column), _parts(table)
+    paths, parts = paths_of(table, data.image_column), _parts(table)
     groups = _groups(table, parts, data.group) if data.group else None
     labels, classes, single = None, [], [""] * len(paths)
     columns: list[str] = []  # those of the labels
@@ -70,7 +70,8 @@ def read(data: Data) -> Source:
     return from_files(files, classes, data, where, labels=labels, groups=groups)
 
 
-def _paths(table: Table, column: str) -> list[str]:
+def paths_of(table: Table, column: str = "") -> list[str]:
+    """The image of each row: from `column` (data.image_column), or else from the first of PATH that exists."""
     name = table.demand("image_column", column) if column else table.find(*PATH)
     if name is None:
         raise UserError(

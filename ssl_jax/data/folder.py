@@ -270,13 +270,13 @@ def decode(content: bytes, size: int, channels: int, window: str = "auto", backg
     `dicom.decode`. Raises UnreadableError.
     """
     if dicom.is_dicom(content[:132]):
-        return _finish(Image.fromarray(dicom.decode(content, window)), size, channels)
+        return finish(Image.fromarray(dicom.decode(content, window)), size, channels)
     try:
         with _open(io.BytesIO(content), size, channels) as image:
             image.load()  # first, so that only errors of a damaged EXIF block are suppressed below
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
-            return _finish(image, size, channels, window, background)
+            return finish(image, size, channels, window, background)
     except (MemoryError, UnreadableError):
         raise
     except Exception as error:
@@ -316,12 +316,11 @@ def convert(array: np.ndarray, size: int, channels: int) -> np.ndarray:
     """uint8 [H,W,C] as [size, size, channels], as by `decode`; C does not change if it is neither 1 nor 3."""
     if array.shape[-1] not in (1, 3):
         return np.concatenate([convert(array[..., i : i + 1], size, 1) for i in range(array.shape[-1])], axis=-1)
-    return _finish(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), size, channels)
+    return finish(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), size, channels)
 
 
-def _finish(
-    image: Image.Image, size: int, channels: int, window: str = "auto", background: str = "white"
-) -> np.ndarray:
+def finish(image: Image.Image, size: int, channels: int, window: str = "auto", background: str = "white") -> np.ndarray:
+    """A loaded image that is upright, as `decode` returns it."""
     if image.mode in DEEP:
         image = _stretch(image, window)
     elif image.has_transparency_data:

@@ -1,7 +1,7 @@
 """How good an encoder is: kNN, a linear probe, fine-tuning on few labels, and signs of collapse."""
 
 from ssl_jax.collapse import embedding_std, rank_me
-from ssl_jax.evaluate.finetuning import Classifier, finetune, predict
+from ssl_jax.evaluate.finetuning import Classifier, finetune
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.multilabel import reliability, threshold_at_sensitivity
@@ -26,7 +26,6 @@ __all__ = [
     "over_pixels",
     "paired",
     "pixels",
-    "predict",
     "rank_me",
     "reliability",
     "threshold_at_sensitivity",

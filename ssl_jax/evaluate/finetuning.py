@@ -3,7 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import optax
 
 from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.config import Finetune, View
+from ssl_jax.data.images import as_pixels
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import linear_probe
@@ -36,6 +38,8 @@ class Classifier(NamedTuple):
               if there was no choice
     losses:   float32 [steps], the training loss of each step relative to that of guessing: of the best prediction that
               looks at no image. 1: nothing has been learnt
+    multilabel: whether an image can have several of the K classes, or none
+    about:    the content of classifier.json, if it was loaded: "classes" (their names), "thresholds", "test", ...
     """
 
     encoder: Encoder
@@ -44,6 +48,34 @@ class Classifier(NamedTuple):
     chosen: dict[str, Any]
     held_out: tuple[np.ndarray, np.ndarray] | None = None
     losses: np.ndarray | None = None
+    multilabel: bool = False
+    about: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def fitted_encoder(self) -> Encoder:
+        """The encoder as it is after fine-tuning."""
+        return self.encoder._replace(params=self.params["encoder"], stats=self.stats)
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the K classes, in the order of the columns of `predict`; [] if it was not loaded."""
+        return list(self.about.get("classes", ()))
+
+    def embed(self, images: Any, batch: int = 256) -> np.ndarray:
+        """Embeddings float32 [N, D] by the fine-tuned encoder, of images as `Encoder.embed` takes them."""
+        return self.fitted_encoder.embed(images, batch)
+
+    def logits(self, images: Any, batch: int = 256, fixed: bool = False) -> np.ndarray:
+        """Logits float32 [N, K]: of a softmax, or of K sigmoids if it is multi-label. fixed: as of `Encoder.embed`."""
+        head = self.params["head"]
+        return self.fitted_encoder.embed(images, batch, fixed) @ np.asarray(head["w"]) + np.asarray(head["b"])
+
+    def predict(self, images: Any, batch: int = 256) -> np.ndarray:
+        """Probabilities float64 [N, K], of images as `Encoder.embed` takes them.
+
+        Each row sums to 1; of a multi-label classifier, each class has a probability of its own.
+        """
+        return probabilities(self.logits(images, batch), self.multilabel)
 
 
 def finetune(
@@ -73,23 +105,23 @@ def finetune(
 
     Raises UserError if labels and images do not fit, or if training diverges with every pair.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
+    images, labels = as_pixels(np.asarray(images), "images"), np.asarray(labels)
     _check(encoder, images, labels, classes)
     labels = labels.astype(np.int32 if labels.ndim == 1 else np.float32)
     weights = balance(labels, classes) if settings.class_weights == "balanced" else None
-    features = encoder.embed(images) if settings.head == "probe" else None
+    features = encoder.embed(images, fixed=True) if settings.head == "probe" else None
     pairs = list(itertools.product(settings.lr, settings.backbone_ratio))
     if not pairs:
         raise UserError("config.finetune: lr or backbone_ratio is empty; give at least one value for each")
 
     def fit(index: np.ndarray, head: dict[str, np.ndarray], lr: float, ratio: float) -> Classifier:
         params, stats, losses = _train(encoder, images[index], labels[index], head, weights, settings, lr, ratio, seed)
-        return Classifier(encoder, params, stats, {"lr": lr, "backbone_ratio": ratio}, losses=losses)
+        chosen = {"lr": lr, "backbone_ratio": ratio}
+        return Classifier(encoder, params, stats, chosen, losses=losses, multilabel=labels.ndim == 2)
 
     def initial_head(index: np.ndarray) -> dict[str, np.ndarray]:
         if features is None:
-            width = encoder.embed(images[:1]).shape[1]
-            return {"w": np.zeros((width, classes), np.float32), "b": np.zeros(classes, np.float32)}
+            return {"w": np.zeros((encoder.width, classes), np.float32), "b": np.zeros(classes, np.float32)}
         own_groups = None if groups is None else groups[index]
         options: Any = {"seed": seed, "groups": own_groups, "class_weights": settings.class_weights}
         probe = linear_probe(features[index], labels[index], classes=classes, **options)
@@ -99,7 +131,7 @@ def finetune(
     if len(pairs) > 1:
         kept, held = holdout(labels, settings.validation, seed, groups)
         head = initial_head(kept)
-        logits = [predict(fit(kept, head, *pair), images[held]) for pair in pairs]
+        logits = [fit(kept, head, *pair).logits(images[held], fixed=True) for pair in pairs]
         scores = [selection_score(each, labels[held]) for each in logits]
         winner = max(range(len(pairs)), key=lambda i: scores[i])  # the first of equals
         trials = [
@@ -115,11 +147,12 @@ def finetune(
     return classifier._replace(chosen=classifier.chosen | choice, held_out=held_out)
 
 
-def predict(classifier: Classifier, images: np.ndarray) -> np.ndarray:
-    """Logits float32 [N, K] of images uint8 [N, H, W, C]: of a softmax, or of K sigmoids if labels were [N, K]."""
-    encoder = classifier.encoder._replace(params=classifier.params["encoder"], stats=classifier.stats)
-    head = classifier.params["head"]
-    return encoder.embed(images) @ np.asarray(head["w"]) + np.asarray(head["b"])
+def probabilities(logits: np.ndarray, multilabel: bool) -> np.ndarray:
+    """float64 [N, K] from logits [N, K]: a softmax over classes or, if multilabel, a sigmoid per class."""
+    from scipy.special import expit, softmax
+
+    logits = np.asarray(logits, np.float64)
+    return expit(logits) if multilabel else softmax(logits, axis=1)
 
 
 def loss_curve(classifier: Classifier) -> list[float]:
@@ -128,13 +161,15 @@ def loss_curve(classifier: Classifier) -> list[float]:
     return [round(float(part.mean()), 4) for part in np.array_split(losses, 10) if len(part)]
 
 
-def still_falling(curve: Sequence[float]) -> bool:
-    """Whether training was probably too short, judged by its `loss_curve`: it fell by more than FALLING in the second
-    half, and ends above FITTED, far from having learnt all that a few labels can teach.
+def still_falling(curve: Sequence[float]) -> str:
+    """Why training was probably too short, judged by its `loss_curve`; "" if it was long enough.
 
-    The learning rate goes to zero, so the last tenths are always flat, and say nothing.
+    The loss fell by more than FALLING in the second half, and ends above FITTED, far from having learnt all that a few
+    labels can teach. The learning rate goes to zero, so the last tenths are always flat, and say nothing.
     """
-    return len(curve) == 10 and curve[4] - curve[-1] > FALLING and curve[-1] > FITTED
+    if len(curve) < 10 or curve[4] - curve[-1] <= FALLING or curve[-1] <= FITTED:
+        return ""
+    return f"its training loss still fell at the end, from {curve[4]:.2f} of guessing halfway to {curve[-1]:.2f}"
 
 
 def _check(encoder: Encoder, images: np.ndarray, labels: np.ndarray, classes: int) -> None:

@@ -8,6 +8,7 @@ An encoder that does not beat raw pixels has not helped.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -131,7 +132,7 @@ class References:
     def _embedded(self, name: str) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
         """(a function that embeds images, the embedded test images)."""
         if name not in self.features:
-            embed = pixels if name == PIXELS else untrained(self.encoders[name]).embed
+            embed = pixels if name == PIXELS else functools.partial(untrained(self.encoders[name]).embed, fixed=True)
             self.features[name] = embed, embed(self.images)
         return self.features[name]
 

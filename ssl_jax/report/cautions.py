@@ -27,11 +27,8 @@ def undertrained(cells: Sequence[Cell], references: Sequence[Cell], metric: str)
     found: dict[Where, str] = {}
     for arm, count in (where for where in scores if where[0] in {cell["arm"] for cell in cells}):
         curves = [c["loss"] for c in cells if (c["arm"], c["labels"]) == (arm, count) and c.get("loss")]
-        if curves and still_falling(curve := np.mean(curves, axis=0)):
-            middle, end = curve[len(curve) // 2 - 1], curve[-1]
-            found[arm, count] = (
-                f"its training loss still fell at the end, from {middle:.2f} of guessing halfway to {end:.2f}"
-            )
+        if curves and (reason := still_falling(np.mean(curves, axis=0))):
+            found[arm, count] = reason
         for fewer in sorted({n for a, n in scores if a == arm and 1.5 * n <= count}, reverse=True):
             low, high = float(np.mean(scores[arm, fewer])), float(np.mean(scores[arm, count]))
             others = {a for a, n in scores if a != arm and (a, fewer) in scores and (a, count) in scores}

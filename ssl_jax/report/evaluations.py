@@ -27,7 +27,8 @@ def evaluations(found: Sequence[tuple[str, Mapping[str, Any]]], command: str = "
     for run, e in sorted(found, key=_order):
         values = [_with_interval(e["mean"].get(m), e["interval"].get(m)) for m in metrics]
         beside = [_with_interval(_best(e, name), None) for name in (MAJORITY, PIXELS, RANDOM)]
-        about = [*[run] * several, e["protocol"], str(e["labels"]), str(e["seeds"]), data_of(e), e["test"]]
+        protocol = e["protocol"] + (f", step {step}" if (step := _other_step(e)) else "")
+        about = [*[run] * several, protocol, str(e["labels"]), str(e["seeds"]), data_of(e), e["test"]]
         rows.append([*about, *values[:1], *beside, *values[1:]])
         if below := below_pixels([e]):
             told.append(f"{run}: {below}" if several else below)
@@ -55,6 +56,11 @@ def data_of(evaluation: Mapping[str, Any]) -> str:
     return data["path"] or data["name"] if data else "–"
 
 
+def _other_step(evaluation: Mapping[str, Any]) -> int:
+    """The step of an encoder that is not the run's last one; else 0."""
+    return evaluation.get("conditions", {}).get("step", 0)
+
+
 def _best(evaluation: Mapping[str, Any], reference: str) -> float | None:
     """The better score of a reference, by the metric of the evaluation."""
     means = {
@@ -67,7 +73,7 @@ def _best(evaluation: Mapping[str, Any], reference: str) -> float | None:
 def below_pixels(found: Sequence[Mapping[str, Any]]) -> str:
     """A sentence if an encoder does not beat raw pixels at some number of labels, even by its best protocol."""
     best: dict[Any, tuple[float, float, str]] = {}
-    for e in found:
+    for e in (each for each in found if not _other_step(each)):
         pixels = _best(e, PIXELS)
         if pixels is None or e["metric"] not in e["mean"]:
             continue

@@ -35,7 +35,7 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
     source = source or open_source(config.data)
     total = to_steps(config.train.duration, len(source), config.train.batch)
     folder = RunFolder(workdir)
-    decisions = memory.decisions(config, source, encoder)
+    decisions = memory.decisions(config, source, encoder) | {"data": lambda: measures(source)}
     with contextlib.ExitStack() as stack:
         entry = parallel.run_on_main(lambda: folder.enter(config, total, stack, **decisions))
         if entry["finished"]:
@@ -58,6 +58,12 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
         trained = encoder_of(setup, config, state)
         export(out.encoder, trained)
         return trained
+
+
+def measures(source: Source) -> dict[str, Any]:
+    """What a run's state depends on in its data: with this, a checkpoint can be read without them (`ssl_jax.load`)."""
+    classes = 0 if source.labels is None else len(source.classes)
+    return {"images": len(source), "shape": list(source.shape), "classes": classes}
 
 
 def train(training: Training, state: TrainState, checkpoints: Checkpoints) -> TrainState:

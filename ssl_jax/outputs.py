@@ -1,0 +1,88 @@
+"""The files that `ssl-jax predict` and `ssl-jax embed` write. In all of them, `path` says which image it is."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssl_jax import files
+from ssl_jax.data import Source
+from ssl_jax.errors import UserError
+from ssl_jax.evaluate.finetuning import probabilities
+
+
+def write_predictions(path: Path, source: Source, scores: np.ndarray, classes: Sequence[str], multilabel: bool) -> None:
+    """Writes a .csv file: path, patient (if the data name one), predicted class (unless an image can have several), and
+    one probability per class. Or a .json file: a list of such rows, the probabilities under "probabilities".
+
+    scores: logits [N, K].
+    """
+    shares = probabilities(scores, multilabel)
+    columns: dict[str, Sequence[Any]] = {"path": source.names}
+    if source.groups is not None:
+        columns["patient"] = source.groups.tolist()
+    if not multilabel:
+        columns["predicted"] = [classes[i] for i in shares.argmax(axis=1)]
+    # With every digit: rounded probabilities near 0 and 1 would tie, which changes AUCs and thresholds.
+    rows = list(zip(*columns.values(), shares.tolist(), strict=True))
+    if path.suffix == ".json":
+        listed = [dict(zip(columns, first)) | {"probabilities": dict(zip(classes, p))} for *first, p in rows]
+        files.write_bytes(path, (json.dumps(listed, indent=1) + "\n").encode())
+    else:
+        files.write_csv(path, [*columns, *classes], [[*first, *p] for *first, p in rows], end="\r\n")
+
+
+def write_embeddings(
+    path: Path, names: Sequence[str], features: np.ndarray, labels: np.ndarray | None, classes: Sequence[str]
+) -> None:
+    """Writes a .npz file with the arrays embeddings, float32 [N, D], and path [N]; or a .csv or .parquet file with the
+    columns path, e0, e1, ...
+
+    labels: int [N], -1 where unknown, or float [N, K], NaN where unknown; None: there are none. A .npz file holds them
+    as they are, beside classes, the names [K]. A table has a column label or, if an image can have several, one for
+    each class; its cells are empty where a label is unknown.
+    """
+    if path.suffix == ".npz":
+        known = {} if labels is None else {"labels": labels, "classes": np.array(classes, str)}
+        files.write_npz(path, embeddings=features, path=np.array(names), **known)
+        return
+    columns = {"path": names, **_label_columns(labels, classes)}
+    (_write_csv if path.suffix == ".csv" else _write_parquet)(path, columns, features)
+
+
+def _label_columns(labels: np.ndarray | None, classes: Sequence[str]) -> dict[str, list[Any]]:
+    """Columns of a table: the class of each image or, if it can have several, a number for each; None where unknown."""
+    if labels is None:
+        return {}
+    if labels.ndim == 1:
+        return {"label": [classes[label] if label >= 0 else None for label in labels]}
+    known = labels.astype(object)
+    known[np.isnan(labels)] = None
+    return {name: column.tolist() for name, column in zip(classes, known.T, strict=True)}
+
+
+def _write_csv(path: Path, columns: Mapping[str, Sequence[Any]], features: np.ndarray) -> None:
+    rows = [
+        [*(f"{v:g}" if isinstance(v, float) else v for v in first), *(f"{v:.7g}" for v in f)]
+        for *first, f in zip(*columns.values(), features, strict=True)
+    ]
+    files.write_csv(path, [*columns, *_dimensions(features)], rows, end="\r\n")
+
+
+def _write_parquet(path: Path, columns: Mapping[str, Sequence[Any]], features: np.ndarray) -> None:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"--out={path}: needs pyarrow: pip install pyarrow (or write .npz or .csv)") from None
+    buffer = io.BytesIO()
+    table = pyarrow.table([*columns.values(), *features.T.copy()], names=[*columns, *_dimensions(features)])
+    pyarrow.parquet.write_table(table, buffer)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def _dimensions(features: np.ndarray) -> list[str]:
+    return [f"e{i}" for i in range(features.shape[1])]
