@@ -285,7 +285,8 @@ def views(config: Config, out: str, images: int = 6, masks: str = "") -> None:
     # Every method draws its views from these two; methods with a single view use the first.
     specs = resolve_views(config.augment, 2, min(source.shape[:2]))
     title = f"{kind(config.data)}images, preset {config.augment.preset}{', changed' * bool(config.augment.changes())}"
-    view_sheet(source.load_many(indices), specs, Path(out), seed=seed, outlines=outlines, title=title)
+    names = [source.names[i] for i in indices]
+    view_sheet(source.load_many(indices), specs, Path(out), seed=seed, names=names, outlines=outlines, title=title)
     print(f"views: {out}")
 
 

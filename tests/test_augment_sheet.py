@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ssl_jax.augment import resolve_views
-from ssl_jax.augment.sheet import describe_view, view_sheet
+from ssl_jax.augment.sheet import LINE, describe_view, label, view_sheet
 from ssl_jax.config import Augment
 from ssl_jax.errors import UserError
 
@@ -14,7 +14,7 @@ def test_sheet_shows_originals_and_views(tmp_path, channels):
     images = np.full((2, 10, 8, channels), 60, np.uint8)
     images[1, ..., 0] = 200
     out = tmp_path / "new" / "views.png"
-    view_sheet(images, resolve_views(Augment("none"), 1, 8), out, draws=2, names=["a.png", "b" * 50])
+    view_sheet(images, resolve_views(Augment("none"), 1, 8), out, draws=2, names=["a$b$.png", "名\x1b" * 50])
     shown = np.asarray(Image.open(out).convert("RGB")).reshape(-1, 3)
     first = (60, 60, 60)
     second = (200, 200, 200) if channels == 1 else (200, 60, 60)
@@ -29,6 +29,13 @@ def test_sheet_refuses_what_is_no_picture(tmp_path):
         view_sheet(images, views, tmp_path)
     with pytest.raises(UserError, match="x.txt: not a .png file"):
         view_sheet(images, views, tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("name", ["b" * 300, "part/" * 60 + "x.png", "two words " * 30, "a\n\x1b[2J\udcff.png"])
+def test_odd_names_are_shortened_and_escaped(name):
+    lines = label(name).split("\n")
+    assert 1 <= len(lines) <= 6 and all(line.isprintable() and len(line) <= LINE for line in lines)
+    assert (len(name) > 100) == ("…" in label(name)) and lines[-1].endswith(name[-4:].strip())
 
 
 def test_description_holds_the_numbers_that_are_on():

@@ -1,6 +1,8 @@
 """The report of run folders and study folders, whole or with parts missing."""
 
+import base64
 import html
+import io
 import json
 import os
 import re
@@ -13,8 +15,11 @@ from ssl_jax import config as configs
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.files import write_json
-from ssl_jax.report import plots
-from ssl_jax.report.html import Sample, _map, _neighbours, _verdict, read_run, write_report
+from ssl_jax.plotting import GAIN, SCORE, limits
+from ssl_jax.report import figures, plots, words
+from ssl_jax.report.html import read_run, write_report
+from ssl_jax.report.images import Sample, embedding_map, neighbours
+from ssl_jax.report.training import health
 from ssl_jax.run_folder import RunFolder
 
 CLASSES = ["bag & <b>belt</b>", "cost $5", "coat"]
@@ -66,6 +71,14 @@ def text_of(path):
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page)))
 
 
+def assert_nothing_from_elsewhere(markup):
+    assert not re.findall(r"<script|<link|@import|(?:src|href)=\"(?!data:|#)|url\((?!#|data:)", markup)
+
+
+def captions(path):
+    return [html.unescape(c) for c in re.findall(r"<figcaption>(.*?)(?:<small>.*?)?</figcaption>", path.read_text())]
+
+
 def sections(path):
     return [html.unescape(h) for h in re.findall(r"<h2>(.*?)</h2>", path.read_text())]
 
@@ -79,12 +92,43 @@ def test_page_holds_what_the_run_did_and_needs_nothing_else(tmp_path):
     assert "trained for 4 epochs (400 steps with a batch of 256)" in text and "The run has not reached its" in text
     assert "loss 0.1 " not in text and "0.1 loss 4 at the start" in text
     assert "80.0 % kNN accuracy" in text and "The embedding is healthy" in text
-    assert markup.count("<svg") == 6
+    assert markup.count("<svg") == 7
     assert "config.optim.lr 0.123 0.45" in text and "config.augment.second.blur 0.77" in text
     assert "2 × cpu" in text and "jax 9.8.7" in text and "ssl-jax pretrain '--workdir=a b'" in text
-    assert not re.findall(r"<script|<link|@import|(?:src|href)=\"(?!data:|#)|url\((?!#)", markup)
+    assert_nothing_from_elsewhere(markup)
     assert "prefers-color-scheme: dark" in markup and "width=device-width" in markup
     assert write_report(folder, tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_a_run_starts_with_what_it_is_a_line_and_pictures(tmp_path):
+    folder = make_run(tmp_path)
+    add_evaluation(folder)
+    beside(folder, "linear-30", 0.7)
+    page = write_report(folder)
+    header, rest = page.read_text().split("<nav>")
+    verdict = re.search(r'<p class="verdict weak">(.*?)</p>', header)[1]
+    assert verdict == "The encoder has not helped yet: it does not beat raw pixels."
+    assert header.index("byol with a resnet18") < header.index(verdict) and "with 30 labels" not in header
+    assert sections(page)[0] == "Views" and rest.index("<img") < rest.index("with 30 labels")
+
+
+def test_every_number_is_explained_where_it_stands(tmp_path):
+    folder = make_run(tmp_path)
+    lines = [{"step": 10, "epoch": 1, "loss": 2.0, "embedding_std": 0.9, "chance": 0.5, "positive_rank": 3.0, "x_y": 1}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    markup = write_report(folder).read_text()
+    shown = dict(re.findall(r"<figcaption>([^<]*)<small>(.*?)</small>", markup))
+    assert list(shown) == ["Loss", "Embedding std", "Loss relative to chance", "Positive rank", "X y", "Images / s"]
+    assert "guessing (chance)" in shown["Loss relative to chance"] and "0 is best" in shown["Positive rank"]
+    add_evaluation(folder)
+    text = text_of(write_report(folder))
+    for score in ("Top-1 accuracy", "Macro ROC AUC", "recall", "precision", "F1", "ROC AUC"):
+        assert f"{score}: " in text, score
+
+
+def test_knn_and_linear_probe_are_drawn_apart(tmp_path):
+    shown = captions(write_report(make_run(tmp_path)))
+    assert "kNN accuracy" in shown and "Linear probe accuracy" in shown and "Accuracy" not in shown
 
 
 def test_confusion_is_that_of_the_newest_evaluation(tmp_path):
@@ -140,13 +184,12 @@ def test_an_encoder_below_raw_pixels_is_not_called_healthy(tmp_path):
 
 def test_neighbours_stand_beside_those_of_raw_pixels(tmp_path):
     shares = {"embedding": 0.5, "raw pixels": 0.6, "random encoder": 0.4, "chance": 0.33}
-    markup = _neighbours(sample()._replace(shares=shares))
-    assert "; beside it: raw pixels 60%, random encoder 40%, chance 33%." in markup
+    markup = neighbours(sample()._replace(shares=shares))
+    assert "60% if the raw pixels are compared, 40% with a random encoder" in markup
+    assert "33% by chance (neighbours drawn at random)." in markup
     run = read_run(RunFolder(make_run(tmp_path)))
-    assert "50.0 % of its neighbours share the class, of theirs 60.0 %" in _verdict(
-        run, sample()._replace(shares=shares)
-    )
-    assert "is healthy" in _verdict(run, sample()._replace(shares={**shares, "embedding": 0.7}))
+    assert "50.0 % of its neighbours share the class, of theirs 60.0 %" in health(run, shares).detail
+    assert health(run, {**shares, "embedding": 0.7}).state == "healthy"
 
 
 def test_runs_evaluations_and_classifiers_of_a_folder_all_appear(tmp_path):
@@ -156,14 +199,16 @@ def test_runs_evaluations_and_classifiers_of_a_folder_all_appear(tmp_path):
             add_evaluation(run, stem)
             beside(run, stem, 0.6)
     about = {"classes": CLASSES, "data": "labelled.csv", "chosen": {"lr": 0.001, "validation": 0.75}}
-    write_json(tmp_path / "a" / "sorter" / "classifier.json", {**about, "test": {"top1": 0.8125}})
+    for sorter in ("a/sorter", "deep/b/sorter"):
+        write_json(tmp_path / sorter / "classifier.json", {**about, "test": {"top1": 0.8125}})
     text = text_of(write_report(tmp_path / "a"))
     assert text.count("knn 30 2 /x/<scans>.csv test split") == 2
-    assert "sorter labelled.csv – 3 lr 0.001 0.7500 top1 0.8125" in text
+    assert "sorter labelled.csv – 3 lr 0.001 0.7500 Top-1 accuracy 0.8125" in text
     page = write_report(tmp_path)
     assert sections(page) == ["Runs", "Evaluation", "Classifiers"]
     text = text_of(page)
     assert "a byol resnet18" in text and "deep/b byol resnet18" in text and "a/sorter labelled.csv" in text
+    assert "deep/b/sorter labelled.csv" in text and "weak: not better than raw pixels" in text
     assert text.count("deep/b knn 30 2") == 2
 
 
@@ -187,10 +232,10 @@ def test_collapse_and_broken_losses_are_stated(tmp_path):
 def test_missing_inputs_leave_their_sections_out(tmp_path):
     write_json(tmp_path / "config.json", configs.to_json(configs.resolve(configs.default("simclr"))))
     page = write_report(tmp_path)
-    assert sections(page) == ["Training curves", "Evaluation", "Configuration"]
+    assert sections(page) == ["Training", "Evaluation", "Configuration"]
     assert text_of(page).count("No step has been logged yet") == 2
     unlabelled = write_report(make_run(tmp_path / "b", labels=False))
-    assert "Accuracy" not in re.findall(r"<figcaption>(.*?)</figcaption>", unlabelled.read_text())
+    assert not [caption for caption in captions(unlabelled) if "accuracy" in caption]
     with pytest.raises(UserError, match=r"no config\.json"):
         write_report(tmp_path / "nothing")
 
@@ -214,8 +259,9 @@ def test_finished_run_shows_its_images_as_long_as_they_are_there(tmp_path):
     export(tmp_path / "encoder", encoder._replace(about=encoder_metadata(config, 16, 3, 10)))
     write_json(tmp_path / "config.json", configs.to_json(config))
     page = write_report(tmp_path)
-    assert {"Nearest neighbours", "Embedding map"} <= set(sections(page))
-    assert page.read_text().count('class="strip"') == 3 and "30 training images, coloured by class." in text_of(page)
+    assert [s for s in sections(page) if s != "Views"][:2] == ["Nearest neighbours", "Embedding map"]
+    assert page.read_text().count('class="strip"') == 3 and "one of 30 training images" in text_of(page)
+    assert_nothing_from_elsewhere(page.read_text())
     assert "30 images of classes=3" in text_of(page)
 
     settings.data.name, settings.data.path = "folder", str(tmp_path / "gone")
@@ -236,23 +282,117 @@ def sample(n=40, labels=True, size=20, channels=1):
 
 @pytest.mark.parametrize(("labels", "channels", "size"), [(True, 1, 20), (False, 3, 120), (True, 5, 20)])
 def test_neighbours_are_the_nearest(labels, channels, size):
-    markup = _neighbours(sample(labels=labels, channels=channels, size=size))
+    markup = neighbours(sample(labels=labels, channels=channels, size=size))
     rows = markup.count('class="strip"')
     assert rows == (3 if labels else 8)
     assert markup.count("<img") == 7 * rows
     assert "a&lt;0&gt;.png" in markup
     if labels:
-        assert "100% of the neighbours share" in markup
+        assert "100% of the neighbours are of the same class" in markup
         assert markup.count('class="same"') == 18 and 'class="other"' not in markup
 
 
 def test_too_few_images():
-    assert "too few" in _neighbours(sample(n=3)) and "too few" in _map(sample(n=2))
+    assert "too few" in neighbours(sample(n=3)) and "too few" in embedding_map(sample(n=2))
 
 
-def test_map_names_the_classes():
-    markup = _map(sample())
-    assert "cost $5" in markup and "bag &amp; &lt;b&gt;belt" in markup
+@pytest.mark.parametrize(("channels", "size"), [(1, 20), (3, 120), (5, 20)])
+def test_each_point_of_the_map_has_its_own_image_and_name(channels, size):
+    """The place of an image in the sprite is read back from the style of its point."""
+    shown = sample(n=40, channels=channels, size=size)
+    shown.images[:] = np.arange(0, 240, 6, dtype=np.uint8)[:, None, None, None]
+    shown.names[7] = "odd\x1b\n名.png"
+    markup = embedding_map(shown._replace(labels=np.where(np.arange(40) == 3, -1, shown.labels)))
+    assert "bag &amp; &lt;b&gt;belt" in markup and "cost $5" in markup and "odd\\x1b\\n名.png" in markup
+    uri = re.search(r"url\(data:image/jpeg;base64,([^)]*)\)", markup)[1]
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))).convert("L"))
+    first = markup.split("UMAP")[0]  # if umap is installed, there is a second map
+    dots = re.findall(r"--b:-?(\d+)px -?(\d+)px\"><input type=\"radio\" name=\"Principal\"><b>(.*?)</b>", first)
+    assert len(dots) == 40
+    for x, y, text in dots:
+        column, row = int(x) // 96, int(y) // 96
+        number = 7 if "odd" in text else int(re.search(r"a&lt;(\d+)", text)[1])
+        value = sheet[48 * row + 24, 48 * column + 24]
+        assert abs(int(value) - 6 * number) <= 3
+        assert ("<br>" in text) == (number != 3)  # the class, if it is known
+
+
+def test_a_map_of_a_thousand_images_stays_small():
+    noise = sample(n=1000, channels=3, size=64)
+    assert len(embedding_map(noise)) < 3e6
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "top"),
+    [([20.5, 18.5], None, np.inf), ([20.5, 18.5], SCORE, 100), ([99.9, 98], SCORE, 100), ([0.1, 1.1], SCORE, 100),
+     ([4.2, 3.9, np.nan], None, np.inf), ([0, -0.3], GAIN, np.inf), ([5, 5], None, np.inf), ([2, 100.5], SCORE, 100)],
+)  # fmt: skip
+def test_small_changes_look_small(values, least, top):
+    low, high = limits(values, least, top)
+    finite = np.array(values)[np.isfinite(values)]
+    span = least or np.abs(finite).max() / 2
+    assert low < finite.min() and finite.max() < high and high - low >= span
+    slack = 0.06 * (high - low)
+    assert high <= max(top, finite.max()) + slack
+    if finite.min() >= 0:
+        assert low >= -slack
+
+
+def test_limits_of_nothing():
+    assert limits([]) == limits([np.nan]) == (0, 1)
+    low, high = limits([0.0, 0.0])
+    assert low < 0 < high
+
+
+def drawn(patch, plot, *args, **options):
+    """The figure that a function of `report.figures` saves."""
+    saved = []
+    patch.setattr(figures, "save", lambda figure, path: saved.append(figure))
+    plot(*args, **options)
+    saved[0].canvas.draw()
+    return saved[0]
+
+
+def study_rows(arms=("scratch", "byol $1 $"), counts=(50, 100), start=0.205, step=-0.02):
+    rows = []
+    for i, arm in enumerate(arms):
+        for j, count in enumerate(counts):
+            mean = start + j * step + 0.002 * i
+            row = {"arm": arm, "labels": count, "metric": "top1", "seeds": 3, "mean": mean, "half": 0.01}
+            gain = (0.002, 0.001) if i else (None, None)
+            rows.append(row | dict(zip(("difference", "difference_half"), gain, strict=True)))
+    return rows
+
+
+@pytest.mark.parametrize("arms", [2, 5])
+def test_legends_of_a_study_lie_outside_of_the_axes(monkeypatch, arms):
+    names = ["scratch", *(f"byol_with_a_long_name $ {i} $" for i in range(arms - 1))]
+    figure = drawn(monkeypatch, figures.curve, study_rows(names), "x", baseline="scratch", metric="top1")
+    gains = [
+        {"arm": arm, "labels": 50, "class": name, "gain": 0.001, "half": 0.002} for arm in names[1:] for name in CLASSES
+    ]
+    options = {"baseline": "scratch", "metric": "recall", "share": dict.fromkeys(CLASSES, 1 / 3)}
+    for shown in (figure, drawn(monkeypatch, figures.gain_by_class, gains, "x", **options)):
+        boxes = [axes.get_tightbbox() for axes in shown.axes]
+        for legend in shown.legends:
+            box = legend.get_window_extent()
+            assert not any(box.overlaps(each) for each in boxes)
+            assert shown.bbox.x0 <= box.x0 and box.x1 <= shown.bbox.x1
+            label = shown._supxlabel
+            assert label is None or not box.overlaps(label.get_window_extent())
+    assert len(figure.legends) == 1
+
+
+def test_a_study_draws_small_changes_small_and_names_its_metric(monkeypatch):
+    left, right = drawn(monkeypatch, figures.curve, study_rows(), "x", baseline="scratch", metric="top1").axes
+    assert np.ptp(left.get_ylim()) >= SCORE and np.ptp(right.get_ylim()) >= GAIN
+    assert left.get_ylabel() == "Top-1 accuracy, %" and right.get_ylabel() == "Top-1 accuracy: points above scratch"
+
+
+def test_words_for_every_metric():
+    assert words.of("loss_colour").meaning.startswith("The part of the loss")
+    assert words.of("angle_error").title == "Angle error" and words.of("mine").title == "Mine"
+    assert all(word.meaning[-1] == "." for word in (words.COMMON | words.OWN).values())
 
 
 def test_projection_is_principal_components():
@@ -292,7 +432,7 @@ def test_study_folder(tmp_path):
         Image.new("RGB", (60, 20)).save(tmp_path / f"{name}.png")
     page = write_report(tmp_path)
     pictures = ["Score by number of labels", "Gain by class"]
-    assert sections(page) == ["Result", *pictures, "All metrics", "Pretraining of byol", "Configuration"]
+    assert sections(page) == [pictures[0], "Result", pictures[1], "All metrics", "Pretraining of byol", "Configuration"]
     text = text_of(page)
     assert "byol, scratch: finetune with 50, 100, 250, 1,000 labels of fashion_mnist (train), 5 draws each" in text
     assert "tested on fashion_mnist (val). 1,200 training and 300 test images." in text

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.audit import ladder
-from ssl_jax.plotting import BASELINE, COLORS, panels, save
+from ssl_jax.plotting import BASELINE, COLORS, legend_below, panels, plain, save
 
 PANEL = (2.7, 2.3)  # inches
 MAX_CLASSES = 5  # classes with a line of their own: those that lose most
@@ -36,7 +36,7 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
                 mine = [row for row in rows if (row["transform"], row["class"]) == (name, kind)]
                 color = "black" if kind == "all" else COLORS[number - 1]
                 x = range(len(mine))
-                axes.plot(x, [100 * r["lost"] for r in mine], "o-", color=color, label=_plain(kind), markersize=3.5)
+                axes.plot(x, [100 * r["lost"] for r in mine], "o-", color=color, label=kind, markersize=3.5)
                 if kind == "all":
                     _mark(axes, mine)
                     style = {"color": BASELINE, "label": "pair disagrees (all)"}
@@ -48,18 +48,9 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
         for axes in all_axes[len(names) :]:
             axes.axis("off")
         figure.supylabel("% of views that keep less than half", fontsize=10)
-        figure.suptitle(textwrap.fill(_plain(title), 30 * columns), x=0.01, ha="left", fontsize=11)
-        entries: dict[str, Any] = {}  # only some panels have a ring
-        for axes in all_axes[: len(names)]:
-            entries |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        legend = {"ncols": min(5, len(entries)), "frameon": False}
-        figure.legend(list(entries.values()), list(entries), loc="outside lower center", **legend)
+        figure.suptitle(textwrap.fill(plain(title), 30 * columns), x=0.01, ha="left", fontsize=11)
+        legend_below(figure, all_axes)
         save(figure, path)
-
-
-def _plain(text: str) -> str:
-    """Names as they are: matplotlib would read what stands between two dollars as a formula."""
-    return text.replace("$", r"\$")
 
 
 def _mark(axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -96,7 +87,7 @@ def profile(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         right.set_xlim(0, 1)
         right.set_xlabel("how well it can be predicted (1: exactly)")
         right.set_title("still in the embedding", pad=14)
-        figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=11)
+        figure.suptitle(plain(title), x=0.01, ha="left", fontsize=11)
         save(figure, path)
 
 

@@ -1,6 +1,8 @@
 """A picture of what the views do to images, to look at before training."""
 
+import re
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import numpy as np
 from ssl_jax.augment import geometry, make_views, render
 from ssl_jax.augment.views import blur_kernel
 from ssl_jax.config import View
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UserError, visible
 from ssl_jax.plotting import COLORS, save
 
 GAP = 0.06  # between cells; a cell is 1 wide
+LINE, LINES = 24, 4  # characters and lines of a name
 
 
 def view_sheet(
@@ -32,7 +35,7 @@ def view_sheet(
 
     images: uint8 [N, H, W, C], C = 1 or 3; of any other number, the first one or three channels are shown
     views:  with their sizes, as `ssl_jax.augment.resolve_views` returns them
-    names:  N labels for the rows
+    names:  N labels for the rows, such as file names, beside the originals
     outlines: for each image, class -> mask [H, W] in [0, 1], whose outline is drawn in every picture
 
     Raises UserError if `out` is a folder or not a .png.
@@ -68,8 +71,8 @@ def view_sheet(
             x += 1 + GAP
         x += 4 * GAP
     for row, name in enumerate(names or ()):
-        label = name if len(name) <= 24 else f"...{name[-22:]}"  # the end of a long path says more
-        axes.text(-2 * GAP, row * (1 + GAP) + 0.5, label, fontsize=8, ha="right", va="center", parse_math=False)
+        place = -2 * GAP, row * (1 + GAP) + 0.5
+        axes.text(*place, label(name), fontsize=8, ha="right", va="center", parse_math=False)
     height = len(images) * (1 + GAP)
     for number, name in enumerate(kinds):
         axes.text(
@@ -82,7 +85,30 @@ def view_sheet(
     axes.set(xlim=(0, x), ylim=(height, 0))
     axes.axis("off")
     figure.set_size_inches(1.3 * x + (1.6 if names else 0.2), 1.3 * height + 1)
-    save(figure, out, dpi=110, bbox_inches="tight", facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph .* missing", UserWarning
+        )  # drawn as boxes: the font lacks some scripts
+        save(figure, out, dpi=110, bbox_inches="tight", facecolor="white")
+
+
+def label(name: str) -> str:
+    """A file name in at most LINES lines: control characters as escapes, and of a very long one both ends.
+
+    >>> print(label("train/patient00001/study1/view1_frontal.jpg"))
+    train/patient00001/
+    study1/view1_frontal.jpg
+    """
+    name = visible(name)
+    if len(name) > LINE * LINES:
+        name = f"{name[: LINE - 1]}…{name[-LINE * (LINES - 1) :]}"
+    lines = [""]
+    for part in re.split(r"(?<=[/\\])", name):
+        if len(lines[-1]) + len(part) <= LINE:
+            lines[-1] += part
+        else:
+            lines += textwrap.wrap(part, LINE, break_on_hyphens=False)
+    return "\n".join(filter(None, lines))
 
 
 def _cell(axes, image: np.ndarray, x: float, y: float) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.evaluate.references import MAJORITY, PIXELS, RANDOM
-from ssl_jax.report import plots
+from ssl_jax.report import plots, words
 from ssl_jax.report.page import fold, note, percent, table
 
+TESTED = ("top1", "balanced_accuracy", "macro_auc")  # what the table of classifiers shows
 MAX_CELLS = 20  # classes up to which the confusion matrix shows its numbers
 
 
@@ -39,10 +40,11 @@ def evaluations(found: Sequence[tuple[str, Mapping[str, Any]]], command: str = "
         "on the same labels and test images, by the metric that the evaluation is judged by: raw pixels and a random "
     )
     text += "encoder, each by the better of linear and kNN."
-    heads = [m.replace("_", " ") for m in metrics]
+    heads = [words.title(m) for m in metrics]
     head = [*["run"] * several, "protocol", "labels", "seeds", "data", "tested on"]
     head += [*heads[:1], MAJORITY, PIXELS, RANDOM, *heads[1:]]
-    return note(text) + table(head, rows, first_number=5 + several) + "".join(map(note, told))
+    after = [*told, words.footnote(metrics)]
+    return note(text) + table(head, rows, first_number=5 + several) + "".join(map(note, filter(None, after)))
 
 
 def _order(entry: tuple[str, Mapping[str, Any]]) -> tuple[str, str, float]:
@@ -94,15 +96,19 @@ def classifiers(found: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     rows = []
     for name, about in found:
         test, chosen = about.get("test", {}), about.get("chosen", {})
-        scores = [
-            f"{m.replace('_', ' ')} {test[m]:.4f}" for m in ("top1", "balanced_accuracy", "macro_auc") if m in test
-        ]
+        scores = [f"{words.title(m)} {test[m]:.4f}" for m in TESTED if m in test]
         settings = ", ".join(f"{k} {chosen[k]:g}" for k in ("lr", "backbone_ratio") if k in chosen)
         data, validation = about.get("data", "–"), chosen.get("validation")
         rows.append([name, data, about.get("test_data") or "–", str(len(about["classes"])), settings])
         rows[-1] += ["–" if validation is None else f"{validation:.4f}", ", ".join(scores) or "–"]
     head = ["folder", "data", "tested on", "classes", "chosen", "score on held-out labels", "test"]
-    return table(head, rows)
+    text = (
+        "Score on held-out labels: the one by which the settings were chosen, on labelled images that were kept out of "
+    )
+    text += "training: the accuracy, or with several labels per image the macro ROC AUC."
+    return table(head, rows) + note(
+        f"{text} {words.footnote(m for m in TESTED if any(m in a.get('test', {}) for _, a in found))}"
+    )
 
 
 def _with_interval(mean: float | None, half: float | None) -> str:
@@ -128,7 +134,7 @@ def confusion(evaluation: Mapping[str, Any]) -> str:
         numbers = [f"{actual[c] // len(each):,}", *map(percent, (recall, precision, f1))]
         rows.append([name, *numbers, f"{np.mean(aucs):.4f}" if aucs else "–", mistaken])
     head = ["class", "test images", "recall", "precision", "F1", "AUC", "most often mistaken for"]
-    by_class = table(head, rows, first_number=1)
+    by_class = table(head, rows, first_number=1) + note(words.footnote(("recall", "precision", "f1", "auc")))
     text = f"{evaluation['protocol']}, {evaluation['labels']} labels, {data_of(evaluation)}, {evaluation['test']}"
     text += f"; sum over {len(each)} draws of labels." if len(each) > 1 else "."
     text += " Each row shows which classes the images of one class were predicted as, in percent."
@@ -152,7 +158,10 @@ def by_class(evaluation: Mapping[str, Any]) -> str:
     draws = f"; mean over {len(each)} draws of labels" if len(each) > 1 else ""
     return note(
         f"{evaluation['protocol']}, {evaluation['labels']} labels, {data_of(evaluation)}, {evaluation['test']}{draws}."
-    ) + table(["class", "labelled", "positive", "AUC", "average precision"], rows, first_number=1)
+    ) + (
+        table(["class", "labelled", "positive", "AUC", "average precision"], rows, first_number=1)
+        + note(f"Labelled: test images whose label is known. {words.footnote(('auc', 'ap'))}")
+    )
 
 
 def _matrix(shares: np.ndarray, classes: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The figures of a study: score by label count, and who gains."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,18 +9,9 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.evaluate.references import PIXELS, RANDOM
-from ssl_jax.plotting import BASELINE, COLORS, panels, save
+from ssl_jax.plotting import BASELINE, COLORS, GAIN, SCORE, legend_below, limits, panels, plain, save
+from ssl_jax.report.words import SCORES
 
-METRIC_NAMES = {
-    "top1": "Top-1 accuracy",
-    "top5": "Top-5 accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "macro_auc": "Macro ROC AUC",
-    "macro_ap": "Macro average precision",
-    "brier": "Brier score",
-    "recall": "recall",
-    "auc": "ROC AUC",
-}
 MAX_ROWS = 30  # classes up to which each has a row of its own
 
 
@@ -43,32 +35,32 @@ def curve(
     colors, others = _colors(arms, baseline), [arm for arm in arms if arm != baseline]
     counts = sorted({row["labels"] for row in rows})
     columns = 2 if others else 1
-    with panels(columns, width=4.6 * columns, height=3.7) as (figure, axes):
+    name = SCORES[metric].title
+    with panels(columns, width=4.6 * columns, height=4.0) as (figure, axes):
         left = axes[0]
-        for arm in arms:
-            _band(left, [row for row in rows if row["arm"] == arm], "mean", "half", arm, colors[arm])
-        for name, style in ((PIXELS, "--"), (RANDOM, ":")):
-            best = _best([row for row in references if row["metric"] == metric and row["arm"].startswith(name)])
+        shown = [_band(left, rows, arm, "mean", "half", colors[arm]) for arm in arms]
+        for reference, style in ((PIXELS, "--"), (RANDOM, ":")):
+            best = _best([r for r in references if r["metric"] == metric and r["arm"].startswith(reference)])
             if best:
-                left.plot(*zip(*best.items(), strict=True), style, color=BASELINE, label=name, linewidth=1.2)
-        left.set_ylabel(f"{METRIC_NAMES[metric]}, %")
+                left.plot(*zip(*best.items(), strict=True), style, color=BASELINE, label=reference, linewidth=1.2)
+                shown.append(list(best.values()))
+        left.set_ylim(limits(np.concatenate(shown), SCORE, top=100))
+        left.set_ylabel(f"{name}, %")
         left.set_title(f"{prefix}Test score")
-        left.legend(frameon=False, loc="lower right")
         if others:
             right = axes[1]
             right.axhline(0, color=BASELINE, linewidth=1.2)
-            for arm in others:
-                paired = [row for row in rows if row["arm"] == arm and row["difference"] is not None]
-                _band(right, paired, "difference", "difference_half", arm, colors[arm])
-            right.set_ylabel(f"difference to {baseline}, points")
+            paired = [row for row in rows if row["difference"] is not None]
+            shown = [_band(right, paired, arm, "difference", "difference_half", colors[arm]) for arm in others]
+            right.set_ylim(limits([0, *np.concatenate(shown)], GAIN))
+            right.set_ylabel(textwrap.fill(f"{name}: points above {plain(baseline)}", 44))
             right.set_title(f"{prefix}Paired difference, same labels")
-            low, high = right.get_ylim()
-            right.set_ylim(min(low, -0.05 * (high - low)), max(high, 0.05 * (high - low)))
         for ax in axes:
             ax.set_xscale("log")
             ax.set_xticks(counts, [f"{n:,}" for n in counts])
             ax.minorticks_off()
             ax.set_xlabel("labelled images")
+        legend_below(figure, axes)
         save(figure, path)
 
 
@@ -90,8 +82,9 @@ def gain_by_class(
         return
     arms = list(dict.fromkeys(gain["arm"] for gain in gains))
     colors = _colors([baseline, *arms], baseline)
-    label = f"gain in {METRIC_NAMES[metric]} over {baseline}, points"
-    title = f"{arms[0]} against {baseline}" if len(arms) == 1 else "Gain by class"
+    name = SCORES[metric].title
+    label = f"gain in {name} over {plain(baseline)}, points"
+    title = f"Gain by class in {name}" + (f": {plain(arms[0])} against {plain(baseline)}" if len(arms) == 1 else "")
     plot = _gain_rows if len({gain["class"] for gain in gains}) <= MAX_ROWS else _gain_dots
     plot(gains, path, arms, colors, share, label, f"{prefix}{title}")
 
@@ -111,7 +104,7 @@ def _gain_rows(gains, path, arms, colors, share, label, title) -> None:
             percent = [100 * share[name] for name in classes]
             axes[0].barh(range(len(classes)), percent, color=BASELINE, alpha=0.55, height=0.6)
             axes[0].set_title("training images, %")
-        axes[0].set_yticks(range(len(classes)), classes)
+        axes[0].set_yticks(range(len(classes)), [plain(name) for name in classes])
         gain_axes = axes[uneven:]
         for ax, count in zip(gain_axes, counts, strict=True):
             if ax is not gain_axes[0]:
@@ -122,6 +115,7 @@ def _gain_rows(gains, path, arms, colors, share, label, title) -> None:
                 names, values, halves = _points(gains, arm, count, classes)
                 rows = [classes.index(name) - offset for name in names]
                 ax.errorbar(values, rows, xerr=halves, label=arm, **_dots(colors[arm]))
+        gain_axes[0].set_xlim(_gain_limits(gains))
         figure.supxlabel(label, fontsize=10)
         _finish(figure, gain_axes[0], arms, title, path)
 
@@ -140,6 +134,7 @@ def _gain_dots(gains, path, arms, colors, share, label, title) -> None:
                 shares = [100 * share[name] * 1.1**offset for name in names]
                 ax.errorbar(shares, values, yerr=halves, label=arm, **_dots(colors[arm]))
             ax.set_xscale("log")
+        axes[0].set_ylim(_gain_limits(gains))
         figure.supxlabel("share of the training images, %", fontsize=10)
         figure.supylabel(label, fontsize=10)
         _finish(figure, axes[0], arms, title, path)
@@ -152,6 +147,12 @@ def _points(gains, arm: str, count: int, classes: Sequence[str]) -> tuple[list[s
     halves = [by_class[name]["half"] for name in names]
     values = [100 * by_class[name]["gain"] for name in names]
     return names, values, [0 if math.isnan(half) else 100 * half for half in halves]
+
+
+def _gain_limits(gains) -> tuple[float, float]:
+    """Of the axis of all gains and their intervals, in points; with zero."""
+    ends = [100 * (g["gain"] + sign * (0 if math.isnan(g["half"]) else g["half"])) for g in gains for sign in (-1, 1)]
+    return limits([0, *ends], GAIN)
 
 
 def _mean_gain(gains, count: int) -> dict[str, float]:
@@ -173,8 +174,7 @@ def _dots(color: str) -> dict[str, Any]:
 def _finish(figure, ax, arms: Sequence[str], title: str, path: Path) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     if len(arms) > 1:
-        handles = ax.get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper right", ncols=len(arms), frameon=False)
+        legend_below(figure, [ax])
     save(figure, path)
 
 
@@ -182,12 +182,15 @@ def _label_counts(gains) -> list[int]:
     return sorted({gain["labels"] for gain in gains})
 
 
-def _band(ax, rows, mean, half, label, color):
+def _band(ax, rows, arm: str, mean: str, half: str, color: str) -> np.ndarray:
+    """Draws the line of an arm and the band around it; returns the ends of the band, in percent."""
+    rows = [row for row in rows if row["arm"] == arm]
     x = [row["labels"] for row in rows]
     y = np.array([100 * row[mean] for row in rows])
     spread = np.array([100 * (row[half] or 0) for row in rows])
-    ax.plot(x, y, "o-", color=color, label=label, linewidth=1.8, markersize=4.5)
+    ax.plot(x, y, "o-", color=color, label=arm, linewidth=1.8, markersize=4.5)
     ax.fill_between(x, y - spread, y + spread, color=color, alpha=0.16, linewidth=0)
+    return np.concatenate([y - spread, y + spread])
 
 
 def _best(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
@@ -212,7 +215,7 @@ def scaling(plans: Sequence[Any], path: Path) -> None:
             ax.loglog(chips, [one.images_per_s for one in mine], "o-", color=color, label=kind, base=2)
             ax.loglog(chips, mine[0].images_per_s * chips / chips[0], ":", color=color, linewidth=1, base=2)
         ax.set(xlabel="chips", ylabel="images/s", title="Prediction, not a run; dotted: perfect scaling")
-        ax.legend(frameon=False)
+        legend_below(figure, [ax])
         save(figure, path)
 
 
@@ -228,7 +231,6 @@ def reliability(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "
         left.plot([r["predicted"] for r in rows], [r["observed"] for r in rows], "o-", color=COLORS[0], markersize=4.5)
         left.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="predicted probability", ylabel="share of positives")
         left.set_title(title)
-        left.legend(frameon=False, loc="upper left")
         right.bar(
             [r["low"] for r in rows],
             [r["count"] for r in rows],
@@ -239,4 +241,5 @@ def reliability(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "
         )
         right.set(xlim=(0, 1.02), yscale="log", ylim=(0.5, None), xlabel="predicted probability", ylabel="predictions")
         right.set_title("How often each is predicted")
+        legend_below(figure, [left])
         save(figure, path)

@@ -37,9 +37,27 @@ figure { margin: 0; }
 figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit !important; }
+figcaption small { display: block; font-weight: 400; }
 .map { max-width: 760px; }
 .map figure { margin-bottom: 1.2rem; }
-.sheet { max-width: 100%; height: auto; border-radius: 6px; background: #fff; }
+.map .none { float: right; font-size: .8rem; color: var(--soft); }
+.dots { position: relative; height: clamp(320px, 60vw, 520px); border: solid var(--line); border-width: 0 0 1px 1px;
+  margin: .2rem 0; clear: both; }
+.dots label { position: absolute; left: calc(1.5% + var(--x) * .97%); bottom: calc(1.5% + var(--y) * .97%);
+  width: 10px; height: 10px; margin: 0 0 -5px -5px; border-radius: 50%; background: var(--k); opacity: .8; }
+.dots input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: pointer; }
+.dots b { position: absolute; top: 14px; left: 50%; transform: translateX(calc(var(--x) * -1%)); opacity: 0;
+  pointer-events: none; max-height: 9rem; overflow: hidden; border-radius: 5px; box-shadow: 0 0 0 1px var(--text);
+  background: 0 96px no-repeat, var(--b) no-repeat; font: 11px/1.25 sans-serif; text-align: center;
+  overflow-wrap: anywhere; }
+.dots .low b { top: auto; bottom: 14px; }
+.dots label:hover, .dots label:has(:checked) { opacity: 1; z-index: 1; outline: 2px solid var(--text); }
+.dots label:hover { z-index: 2; }
+.dots label:hover b, .dots :checked + b { opacity: 1; }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .87rem; margin: 0 0 .9rem; }
+.key span::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 50%;
+  background: var(--k); margin-right: .35rem; }
+.sheet { max-width: max(100%, 900px); height: auto; border-radius: 6px; background: #fff; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -70,6 +88,7 @@ pre { background: var(--card); padding: .8rem; border-radius: 6px; font-size: .8
   overflow-wrap: anywhere; }
 @media (max-width: 600px) {
   main { padding: 1.1rem .8rem; } h1 { font-size: 1.3rem; } .strip { gap: .3rem; }
+  nav { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; }
   .tiles { grid-template-columns: 1fr 1fr; } }
 @media print { nav { display: none; } section { break-inside: avoid-page; } }
 """
@@ -105,7 +124,7 @@ def picture(path: Path, caption: str) -> str:
     if not path.is_file():
         return ""
     uri = data_uri(path.read_bytes(), "png")
-    return f'{note(caption)}<img class="sheet" alt="{escape(caption)}" src="{uri}">'
+    return f'{note(caption)}<div class="wide"><img class="sheet" alt="{escape(caption)}" src="{uri}"></div>'
 
 
 def fold(title: str, body: str, folded: bool = True) -> str:

@@ -2,70 +2,67 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
+from ssl_jax.plotting import SCORE, limits
+from ssl_jax.report.words import Word
+
 # matplotlib draws in these; the page replaces them by its own colours, which depend on a light or dark screen.
 INK, FAINT = "#010203", "#010204"
 MAX_POINTS = 400  # of a curve; longer curves are averaged in blocks
-MAX_GROUPS = 20  # with a colour each; more could not be told apart
+SPRITE, COLUMNS = 48, 32  # px of an image in a sprite, images in a row of it
 
 
-def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]], label: str) -> str:
-    """Inline SVG of y by epoch for each name; None in y is a gap. A single series has no legend."""
+def curve(x: Sequence[float], y: Sequence[float | None], word: Word) -> str:
+    """Inline SVG of y by epoch; None in y is a gap. Shares, whose top is 100, are drawn in percent."""
+    scale, least = 100 if word.top == 100 else 1, word.top and word.top * SCORE / 100
 
     def draw(figure):
         axes = figure.subplots()
-        for name, xy in series.items():
-            x, y = _thin(*(np.asarray(v, float) for v in xy))
-            axes.plot(x, y, label=name, linewidth=1.6, marker="o" if len(x) <= 30 else "", markersize=3)
+        thin_x, thin_y = _thin(*(np.asarray(v, float) for v in (x, y)))
+        axes.plot(thin_x, scale * thin_y, linewidth=1.6, marker="o" if len(thin_x) <= 30 else "", markersize=3)
+        axes.set_ylim(limits(scale * thin_y, least, word.top or math.inf))
         axes.grid(axis="y")
         axes.set_xlabel("epoch")
-        if len(series) > 1:
-            axes.legend(frameon=False)
+        axes.set_ylabel("%" if scale == 100 else "")
 
-    return _svg(4.4, 2.5, draw, label)
-
-
-def scatter(points: np.ndarray, groups: np.ndarray | None, names: Sequence[str], axis_names: tuple[str, str]) -> str:
-    """Inline SVG of points [N, 2], coloured by group [N], an index into names, or -1 for none."""
-    import matplotlib
-
-    visible = groups if groups is not None and len(names) <= MAX_GROUPS else np.full(len(points), -1)
-    colors = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-
-    def draw(figure):
-        axes = figure.subplots()
-        style = {"linestyle": "", "marker": "o", "markersize": 3.4, "markeredgewidth": 0, "alpha": 0.75}
-        axes.plot(*points[visible < 0].T, color=colors[0] if groups is None else "#8a8f98", **style)
-        for group in np.unique(visible[visible >= 0]):
-            axes.plot(*points[visible == group].T, color=colors[group], label=names[group], **style)
-        axes.set_xlabel(axis_names[0])
-        axes.set_ylabel(axis_names[1])
-        axes.tick_params(labelbottom=False, labelleft=False, length=0)
-        if (visible >= 0).any():
-            legend = axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=1.8)
-            for text in legend.get_texts():
-                text.set_parse_math(False)  # a "$" in a class name is a dollar
-
-    return _svg(7.2, 4.6, draw, f"{len(points)} embeddings: {', '.join(axis_names)}")
+    return _svg(4.4, 2.5, draw, word.title)
 
 
 def thumbnail(image: np.ndarray, side: int = 96) -> str:
     """Data URI of an image uint8 [H, W, C], with its longer side at most `side` px; without 3 channels, the first."""
+    picture = _picture(image)
+    picture.thumbnail((side, side))
+    return _encoded(picture, "JPEG" if max(picture.size) > 48 else "PNG", quality=85)
+
+
+def sprite(images: Iterable[np.ndarray]) -> str:
+    """Data URI of one picture of all images uint8 [H, W, C]: rows of COLUMNS squares of SPRITE px, images in order."""
+    from PIL import Image, ImageOps
+
+    tiles = [ImageOps.pad(_picture(image), (SPRITE, SPRITE)) for image in images]
+    size = SPRITE * min(COLUMNS, len(tiles)), SPRITE * -(-len(tiles) // COLUMNS)
+    sheet = Image.new(tiles[0].mode, size)
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % COLUMNS * SPRITE, i // COLUMNS * SPRITE))
+    return _encoded(sheet, "JPEG", quality=70)
+
+
+def _picture(image: np.ndarray) -> Any:
     from PIL import Image
 
-    picture = Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
-    picture.thumbnail((side, side))
+    return Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
+
+
+def _encoded(picture: Any, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
-    if max(picture.size) > 48:
-        picture.save(buffer, "JPEG", quality=85)
-        return data_uri(buffer.getvalue(), "jpeg")
-    picture.save(buffer, "PNG")
-    return data_uri(buffer.getvalue(), "png")
+    picture.save(buffer, kind, **options)
+    return data_uri(buffer.getvalue(), kind.lower())
 
 
 def heat(shares: np.ndarray) -> str:
@@ -75,9 +72,7 @@ def heat(shares: np.ndarray) -> str:
     pixels = np.empty((*shares.shape, 4), np.uint8)
     pixels[..., :3] = (37, 99, 235)
     pixels[..., 3] = np.round(255 * np.clip(shares, 0, 1))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return data_uri(buffer.getvalue(), "png")
+    return _encoded(Image.fromarray(pixels), "PNG")
 
 
 def data_uri(content: bytes, kind: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.files import read_json, read_npz, write_bytes, write_json
-from ssl_jax.report import cautions, figures, tables
+from ssl_jax.report import cautions, figures, tables, words
 from ssl_jax.report.tables import (
     Cell,
     Row,
@@ -54,7 +54,7 @@ def write_all(workdir: Path, cells: Sequence[Cell], baseline: str, references: S
     about = read_json(folder.about, folder.again)
     share, prefix = about["share"], "Phantoms: " if about["phantom"] else ""
     arms = list(dict.fromkeys(cell["arm"] for cell in cells))
-    class_metric = "recall" if metric == "top1" else "auc"
+    class_metric = tables.class_metric(metric)
     gains = class_gains(cells, baseline, class_metric)
     gains.sort(key=lambda gain: (arms.index(gain["arm"]), gain["labels"], about["classes"].index(gain["class"])))
     if gains:
@@ -104,7 +104,7 @@ def _summary(
     parts = [f"# Label efficiency{' on phantom images' if about['phantom'] else ''}"]
     if about["phantom"]:
         parts.append(PHANTOM)
-    text = f"{figures.METRIC_NAMES[metric]} on the test set ({about['test_images']:,} images), in percent: mean over "
+    text = f"{words.title(metric)} on the test set ({about['test_images']:,} images), in percent: mean over "
     text += f"{' or '.join(map(str, seeds))} seeds ± half the width of its 95 % interval (Student's t)."
     if left_out := cells[0]["scores"]["left_out"]:
         text += f" Left out, as the test images do not have both labels: {', '.join(left_out)}."
@@ -112,7 +112,7 @@ def _summary(
     names = list(dict.fromkeys(row["arm"] for row in beside))
     if names:
         text += f" Below the arms, from {names[0]} on: what costs nothing, on the same labels."
-    parts += [text, table([*rows_of_metric, *beside], "mean", ".1f", [*arms, *names])]
+    parts += [text, table([*rows_of_metric, *beside], "mean", ".1f", [*arms, *names]), _figures(metric, others)]
     short, above = cautions.undertrained(cells, references, metric), cautions.margins(cells, references, metric)
     means = {(row["arm"], row["labels"]): row["mean"] for row in rows_of_metric}
     if others:
@@ -128,6 +128,17 @@ def _summary(
     if others and "top1" not in cells[0]["scores"]:
         parts += _classes(cells, baseline, about["share"])
     return "\n\n".join([*parts, _what_varies(about, patients)]) + "\n"
+
+
+def _figures(metric: str, others: Sequence[str]) -> str:
+    """What the table's score means, and what the figures show."""
+    word, by_class = words.SCORES[metric], words.SCORES[tables.class_metric(metric)]
+    text = f"{word.title}: {word.meaning}. curve.png draws this score."
+    if others:
+        about = "about " if metric == "top1" else ""
+        text += f" gain_by_class.png shows the gain in {by_class.title} of each class ({by_class.meaning}), "
+        text += f"whose mean over classes is {about}the difference below."
+    return text
 
 
 def _sharper(rows: Sequence[Row], baseline: str) -> str:

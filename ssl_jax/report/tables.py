@@ -35,6 +35,11 @@ def main_metric(cells: Sequence[Cell]) -> str:
     return "top1" if max(support) <= 1.5 * min(support) else "balanced_accuracy"
 
 
+def class_metric(metric: str) -> str:
+    """The metric of each class whose mean over classes is `metric`; for top1, that mean is about the same."""
+    return "auc" if metric == "macro_auc" else "recall"
+
+
 def summarise(cells: Sequence[Cell], baseline: str) -> list[Row]:
     """Rows of arm x labels x metric, in the order of the cells: seeds, mean, half, difference, difference_half.
 

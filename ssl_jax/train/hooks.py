@@ -324,5 +324,6 @@ def write_views(training: Training, log: Log) -> None:
     path = training.out.views
     if not path.exists():
         indices = np.random.default_rng(training.config.train.seed).permutation(len(training.source))[:6]
-        view_sheet(training.source.load_many(indices), training.setup.views, path)
+        names = [training.source.names[i] for i in indices]
+        view_sheet(training.source.load_many(indices), training.setup.views, path, names=names)
         log.picture(training.start, "views", path)
