@@ -22,8 +22,8 @@ from ssl_jax.run_folder import RunFolder, StudyFolder
 
 COLUMNS = (
     "Scores are shares of 1. mean: over the draws of labels (seeds); difference: to the baseline, on the same labels; "
-    "half, difference half: half the width of their 95 % intervals; gain: difference in the score of a class; share: of "
-    "the training images that have it."
+    "half, difference half: half the width of their 95 % intervals; gain: difference in the score of a class; share: "
+    "of the training images that have it."
 )
 
 
