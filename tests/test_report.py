@@ -347,9 +347,8 @@ def test_limits_of_nothing():
 def drawn(patch, plot, *args, **options):
     """The figure that a function of `report.figures` saves."""
     saved = []
-    patch.setattr(figures, "save", lambda figure, path: saved.append(figure))
+    patch.setattr(figures, "save", lambda figure, path: (saved.append(figure), figure.savefig(io.BytesIO())))
     plot(*args, **options)
-    saved[0].canvas.draw()
     return saved[0]
 
 

@@ -103,7 +103,7 @@ def label(name: str) -> str:
     if len(name) > LINE * LINES:
         name = f"{name[: LINE - 1]}…{name[-LINE * (LINES - 1) :]}"
     lines = [""]
-    for part in re.split(r"(?<=[/\\])", name):
+    for part in re.split("(?<=/)", name):
         if len(lines[-1]) + len(part) <= LINE:
             lines[-1] += part
         else:

@@ -144,12 +144,18 @@ def embedding_map(sample: Sample) -> str:
     rank = float(rank_me(jnp.asarray(sample.features)))
     after = f"Effective rank (RankMe): the embeddings use about {rank:.1f} of {sample.features.shape[1]} dimensions. "
     after += "Two axes show only a part of that, so points that are near here may be far apart in the embedding."
+    body = f'<style>{_picture_style(sample)}</style><div class="map">{maps}{_key(sample)}</div>'
+    return note(text) + body + note(after)
+
+
+def _picture_style(sample: Sample) -> str:
+    """The image of a point is a part of one picture of all images; below it, a card for the name covers the rest."""
     width = SHOWN * min(plots.COLUMNS, len(sample.images))
-    style = (
-        f".dots b {{ background-image: linear-gradient(var(--card), var(--card)), url({plots.sprite(sample.images)});"
+    return (
+        f".dots b {{ width: {SHOWN}px; padding-top: {SHOWN + 2}px; background-size: 100% 100%, {width}px auto; "
+        f"background-position: 0 {SHOWN}px, var(--b); "
+        f"background-image: linear-gradient(var(--card), var(--card)), url({plots.sprite(sample.images)}); }}"
     )
-    style += f" background-size: 100% 100%, {width}px auto; padding-top: {SHOWN + 2}px; width: {SHOWN}px; }}"
-    return f'{note(text)}<style>{style}</style><div class="map">{maps}{_key(sample)}</div>{note(after)}'
 
 
 def _points(sample: Sample, title: str, points: np.ndarray, axes: tuple[str, str]) -> str:

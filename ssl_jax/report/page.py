@@ -48,8 +48,7 @@ figcaption small { display: block; font-weight: 400; }
 .dots input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: pointer; }
 .dots b { position: absolute; top: 14px; left: 50%; transform: translateX(calc(var(--x) * -1%)); opacity: 0;
   pointer-events: none; max-height: 9rem; overflow: hidden; border-radius: 5px; box-shadow: 0 0 0 1px var(--text);
-  background: 0 96px no-repeat, var(--b) no-repeat; font: 11px/1.25 sans-serif; text-align: center;
-  overflow-wrap: anywhere; }
+  background-repeat: no-repeat; font: 11px/1.25 sans-serif; text-align: center; overflow-wrap: anywhere; }
 .dots .low b { top: auto; bottom: 14px; }
 .dots label:hover, .dots label:has(:checked) { opacity: 1; z-index: 1; outline: 2px solid var(--text); }
 .dots label:hover { z-index: 2; }
