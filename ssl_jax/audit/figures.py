@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.audit import ladder
-from ssl_jax.plotting import BASELINE, COLORS, legend_below, panels, plain, save
+from ssl_jax.plotting import BASELINE, COLORS, GAIN, legend_below, limits, panels, plain, save
 
 PANEL = (2.7, 2.3)  # inches
 MAX_CLASSES = 5  # classes with a line of their own: those that lose most
@@ -44,7 +44,7 @@ def lesion_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> 
                     axes.set_xticks(x, [f"{r['strength']:g}" for r in mine])
             axes.set_title(f"{name} ({'area' if ladder.TRANSFORMS[name].moves else 'contrast'})")
             axes.set_xlabel(ladder.TRANSFORMS[name].unit or ladder.TRANSFORMS[name].key, fontsize=9)
-        all_axes[0].set_ylim(-4, 1.08 * max(10, *(100 * r[k] for r in rows for k in ("lost", "disagree"))))
+        all_axes[0].set_ylim(limits([0, *(100 * r[k] for r in rows for k in ("lost", "disagree"))], GAIN, top=100))
         for axes in all_axes[len(names) :]:
             axes.axis("off")
         figure.supylabel("% of views that keep less than half", fontsize=10)

@@ -19,7 +19,7 @@ STATES = (
     "healthy: images spread over the directions of the embedding; weak: not better than raw pixels; narrow: few "
     "directions are used; collapsed: all images look alike; broken: the loss is not a number"
 )
-SERIES = ("step", "epoch", "collapsed")  # of a logged step, what is no curve
+NO_CURVE = ("step", "epoch", "collapsed")  # of a logged step, what is no curve
 
 
 class Health(NamedTuple):
@@ -59,19 +59,19 @@ def health(run: RunRecord, shares: Mapping[str, float] | None = None, below: str
     last = run.steps[-1]
     std = last["embedding_std"]
     if last["loss"] is None or std is None:
-        return Health(
-            "broken", "The last loss is not a finite number.", "Lower the learning rate or clip the gradient."
-        )
+        line = "The last loss is not a finite number."
+        return Health("broken", line, "Lower the learning rate or clip the gradient.")
     spread = f"The standard deviation of the embedding over a batch is {std:.2g}, where 0 means that all images look "
     spread += "alike and about 1 that every direction is used."
     if last.get("collapsed") or std < STD_COLLAPSED:
-        causes = "a learning rate that is too high, a batch that is too small, no stop-gradient or predictor"
-        reason = f"The run shows a collapse: {last['collapsed']}." if last.get("collapsed") else ""
-        return Health(
-            "collapsed",
-            "The embedding has collapsed: different images look alike to the encoder.",
-            reason or f"{spread} Likely causes: {causes}.",
+        detail = (
+            f"{spread} Likely causes: a learning rate that is too high, a batch that is too small, no stop-gradient "
         )
+        detail += "or predictor."
+        if last.get("collapsed"):
+            detail = f"The run shows a collapse: {last['collapsed']}."
+        line = "The embedding has collapsed: different images look alike to the encoder."
+        return Health("collapsed", line, detail)
     if std < NARROW:
         detail = f"{spread} Training may have been too short, or may be collapsing."
         return Health("narrow", "The embedding is narrow: it uses few of its directions.", detail)
@@ -118,7 +118,7 @@ def _curves(run: RunRecord) -> str:
     """A chart for each metric, by epoch. Lines that have no epoch get theirs from the step."""
     per_step = run.steps[-1]["epoch"] / run.steps[-1]["step"]
     common = list(words.COMMON)
-    own = [key for key in run.steps[-1] if key not in (*common, *SERIES)]  # what only this method reports
+    own = [key for key in run.steps[-1] if key not in (*common, *NO_CURVE)]  # what only this method reports
     place = common.index("grad_norm")
     charts = (_chart(run, metric, per_step) for metric in [*common[:place], *own, *common[place:]])
     return f'<div class="charts">{"".join(charts)}</div>'
