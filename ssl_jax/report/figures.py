@@ -99,7 +99,7 @@ def _gain_rows(gains, path, arms, colors, share, label, title) -> None:
     classes.sort(key=lambda name: rank[name])  # matplotlib's y grows upwards
     columns = len(counts) + uneven
     height = 1.5 + 0.3 * len(classes)
-    with panels(columns, width=2.4 * columns, height=height, share_y="row") as (figure, axes):
+    with panels(columns, width=max(4.6, 2.4 * columns), height=height, share_y="row") as (figure, axes):
         if uneven:
             percent = [100 * share[name] for name in classes]
             axes[0].barh(range(len(classes)), percent, color=BASELINE, alpha=0.55, height=0.6)
@@ -123,7 +123,7 @@ def _gain_rows(gains, path, arms, colors, share, label, title) -> None:
 def _gain_dots(gains, path, arms, colors, share, label, title) -> None:
     """A dot per class, over its share of the training images."""
     classes, counts = sorted({gain["class"] for gain in gains}, key=lambda name: share[name]), _label_counts(gains)
-    with panels(len(counts), width=3.0 * len(counts), height=3.8, share_y="row") as (figure, axes):
+    with panels(len(counts), width=max(4.6, 3.0 * len(counts)), height=3.8, share_y="row") as (figure, axes):
         for ax, count in zip(axes, counts, strict=True):
             if ax is not axes[0]:
                 ax.sharex(axes[0])
@@ -172,7 +172,7 @@ def _dots(color: str) -> dict[str, Any]:
 
 
 def _finish(figure, ax, arms: Sequence[str], title: str, path: Path) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     if len(arms) > 1:
         legend_below(figure, [ax])
     save(figure, path)

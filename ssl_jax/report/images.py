@@ -104,8 +104,7 @@ def _queries(sample: Sample) -> list[int]:
 
 
 def _strip(sample: Sample, query: int, nearest: Iterable[int], similarity: np.ndarray) -> str:
-    labels = np.full(len(sample.images), -1) if sample.labels is None else sample.labels
-    cells = ""
+    labels, cells = _groups(sample), ""
     for i in (query, *nearest):
         kind, score = "query", ""
         if i != query:
@@ -165,24 +164,24 @@ def _points(sample: Sample, title: str, points: np.ndarray, axes: tuple[str, str
     group = _groups(sample)
     order = np.lexsort((place[:, 0], group))
     name = escape(title.partition(" ")[0])
-    dots = "".join(_dot(sample, i, *place[i], _color(group[i], sample), name) for i in order)
+    dots = "".join(_dot(sample, i, group[i], *place[i], name) for i in order)
     none = f'<label class="none"><input type="radio" name="{name}" checked>no image</label>'
     labels = f"<small>↑ {escape(axes[1])}</small>", f"<small>→ {escape(axes[0])}</small>"
     body = f'{none}<div class="dots">{dots}</div>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{labels[0]}{body}{labels[1]}</figure>"
 
 
-def _dot(sample: Sample, i: int, x: float, y: float, color: str, group: str) -> str:
+def _dot(sample: Sample, i: int, group: int, x: float, y: float, name: str) -> str:
     column, row = i % plots.COLUMNS, i // plots.COLUMNS
-    where = f"--x:{x:.1f};--y:{y:.1f};--k:{color};--b:{-SHOWN * column}px {-SHOWN * row}px"
-    known = sample.labels is not None and sample.labels[i] >= 0
-    names = [sample.classes[sample.labels[i]]] * known + [sample.names[i]]  # type: ignore[index]
+    where = f"--x:{x:.1f};--y:{y:.1f};--k:{_color(group, sample)};--b:{-SHOWN * column}px {-SHOWN * row}px"
+    names = [sample.classes[group], sample.names[i]] if group >= 0 else [sample.names[i]]
     text = "<br>".join(map(_escaped, names))
     side = ' class="low"' if y < 50 else ""
-    return f'<label{side} style="{where}"><input type="radio" name="{group}"><b>{text}</b></label>'
+    return f'<label{side} style="{where}"><input type="radio" name="{name}"><b>{text}</b></label>'
 
 
 def _groups(sample: Sample) -> np.ndarray:
+    """The class of each image; -1 if it is unknown."""
     return np.full(len(sample.images), -1) if sample.labels is None else np.asarray(sample.labels)
 
 
