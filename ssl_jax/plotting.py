@@ -72,7 +72,7 @@ def legend_below(figure: Any, axes: Sequence[Any]) -> None:
     figure.legend(
         list(entries.values()),
         [plain(name) for name in entries],
-        loc="outside lower center",
+        loc="outside lower left",
         ncols=min(max(columns, 1), len(entries)),
         frameon=False,
     )

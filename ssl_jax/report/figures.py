@@ -43,7 +43,7 @@ def curve(
             best = _best([r for r in references if r["metric"] == metric and r["arm"].startswith(reference)])
             if best:
                 left.plot(*zip(*best.items(), strict=True), style, color=BASELINE, label=reference, linewidth=1.2)
-                shown.append(list(best.values()))
+                shown.append(np.array([*best.values()]))
         left.set_ylim(limits(np.concatenate(shown), SCORE, top=100))
         left.set_ylabel(f"{name}, %")
         left.set_title(f"{prefix}Test score")
@@ -82,14 +82,13 @@ def gain_by_class(
         return
     arms = list(dict.fromkeys(gain["arm"] for gain in gains))
     colors = _colors([baseline, *arms], baseline)
-    name = SCORES[metric].title
-    label = f"gain in {name} over {plain(baseline)}, points"
-    title = f"Gain by class in {name}" + (f": {plain(arms[0])} against {plain(baseline)}" if len(arms) == 1 else "")
+    of = f" of {arms[0]}" if len(arms) == 1 else ""
+    title = f"{prefix}Gain{of} in {SCORES[metric].title} over {baseline}, by class"
     plot = _gain_rows if len({gain["class"] for gain in gains}) <= MAX_ROWS else _gain_dots
-    plot(gains, path, arms, colors, share, label, f"{prefix}{title}")
+    plot(gains, path, arms, colors, share, title)
 
 
-def _gain_rows(gains, path, arms, colors, share, label, title) -> None:
+def _gain_rows(gains, path, arms, colors, share, title) -> None:
     """A row per class. If some classes are much rarer, the most frequent is on top and a first panel shows the shares;
     otherwise the class that gains most with the fewest labels is on top."""
     classes, counts = list(dict.fromkeys(gain["class"] for gain in gains)), _label_counts(gains)
@@ -115,12 +114,12 @@ def _gain_rows(gains, path, arms, colors, share, label, title) -> None:
                 names, values, halves = _points(gains, arm, count, classes)
                 rows = [classes.index(name) - offset for name in names]
                 ax.errorbar(values, rows, xerr=halves, label=arm, **_dots(colors[arm]))
+            ax.set_xlabel("points")
         gain_axes[0].set_xlim(_gain_limits(gains))
-        figure.supxlabel(label, fontsize=10)
         _finish(figure, gain_axes[0], arms, title, path)
 
 
-def _gain_dots(gains, path, arms, colors, share, label, title) -> None:
+def _gain_dots(gains, path, arms, colors, share, title) -> None:
     """A dot per class, over its share of the training images."""
     classes, counts = sorted({gain["class"] for gain in gains}, key=lambda name: share[name]), _label_counts(gains)
     with panels(len(counts), width=max(4.6, 3.0 * len(counts)), height=3.8, share_y="row") as (figure, axes):
@@ -134,9 +133,9 @@ def _gain_dots(gains, path, arms, colors, share, label, title) -> None:
                 shares = [100 * share[name] * 1.1**offset for name in names]
                 ax.errorbar(shares, values, yerr=halves, label=arm, **_dots(colors[arm]))
             ax.set_xscale("log")
+            ax.set_xlabel("training images, %")
         axes[0].set_ylim(_gain_limits(gains))
-        figure.supxlabel("share of the training images, %", fontsize=10)
-        figure.supylabel(label, fontsize=10)
+        axes[0].set_ylabel("points")
         _finish(figure, axes[0], arms, title, path)
 
 
@@ -172,7 +171,7 @@ def _dots(color: str) -> dict[str, Any]:
 
 
 def _finish(figure, ax, arms: Sequence[str], title: str, path: Path) -> None:
-    figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(textwrap.fill(plain(title), int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     if len(arms) > 1:
         legend_below(figure, [ax])
     save(figure, path)

@@ -135,9 +135,11 @@ def _study_page(folder: StudyFolder) -> str:
     config, phantom = read_json(folder.config, folder.again), about.get("phantom")
     prefix = "Phantoms: " if phantom else ""
     unfinished = note("No results yet. Run the same command again to continue the study.")
-    columns = "From left to right: how frequent each class is, and its gain at each number of labels"
     curve = f"curve.png. {prefix}Test score by number of labels; the metric is that of the table below."
-    gains = f"gain_by_class.png. {prefix}Gain of each class. {columns}."
+    gains = (
+        f"gain_by_class.png. {prefix}Gain of each class, a panel for each number of labels. If some classes are much "
+    )
+    gains += "rarer than others, the rarest are at the bottom, and the first panel shows how frequent they are."
     summary = read_text(folder.summary_md, folder.again) if folder.summary_md.is_file() else ""
     sections = [
         ("Score by number of labels", picture(folder.curve, curve)),
@@ -193,7 +195,7 @@ def _design(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         test = {**data, "split": test["split"], "limit": test["limit"]}
     counts = ", ".join(f"{n:,}" for n in study["labels"])
     text = f"{', '.join(study['arms'])}: {study['protocol']} with {counts} labels of {training.data_name(data)}, "
-    text += f"{study['seeds']} draws each, tested on {training.data_name(test)}."
+    text += f"{study['seeds']} draw{'s' * (study['seeds'] > 1)} each, tested on {training.data_name(test)}."
     if about:
         text += f" {about['train_images']:,} training and {about['test_images']:,} test images."
     return f"<p>{escape(text)}</p>"

@@ -78,7 +78,7 @@ def neighbours(sample: Sample) -> str:
     if len(sample.images) <= NEIGHBOURS:
         return note(f"Not shown: {len(sample.images)} images are too few.")
     nearest, similarity = _nearest(sample.features)
-    text = f"Each row: an image, and the {NEIGHBOURS} that are most similar to the encoder, among "
+    text = f"Each row: an image, and the {NEIGHBOURS} that the encoder finds most similar to it among "
     text += f"{len(sample.images):,} training images."
     strips = "".join(_strip(sample, q, nearest[q], similarity[q]) for q in _queries(sample))
     after = "The number below an image is the cosine similarity of its embedding to that of the first image: 1 means "
@@ -138,7 +138,7 @@ def embedding_map(sample: Sample) -> str:
 
         points = umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(sample.features)
         maps += _points(sample, "UMAP (cosine)", points, ("UMAP 1", "UMAP 2"))
-    text = f"Each point is one of {len(sample.features):,} training images; near points are similar to the encoder. "
+    text = f"Each point is one of {len(sample.features):,} training images; the encoder finds near ones similar. "
     text += "Point at one, tap it, or use the arrow keys, to see its image."
     rank = float(rank_me(jnp.asarray(sample.features)))
     after = f"Effective rank (RankMe): the embeddings use about {rank:.1f} of {sample.features.shape[1]} dimensions. "
@@ -164,7 +164,7 @@ def _points(sample: Sample, title: str, points: np.ndarray, axes: tuple[str, str
     group = _groups(sample)
     order = np.lexsort((place[:, 0], group))
     name = escape(title.partition(" ")[0])
-    dots = "".join(_dot(sample, i, group[i], *place[i], name) for i in order)
+    dots = "".join(_dot(sample, i, group[i], place[i, 0], place[i, 1], name) for i in order)
     none = f'<label class="none"><input type="radio" name="{name}" checked>no image</label>'
     labels = f"<small>↑ {escape(axes[1])}</small>", f"<small>→ {escape(axes[0])}</small>"
     body = f'{none}<div class="dots">{dots}</div>'

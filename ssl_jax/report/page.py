@@ -37,7 +37,7 @@ figure { margin: 0; }
 figcaption { font-size: .9rem; font-weight: 600; margin-bottom: .3rem; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit !important; }
-figcaption small { display: block; font-weight: 400; }
+figure > small { display: block; line-height: 1.4; }
 .map { max-width: 760px; }
 .map figure { margin-bottom: 1.2rem; }
 .map .none { float: right; font-size: .8rem; color: var(--soft); }
@@ -62,6 +62,7 @@ table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabu
 th, td { text-align: left; padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
 .n, [style="text-align:right"] { text-align: right; white-space: nowrap; padding-left: .8rem; }
+th.n { white-space: normal; }
 tr.marked td { background: var(--mark); }
 table.matrix { border-spacing: 2px; border-collapse: separate; margin-bottom: 1.2rem; }
 .matrix th, .matrix td { border: 0; padding: .3rem .4rem; }
@@ -72,6 +73,7 @@ table.matrix { border-spacing: 2px; border-collapse: separate; margin-bottom: 1.
 .matrix th { vertical-align: bottom; white-space: nowrap; }
 .heat { width: min(100%, 640px); image-rendering: pixelated; border: 1px solid var(--line); margin-bottom: 1rem; }
 .strips { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(470px, 100%), 1fr)); gap: .9rem 2.2rem; }
+.strips + .note, .wide + .note { margin-top: .8rem; }
 .strip { display: grid; grid-template-columns: repeat(7, minmax(0, 96px)); gap: .5rem; }
 .strip img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 5px; border: 2px solid var(--line);
   display: block; image-rendering: auto; }
@@ -87,7 +89,9 @@ pre { background: var(--card); padding: .8rem; border-radius: 6px; font-size: .8
   overflow-wrap: anywhere; }
 @media (max-width: 600px) {
   main { padding: 1.1rem .8rem; } h1 { font-size: 1.3rem; } .strip { gap: .3rem; }
+  .strip figcaption, .strip small { font-size: .64rem; }
   nav { flex-wrap: nowrap; overflow-x: auto; white-space: nowrap; }
+  .wide:has(.sheet)::before { content: "swipe →"; color: var(--soft); font-size: .8rem; }
   .tiles { grid-template-columns: 1fr 1fr; } }
 @media print { nav { display: none; } section { break-inside: avoid-page; } }
 """

@@ -132,5 +132,4 @@ def _chart(run: RunRecord, metric: str, per_step: float) -> str:
         return ""
     word = words.of(metric)
     curve = plots.curve([line["step"] * per_step for line in kept], [line[metric] for line in kept], word)
-    caption = f"{escape(word.title)}<small>{escape(word.meaning)}</small>"
-    return f"<figure><figcaption>{caption}</figcaption>{curve}</figure>"
+    return f"<figure><figcaption>{escape(word.title)}</figcaption>{curve}<small>{escape(word.meaning)}</small></figure>"
