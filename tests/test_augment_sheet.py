@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from ssl_jax import commands
+from ssl_jax import config as configs
 from ssl_jax.augment import resolve_views
 from ssl_jax.augment.sheet import LINE, describe_view, label, view_sheet
 from ssl_jax.config import Augment
@@ -20,6 +22,20 @@ def test_sheet_shows_originals_and_views(tmp_path, channels):
     second = (200, 200, 200) if channels == 1 else (200, 60, 60)
     for colour in (first, second):
         assert (shown == colour).all(1).mean() > 0.1
+
+
+def test_views_of_a_folder_stand_beside_the_names_of_its_files(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    from PIL import Image
+
+    for name in ("scan 1.png", "b$.png"):
+        Image.new("L", (8, 8)).save(tmp_path / name)
+    config = configs.default("simclr")
+    config.data.name, config.data.path, config.data.size, config.augment.preset = "folder", str(tmp_path), 8, "none"
+    shown, draw = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **style: (shown.append(s), draw(self, x, y, s, **style)))
+    commands.views(configs.resolve(config), str(tmp_path / "views.png"))
+    assert {"scan 1.png", "b$.png"} <= set(shown)
 
 
 def test_sheet_refuses_what_is_no_picture(tmp_path):

@@ -167,8 +167,8 @@ def _points(sample: Sample, title: str, points: np.ndarray, axes: tuple[str, str
     dots = "".join(_dot(sample, i, group[i], place[i, 0], place[i, 1], name) for i in order)
     none = f'<label class="none"><input type="radio" name="{name}" checked>no image</label>'
     labels = f"<small>↑ {escape(axes[1])}</small>", f"<small>→ {escape(axes[0])}</small>"
-    body = f'{none}<div class="dots">{dots}</div>'
-    return f"<figure><figcaption>{escape(title)}</figcaption>{labels[0]}{body}{labels[1]}</figure>"
+    body = f'{none}{labels[0]}<div class="dots">{dots}</div>{labels[1]}'
+    return f"<figure><figcaption>{escape(title)}</figcaption>{body}</figure>"
 
 
 def _dot(sample: Sample, i: int, group: int, x: float, y: float, name: str) -> str:
