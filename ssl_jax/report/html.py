@@ -20,6 +20,11 @@ from ssl_jax.report.record import RunRecord, read_run, sound
 from ssl_jax.report.tables import METRICS
 from ssl_jax.run_folder import RunFolder, StudyFolder
 
+CURVE = "curve.png. Test score by number of labels; the metric is that of the table below."
+GAINS = (
+    "gain_by_class.png. Gain of each class, a panel for each number of labels. If some classes are much rarer than "
+    "others, the rarest are at the bottom, and the first panel shows how frequent they are."
+)
 COLUMNS = (
     "Scores are shares of 1. mean: over the draws of labels (seeds); difference: to the baseline, on the same labels; "
     "half, difference half: half the width of their 95 % intervals; gain: difference in the score of a class; share: "
@@ -125,7 +130,7 @@ def _overview(folder: Path, found: Sequence[Path]) -> str:
     for name in studies:
         summary = StudyFolder(runs[name]).summary_md
         body = markdown(summary.read_text()) if summary.is_file() else note("No results yet.")
-        sections.append((f"Study {name}", body))
+        sections.append((f"Study {name}", picture(StudyFolder(runs[name]).curve, CURVE) + body))
     text = f"Runs: {len(records)}. Studies: {len(studies)}. For a report of each: ssl-jax report --workdir=..."
     return page(f"Runs in {folder.absolute().name}", f"Folder {folder.absolute().name}", note(text), sections)
 
@@ -135,16 +140,11 @@ def _study_page(folder: StudyFolder) -> str:
     config, phantom = read_json(folder.config, folder.again), about.get("phantom")
     prefix = "Phantoms: " if phantom else ""
     unfinished = note("No results yet. Run the same command again to continue the study.")
-    curve = f"curve.png. {prefix}Test score by number of labels; the metric is that of the table below."
-    gains = (
-        f"gain_by_class.png. {prefix}Gain of each class, a panel for each number of labels. If some classes are much "
-    )
-    gains += "rarer than others, the rarest are at the bottom, and the first panel shows how frequent they are."
     summary = read_text(folder.summary_md, folder.again) if folder.summary_md.is_file() else ""
     sections = [
-        ("Score by number of labels", picture(folder.curve, curve)),
+        ("Score by number of labels", picture(folder.curve, prefix + CURVE)),
         ("Result", markdown(summary) if summary else unfinished),
-        ("Gain by class", picture(folder.gain_by_class, gains)),
+        ("Gain by class", picture(folder.gain_by_class, prefix + GAINS)),
         ("All metrics", _all_metrics(folder)),
     ]
     cautions = sound(folder.cautions, folder.again).get("not_above_pixels", [])

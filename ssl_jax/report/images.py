@@ -1,6 +1,6 @@
 """What an encoder does with images, in HTML: nearest neighbours, and the embedding map."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from ssl_jax import config as configs
 from ssl_jax.collapse import rank_me
 from ssl_jax.errors import visible
 from ssl_jax.evaluate.references import PIXELS, RANDOM, pixels, untrained
+from ssl_jax.neighbours import nearest_others, normalized
 from ssl_jax.report import plots
 from ssl_jax.report.page import note
 from ssl_jax.report.record import RunRecord
@@ -47,25 +48,16 @@ def read_sample(run: RunRecord) -> Sample:
     count = min(len(source), max(MAX_IMAGES // 5, MAX_IMAGES * 64**2 // max(encoder.size, 64) ** 2))
     indices = np.sort(np.random.default_rng(0).permutation(len(source))[:count])
     images = source.load_many(indices)
-    features = encoder.embed(images, batch=min(256, count))
-    features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    features = normalized(encoder.embed(images, batch=min(256, count)))
     labels = None if source.labels is None or source.multilabel else np.asarray(source.labels)[indices]
     shares = None
     if labels is not None and len(np.unique(labels[labels >= 0])) > 1 and count > NEIGHBOURS:
         found = {EMBEDDING: features, PIXELS: pixels(images), RANDOM: untrained(encoder).embed(images, min(256, count))}
         found[PIXELS] = found[PIXELS] - found[PIXELS].mean(axis=0)
-        shares = {name: _same(_nearest(values)[0], labels) for name, values in found.items()}
+        shares = {name: _same(nearest_others(values, NEIGHBOURS)[0], labels) for name, values in found.items()}
         shares[CHANCE] = float(np.square(np.bincount(labels[labels >= 0]) / (labels >= 0).sum()).sum())
     names = [source.names[i] for i in indices]
     return Sample(images, features, names, labels, list(source.classes), len(source), shares)
-
-
-def _nearest(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(indices [N, NEIGHBOURS] of the most similar other images, cosine similarities [N, N])."""
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    similarity = unit @ unit.T
-    np.fill_diagonal(similarity, -np.inf)
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :NEIGHBOURS], similarity
 
 
 def _same(nearest: np.ndarray, labels: np.ndarray) -> float:
@@ -77,7 +69,7 @@ def _same(nearest: np.ndarray, labels: np.ndarray) -> float:
 def neighbours(sample: Sample) -> str:
     if len(sample.images) <= NEIGHBOURS:
         return note(f"Not shown: {len(sample.images)} images are too few.")
-    nearest, similarity = _nearest(sample.features)
+    nearest, similarity = nearest_others(sample.features, NEIGHBOURS)
     text = f"Each row: an image, and the {NEIGHBOURS} that the encoder finds most similar to it among "
     text += f"{len(sample.images):,} training images."
     strips = "".join(_strip(sample, q, nearest[q], similarity[q]) for q in _queries(sample))
@@ -103,12 +95,11 @@ def _queries(sample: Sample) -> list[int]:
     return [int(i) for i in np.linspace(0, len(sample.images) - 1, QUERIES - 2).astype(int)]
 
 
-def _strip(sample: Sample, query: int, nearest: Iterable[int], similarity: np.ndarray) -> str:
+def _strip(sample: Sample, query: int, nearest: np.ndarray, similarity: np.ndarray) -> str:
     labels, cells = _groups(sample), ""
-    for i in (query, *nearest):
-        kind, score = "query", ""
-        if i != query:
-            kind, score = "same" if labels[i] == labels[query] else "other", f"{similarity[i]:.2f}"
+    scores = (f"{value:.2f}" for value in similarity)
+    for i, score in [(query, ""), *zip(nearest, scores, strict=True)]:
+        kind = "query" if i == query else "same" if labels[i] == labels[query] else "other"
         if min(labels[i], labels[query]) < 0:  # unknown
             kind = ""
         name = sample.classes[labels[i]] if labels[i] >= 0 else "query" if i == query else ""
