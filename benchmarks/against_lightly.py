@@ -28,7 +28,8 @@ import numpy as np
 from methods import add, rows
 
 from ssl_jax.augment import PRESETS
-from ssl_jax.config import Config, Data, Model, View, load_config, resolve
+from ssl_jax.config import Config, Data, Model, View, resolve
+from ssl_jax.config_file import load_config
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import interval, knn_predict, metrics, paired

@@ -50,7 +50,8 @@ def ours(name: str) -> dict:
     import jax
     import numpy as np
 
-    from ssl_jax.config import load_config, resolve
+    from ssl_jax.config import resolve
+    from ssl_jax.config_file import load_config
     from ssl_jax.data.source import Source
     from ssl_jax.parallel import make_mesh
     from ssl_jax.train import init_state, make_step, set_up

@@ -24,7 +24,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ssl_jax.config import Data, Finetune, load_config, method_names, resolve
+from ssl_jax.config import Data, Finetune, method_names, resolve
+from ssl_jax.config_file import load_config
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import finetune, interval, knn_predict, linear_probe, metrics, nested_subset

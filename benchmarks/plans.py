@@ -17,7 +17,8 @@ from pathlib import Path
 from methods import add, rows
 
 from ssl_jax import hlo, plan
-from ssl_jax.config import load_config, resolve
+from ssl_jax.config import resolve
+from ssl_jax.config_file import load_config
 from ssl_jax.errors import UserError
 from ssl_jax.start import start_jax
 

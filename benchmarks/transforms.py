@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from methods import add, pretrain, rows
 
-from ssl_jax.config import Data, load_config, resolve
+from ssl_jax.config import Data, resolve
+from ssl_jax.config_file import load_config
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.evaluate import interval, linear_probe, metrics, paired

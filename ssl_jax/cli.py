@@ -291,7 +291,8 @@ def _print_warnings() -> None:
 
 def _config_of(command: str, values: dict[str, Any], overrides: Sequence[str]) -> Any:
     """The Config that the flags describe. Takes what is short for one of its options out of `values`."""
-    from ssl_jax.config import Data, load_config, resolve
+    from ssl_jax.config import Data, resolve
+    from ssl_jax.config_file import load_config
     from ssl_jax.settings import data_of
 
     spec, method = values["config"], values.get("method")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax import registry
-from ssl_jax.config import Config, Data, default, from_json, override, resolve
+from ssl_jax.config import Config, Data, default, from_json, resolve
+from ssl_jax.config_file import override
 from ssl_jax.errors import UserError
 from ssl_jax.run_folder import RunFolder
 

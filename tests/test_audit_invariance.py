@@ -102,7 +102,8 @@ SMALL = [
 def test_command_on_random_on_imported_and_on_trained_weights(tmp_path, capsys, monkeypatch):
     """Three ways to one encoder, and the same numbers; of all transforms only two, for time's sake."""
     from ssl_jax.audit import ladder
-    from ssl_jax.config import load_config, resolve
+    from ssl_jax.config import resolve
+    from ssl_jax.config_file import load_config
 
     kept = {name: TRANSFORMS[name]._replace(strengths=TRANSFORMS[name].strengths[-1:]) for name in ("rotate", "flip")}
     monkeypatch.setattr(ladder, "TRANSFORMS", kept)

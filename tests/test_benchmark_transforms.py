@@ -9,11 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import transforms as study  # noqa: E402
 
 from ssl_jax.augment import resolve_views  # noqa: E402
-from ssl_jax.config import (  # noqa: E402
-    View,
-    load_config,  # noqa: E402
-    resolve,
-)
+from ssl_jax.config import View, resolve  # noqa: E402
+from ssl_jax.config_file import load_config  # noqa: E402
 
 
 def options(**changes):

@@ -293,7 +293,7 @@ def test_the_wheel_holds_code_and_configs(tmp_path):
     wanted = {f"ssl_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
     wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "ssl_jax").rglob("*.py")}
     assert wanted <= set(names)
-    code = "from ssl_jax.config import find_config; print(find_config('pretrain:byol'))"
+    code = "from ssl_jax.config_file import find_config; print(find_config('pretrain:byol'))"
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path / "installed")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "installed")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ssl_jax import cli, commands, interrupts, plotting, progress
-from ssl_jax.config import load_config, resolve
+from ssl_jax.config import resolve
+from ssl_jax.config_file import load_config
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
 from ssl_jax.outputs import write_predictions

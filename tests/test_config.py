@@ -5,16 +5,14 @@ import pytest
 from ssl_jax.config import (
     default,
     differences,
-    find_config,
     from_json,
-    load_config,
     merge,
     method_names,
-    override,
     resolve,
     to_json,
     to_steps,
 )
+from ssl_jax.config_file import find_config, load_config, override
 from ssl_jax.errors import UserError
 
 

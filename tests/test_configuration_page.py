@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ssl_jax import config as configs
-from ssl_jax.config import override
+from ssl_jax.config_file import override
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "configuration.md").read_text()

@@ -38,7 +38,7 @@ def logical_lines(block):
 def test_commands_in_the_docs_parse(page):
     """Each `ssl-jax ...` line of a shell block names a command, flags and config keys that exist."""
     from ssl_jax import cli
-    from ssl_jax.config import load_config
+    from ssl_jax.config_file import load_config
 
     text = (ROOT / page).read_text()
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

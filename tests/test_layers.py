@@ -11,7 +11,7 @@ LAYERS = [
     {"registry", "files", "progress", "hlo", "parallel", "interrupts", "start", "completion", "neighbours"},
     {"fields", "checkpoint", "plotting"},
     {"config"},
-    {"collapse", "losses", "augment", "transforms", "run_folder"},
+    {"collapse", "losses", "augment", "transforms", "run_folder", "config_file"},
     {"network"},
     {"models"},
     {"methods"},

@@ -12,7 +12,8 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from ssl_jax import cli, plan
-from ssl_jax.config import Model, load_config, resolve
+from ssl_jax.config import Model, resolve
+from ssl_jax.config_file import load_config
 from ssl_jax.errors import UserError
 from ssl_jax.hlo import Collective
 from ssl_jax.models import build_encoder

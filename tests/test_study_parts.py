@@ -11,7 +11,8 @@ from PIL import Image
 from toy_study import toy_config, toy_run, toy_tables
 
 from ssl_jax import cli, study
-from ssl_jax.config import Data, Study, load_config, resolve
+from ssl_jax.config import Data, Study, resolve
+from ssl_jax.config_file import load_config
 from ssl_jax.data import phantom
 from ssl_jax.encoder import export, load_encoder, random_encoder
 from ssl_jax.errors import UserError
