@@ -98,7 +98,8 @@ def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) 
     if dry_run:
         from ssl_jax import dry_runs
 
-        _print_lines(dry_runs.study(config, folder, pretrainings))
+        given = studies.encoders_of_runs(config, open_source(config.data))
+        _print_lines(dry_runs.study(config, folder, pretrainings, given))
         return
     with folder.lock(shared=part is not None):
         folder.record_environment()
@@ -110,6 +111,7 @@ def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) 
         train = open_source(config.data)
         size, channels = min(train.shape[:2]), train.shape[2]
         test = studies.open_test(config, size, channels)  # before pretraining, so that mistakes show up now
+        given = studies.encoders_of_runs(config, train)
 
         def pretrained(arm: str, number: int) -> Encoder:
             run = pretrainings[arm, number]
@@ -127,7 +129,7 @@ def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) 
         def get_encoder(arm: str, arm_config: Config, number: int) -> Encoder:
             if studies.from_scratch(config.study.arms[arm]):
                 return random_encoder(arm_config.model, size, channels, number)
-            return pretrained(arm, number)
+            return given[arm] if arm in given else pretrained(arm, number)
 
         log = functools.partial(print, flush=True)
         studies.run_study(config, folder.path, get_encoder=get_encoder, train=train, test=test, log=log, part=part)

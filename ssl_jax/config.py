@@ -54,7 +54,9 @@ class Data:
     )
     memory_gb: float = option(2.0, "engine=auto: largest data set to keep in memory, in GB")
     workers: int = option(2, "threads that decode files", min=1)
-    cache: str = option("", "folder for decoded images, written once and read instead of the files; empty: none")
+    cache: str = option(
+        "", "folder for decoded images, written once and read instead of the files; empty: none", path=True
+    )
     window: Literal["auto", "percentile"] = option(
         "auto", "DICOM: what is black and white; auto: the window of the file, else percentiles of the image"
     )
@@ -69,12 +71,7 @@ class Data:
         data = cls(**fields.convert_all(cls, values, key))
         # The path of some sources is a name or a list of options; a section that changes another may leave out `name`.
         is_path = data.name in FILE_SOURCES or (not data.name and Path(data.path).exists())
-        path = _absolute(data.path) if is_path else data.path
-        return dataclasses.replace(data, path=path, cache=_absolute(data.cache))
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).absolute()) if path and not path.startswith("~") else path
+        return dataclasses.replace(data, path=fields.absolute(data.path)) if is_path else data
 
 
 @dataclass(frozen=True)
@@ -159,13 +156,9 @@ class Model:
     )
     mean: tuple[float, ...] = option((), "per channel, for images in [0, 1]; empty: ImageNet's (3 channels) or 0.5")
     std: tuple[float, ...] = option((), "per channel; empty: ImageNet's (3 channels) or 0.25")
-    init: str = option("", "start from this exported encoder (a run folder or a .safetensors file); empty: random")
-
-    @classmethod
-    def parse(cls, values: Mapping[str, Any], key: str) -> "Model":
-        """From a config file or flags. A relative path in `init` becomes absolute, as those of data do."""
-        model = cls(**fields.convert_all(cls, values, key))
-        return dataclasses.replace(model, init=_absolute(model.init))
+    init: str = option(
+        "", "start from this exported encoder (a run folder or a .safetensors file); empty: random", path=True
+    )
 
 
 @dataclass(frozen=True)
@@ -256,7 +249,9 @@ class Finetune:
 class Study:
     """A comparison of arms x label counts x seeds."""
 
-    arms: Mapping[str, Any] = option(dict, "arm -> what differs from the config, nested like it")
+    arms: Mapping[str, Any] = option(
+        dict, 'arm -> what differs from the config, nested like it; {"from": RUN}: the encoder of a finished run'
+    )
     baseline: str = option("scratch", "arm that the others are compared with; an empty arm starts from random weights")
     protocol: Literal["finetune", "linear"] = option("finetune", "how encoders are evaluated")
     labels: tuple[int, ...] = option((50, 100, 250, 1000), "label counts; each draw contains the smaller ones", min=1)
@@ -265,6 +260,19 @@ class Study:
         1, "pretraining runs per arm, each with its own seed; the study's seeds take turns", min=1
     )
     test: Data = option(Data(name="", split="test"), "test data: what differs from config.data")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], key: str) -> "Study":
+        """From a config file. Relative paths of runs become absolute."""
+        study, arms = cls(**fields.convert_all(cls, values, key)), {}
+        for arm, changes in study.arms.items():
+            if not isinstance(changes, Mapping):
+                raise UserError(f"{key}.arms: {arm}={changes!r}: allowed: a mapping, such as {{}}")
+            run = changes.get("from", "none")
+            if not isinstance(run, str) or not run:
+                raise UserError(f"{key}.arms: {arm}: from={run!r}: allowed: the path of a run folder")
+            arms[arm] = {**changes, "from": fields.absolute(run)} if "from" in changes else changes
+        return dataclasses.replace(study, arms=arms)
 
 
 @dataclass(frozen=True)

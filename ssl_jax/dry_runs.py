@@ -60,13 +60,20 @@ def pretraining(config: Config, workdir: Path, source: Source) -> Iterator[str]:
     yield f"writes    {_writes(workdir, train.keep * size)}: {train.keep} checkpoints of {size_of(size)}, the encoder"
 
 
-def study(config: Config, folder: StudyFolder, pretrainings: Mapping[tuple[str, int], Config]) -> Iterator[str]:
-    """Lines about a study: its arms, label counts and cells, and each arm's first pretraining."""
+def study(
+    config: Config, folder: StudyFolder, pretrainings: Mapping[tuple[str, int], Config], given: Mapping[str, Encoder]
+) -> Iterator[str]:
+    """Lines about a study: its arms, label counts and cells, and each arm's first pretraining.
+
+    given: the encoders of finished runs that arms start from.
+    """
     settings = config.study
     cells = len(settings.arms) * len(settings.labels) * settings.seeds
     yield f"study     {len(settings.arms)} arms: {', '.join(settings.arms)}; {len(pretrainings)} pretrainings"
     labels = ", ".join(map(str, settings.labels))
     yield f"cells     {cells}: {settings.protocol} on {labels} labels, {settings.seeds} draws each"
+    for arm, encoder in given.items():
+        yield f"encoder   of {arm}: {encoder.about.get('method')}, from {settings.arms[arm]['from']}"
     for (arm, number), run in pretrainings.items():
         if not number:
             yield f"\n{arm}, {settings.pretrainings} of them:" if settings.pretrainings > 1 else f"\n{arm}:"

@@ -16,6 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from ssl_jax import registry
@@ -43,16 +44,17 @@ def option(
     below: float | None = None,
     choices: Iterable[Any] | None = None,
     registered: str | None = None,
+    path: bool = False,
 ) -> Any:
     """A dataclass field with its help and its range.
 
     default: a value, or a function that returns it (`dict`). min and max are allowed themselves, above and below are
     not. choices: for values that a table lists, where a Literal would repeat it. registered: the value is a name that
-    `registry.find` knows; "method", "source" or "model".
+    `registry.find` knows; "method", "source" or "model". path: a relative path, which becomes absolute.
     """
     listed = None if choices is None else tuple(choices)
     declared: dict[str, Any] = {"help": help, "min": min, "above": above, "max": max, "below": below}
-    declared |= {"choices": listed, "registered": registered}
+    declared |= {"choices": listed, "registered": registered, "path": path or None}
     metadata = {key: value for key, value in declared.items() if value is not None}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
@@ -88,8 +90,13 @@ def convert_all(kind: type, values: Mapping[str, Any], key: str) -> dict[str, An
         if value is not None:
             value = _convert(types[name], metadata[name], value, f"{key}.{name}")
             _check(types[name], metadata[name], value, f"{key}.{name}")
-            converted[name] = value
+            converted[name] = absolute(value) if metadata[name].get("path") else value
     return converted
+
+
+def absolute(path: str) -> str:
+    """`path` as it is understood from any folder; "" stays, and so does what begins with ~."""
+    return str(Path(path).absolute()) if path and not path.startswith("~") else path
 
 
 def check(instance: Any, key: str) -> None:

@@ -28,7 +28,7 @@ from ssl_jax.config import Config, Data, Finetune, Model, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_indices, labelled_part
 from ssl_jax.data.source import Source
-from ssl_jax.encoder import Encoder
+from ssl_jax.encoder import Encoder, load_encoder, model_of
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import finetune, loss_curve
 from ssl_jax.evaluate.linear import linear_probe
@@ -36,10 +36,12 @@ from ssl_jax.evaluate.references import RANDOM, References, digest
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.subsets import nested_subset
 from ssl_jax.files import read_json, read_npz, remove_leftovers, write_json, write_npz
+from ssl_jax.models import resolve_model
 from ssl_jax.report.summary import write_all, write_tables
 from ssl_jax.report.tables import Cell, Row
 from ssl_jax.run_folder import RunFolder, StudyFolder
 
+FROM = "from"  # the key of an arm that names a run, whose encoder it takes
 VERSION = 2  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
 SHORT = {"top1": "top-1", "macro_auc": "macro AUC"}  # names of scores in the log
 
@@ -80,7 +82,14 @@ def arms_of(config: Config) -> dict[str, Config]:
     """The config of each arm. Raises UserError for a mistake in any of them."""
     if not config.study.arms:
         raise UserError("config.study.arms: empty; name at least one arm, as configs/study_fashion_mnist.py does")
-    arms = {arm: merge(config, changes) for arm, changes in config.study.arms.items()}
+    arms = {}
+    for arm, changes in config.study.arms.items():
+        own = {section: values for section, values in changes.items() if section != FROM}
+        arms[arm] = merge(config, own)
+        beside = [f"{section}.{key}" for section in own if section != "finetune" for key in own[section]]
+        if FROM in changes and beside:
+            reason = f"not expected beside {FROM!r}, whose encoder is trained already; allowed: finetune"
+            raise UserError(f"config.study.arms: {arm}: {', '.join(beside)}: {reason}")
     if config.study.baseline not in arms:
         raise unknown("config.study.baseline", config.study.baseline, arms)
     return arms
@@ -90,11 +99,35 @@ def pretrainings(config: Config) -> dict[tuple[str, int], Config]:
     """(arm, number) -> config of every pretraining that the study needs. Those of one arm differ only in their seed."""
     runs = {}
     for arm, arm_config in arms_of(config).items():
-        if not from_scratch(config.study.arms[arm]):
+        changes = config.study.arms[arm]
+        if not from_scratch(changes) and FROM not in changes:
             for i in range(min(config.study.pretrainings, config.study.seeds)):
                 train = dataclasses.replace(arm_config.train, seed=arm_config.train.seed + i)
                 runs[arm, i] = dataclasses.replace(arm_config, train=train)
     return runs
+
+
+def encoders_of_runs(config: Config, train: Source) -> dict[str, Encoder]:
+    """The encoder of each arm that takes that of a finished run: {"from": "runs/a"}.
+
+    Raises UserError if there is none, or if it was trained on images of another size or number of channels.
+    """
+    size, channels, found = min(train.shape[:2]), train.shape[2], {}
+    for arm, changes in config.study.arms.items():
+        if FROM not in changes:
+            continue
+        key = f"config.study.arms: {arm}: {FROM}"
+        try:
+            encoder = load_encoder(Path(changes[FROM]).expanduser())
+        except UserError as error:  # it begins with the path
+            raise UserError(f"{key}={error}") from error
+        if (encoder.size, encoder.channels) != (size, channels):
+            raise UserError(
+                f"{key}={changes[FROM]}: its images have size={encoder.size}, channels={encoder.channels}; "
+                f"allowed: those of config.data, size={size}, channels={channels}"
+            )
+        found[arm] = encoder
+    return found
 
 
 def list_cells(study: Study, part: tuple[int, int] | None = None) -> list[CellId]:
@@ -150,10 +183,10 @@ def run_study(
 ) -> list[Row]:
     """Runs every unfinished cell of config.study in `workdir` and returns the rows of summary.csv.
 
-    get_encoder(arm, config of the arm, number) is called once per pretraining of an arm (number: which one), and once
-    per seed of an arm that starts from scratch (number: the seed). Labels are drawn from `train`; scores are computed
-    on all of `test`. log receives one line per cell. With part=(k, n) only the k-th of n shares of the cells is run
-    and no table is written; a call without part completes the study.
+    get_encoder(arm, config of the arm, number) is called once per pretraining of an arm (number: which one; 0 for the
+    encoder of a finished run), and once per seed of an arm that starts from scratch (number: the seed). Labels are
+    drawn from `train`; scores are computed on all of `test`. log receives one line per cell. With part=(k, n) only the
+    k-th of n shares of the cells is run and no table is written; a call without part completes the study.
 
     Seeds are the outermost loop, so paired differences of all arms exist early. Tables are written after each seed,
     figures at the end. A study that is killed and restarted, or run in parts, writes the same tables, byte for byte.
@@ -173,7 +206,8 @@ def run_study(
     progress, rows = _Progress(len(cell_ids)), list[Row]()
     evaluator = _Evaluator(config, arms, test.arrays(), test_labels, train.classes)
     encoders = _Encoders(study, arms, get_encoder, cell_ids)
-    compared = References(_networks(encoders, study, arms), test.arrays(), test_labels, train.classes, config.eval)
+    networks = _networks(encoders, study, arms, min(train.shape[:2]))
+    compared = References(networks, test.arrays(), test_labels, train.classes, config.eval)
     for cell_id in cell_ids:
         encoder, encoder_digest = encoders.of(cell_id)
         examples, indices = subsets.of(cell_id), subsets.draws[cell_id.labels, cell_id.seed]
@@ -197,11 +231,14 @@ def run_study(
     return write_all(workdir, cells, study.baseline, references) if part is None else rows
 
 
-def _networks(encoders: "_Encoders", study: Study, arms: Mapping[str, Config]) -> dict[str, Encoder]:
+def _networks(encoders: "_Encoders", study: Study, arms: Mapping[str, Config], size: int) -> dict[str, Encoder]:
     """An encoder of each network that is compared, under the name of its random counterpart."""
     first: dict[Model, str] = {}
     for arm in sorted(arms, key=lambda arm: arm != study.baseline):
-        first.setdefault(dataclasses.replace(arms[arm].model, init=""), arm)
+        model = arms[arm].model
+        if FROM in study.arms[arm]:
+            model = model_of(encoders.of(CellId(arm, study.labels[0], 0))[0].about)
+        first.setdefault(dataclasses.replace(resolve_model(model, size), init="", conv="auto"), arm)
     names = {arm: RANDOM if len(first) == 1 else f"{RANDOM} of {arm}" for arm in first.values()}
     return {name: encoders.of(CellId(arm, study.labels[0], 0))[0] for arm, name in names.items()}
 
@@ -226,7 +263,8 @@ class _Encoders:
 
     def of(self, cell: CellId) -> tuple[Encoder, str]:
         scratch = cell.arm in self.scratch
-        number = cell.seed if scratch else cell.seed % self.study.pretrainings
+        count = 1 if FROM in self.study.arms[cell.arm] else self.study.pretrainings
+        number = cell.seed if scratch else cell.seed % count
         if (cell.arm, number) not in self.cache:
             if scratch:  # random encoders of the previous seed are no longer needed
                 self.cache = {k: v for k, v in self.cache.items() if k[0] not in self.scratch or k[1] == number}
@@ -363,8 +401,9 @@ def _write_metadata(config: Config, workdir: Path, train: Source, test: Source, 
         "train_images": len(train),
         "test_images": len(test),
         "phantom": phantom(config.data),
-        "pretrainings": min(config.study.pretrainings, config.study.seeds),
+        "pretrainings": max([1, *(number + 1 for _, number in pretrainings(config))]),
         "seeds": config.study.seeds,
+        "from": {arm: changes[FROM] for arm, changes in config.study.arms.items() if FROM in changes},
     }
     remove_leftovers(workdir)
     write_json(StudyFolder(workdir).config, to_json(config))

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from toy_study import toy_config, toy_run, toy_tables
 from ssl_jax import cli, study
 from ssl_jax.config import Data, Study, resolve
 from ssl_jax.config_file import load_config
-from ssl_jax.data import phantom
-from ssl_jax.encoder import export, load_encoder, random_encoder
+from ssl_jax.data import open_source, phantom
+from ssl_jax.encoder import export, load_encoder, model_of, random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.run_folder import RunFolder, StudyFolder
 
@@ -218,3 +219,65 @@ def test_phantoms_pass_through_the_readers_and_the_study(tmp_path, capsys, monke
     assert truth["groups"][0] != truth["groups"][-1] and about["phantom"]["patients"] == 12
     assert (folder / "summary.md").read_text().startswith("# Label efficiency on phantom images")
     assert "Label-efficiency study on phantom images" in (folder / "report.html").read_text()
+
+
+@pytest.fixture
+def run_and_study(tmp_path):
+    """A finished run, and a function that runs a study of these arms, flags beside it, and returns its exit code."""
+    config = resolve(runpy.run_path(str(_write(tmp_path / "study.py", STUDY)))["get_config"]())
+    model = dataclasses.replace(config.model, width=2.0)
+    _untrained(dataclasses.replace(config, model=model), tmp_path / "run", open_source(config.data))
+
+    def study_of(arms, *flags):
+        text = STUDY.replace("    return config", f"    config.study.arms = {arms!r}\n    return config")
+        spec = _write(tmp_path / "study.py", text)
+        return cli.main(["study", f"--config={spec}", f"--workdir={tmp_path / 'out'}", *flags])
+
+    return tmp_path / "run", study_of
+
+
+def _write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_an_arm_from_a_finished_run(run_and_study, tmp_path, monkeypatch, capsys):
+    """Its encoder serves all seeds, is named in the summary, and is not pretrained again."""
+    run, study_of = run_and_study
+    monkeypatch.setattr("ssl_jax.train.fit", lambda *_: pytest.fail("pretrained"))
+    monkeypatch.chdir(tmp_path)
+    arms = {"scratch": {}, "mine": {"from": "run", "finetune": {"steps": 3}}}
+    assert study_of(arms) == 0
+    assert "[4/4]  mine, 12 labels, seed 1: top-1" in capsys.readouterr().out
+    summary = StudyFolder("out").summary_md.read_text()
+    assert f"each with one encoder for all seeds: mine from {run}." in summary
+    assert "A pretrained arm uses one encoder for all seeds" in summary
+    assert "random encoder of mine" in (tmp_path / "out" / "references.csv").read_text()  # another network: its own
+    monkeypatch.chdir("/")
+    assert study_of({**arms, "mine": {**arms["mine"], "from": str(run)}}) == 0
+    assert capsys.readouterr().out.count("(reused)") == 4
+    other = random_encoder(model_of(load_encoder(run).about), 16, 1, seed=9)
+    export(run / "encoder", other)
+    assert study_of({**arms, "mine": {**arms["mine"], "from": str(run)}}) == 0
+    assert capsys.readouterr().out.count("(reused)") == 2  # those from scratch
+
+
+def test_mistakes_in_an_arm_from_a_run(run_and_study, tmp_path, capsys):
+    run, study_of = run_and_study
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    for changes, flags, message in [
+        ({"from": f"{tmp_path}/no"}, (), f"mine: from={tmp_path}/no: no encoder.json; allowed: a run folder"),
+        ({"from": f"{tmp_path}/begun"}, (), f"mine: from={tmp_path}/begun: no encoder.json; the run has not ended"),
+        (
+            {"from": str(run)},
+            ("--config.data.size=8",),
+            "size=16, channels=1; allowed: those of config.data, size=8",
+        ),
+        ({"from": str(run), "optim": {"lr": 0.1}}, (), "arms: mine: optim.lr: not expected beside 'from'"),
+        ({"from": 3}, (), "config.study.arms: mine: from=3: allowed: the path of a run folder"),
+        (3, (), "config.study.arms: mine=3: allowed: a mapping"),
+    ]:
+        assert study_of({"scratch": {}, "mine": changes}, *flags) == 2
+        told = capsys.readouterr().err.strip()
+        assert message in told and "\n" not in told
+    assert not (tmp_path / "out" / "cells").exists()

@@ -204,6 +204,11 @@ def _what_varies(about: Mapping[str, Any], patients: Sequence[Row]) -> str:
             parts.append(
                 "Seeds that share an encoder are counted as independent, which makes the intervals somewhat too narrow."
             )
+    if runs := about.get("from"):
+        where = ", ".join(f"{arm} from {path}" for arm, path in runs.items())
+        parts.append(f"Taken from finished runs, each with one encoder for all seeds: {where}.")
+        if count > 1:
+            parts.append("Their intervals do not cover the difference between pretraining runs.")
     if patients:
         parts.append(
             "The interval over test patients keeps the trained models and resamples the patients of the test set "
