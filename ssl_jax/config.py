@@ -197,6 +197,9 @@ class Train:
     )
     bn_group: int = option(0, "images that share BatchNorm statistics; 0: all that are embedded at a time", min=0)
     duration: Duration = option("100 epochs", "length of the run")
+    init: str = option(
+        "", "start from the last checkpoint of this run folder, with all its state but the step; empty: none", path=True
+    )
     seed: int = option(0, "seed of all randomness: weights, order, views")
     log_every: Duration = option("10 steps", "interval between lines in metrics.jsonl")
     save_every: Duration = option("1 epochs", "interval between checkpoints; the last step is always saved")

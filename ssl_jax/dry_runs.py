@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from ssl_jax.errors import visible
 from ssl_jax.evaluate import finetuning
 from ssl_jax.run_folder import StudyFolder
 from ssl_jax.train import memory
+from ssl_jax.train.loop import last_state
 from ssl_jax.train.step import batches, compile_step, init_state, set_up
 
 STEPS = 4  # that are timed
@@ -34,6 +34,8 @@ def pretraining(config: Config, workdir: Path, source: Source) -> Iterator[str]:
     setup, train = set_up(config, source), config.train
     mesh = parallel.make_mesh(train.devices, train.batch, train.part, train.shard)
     state = init_state(setup, train.seed, mesh)
+    if config.train.init:
+        state = last_state(config, state, print)
     trained = _millions(state.params)
     encoder = _millions(jax.eval_shape(setup.encoder.init, jax.random.key(0), _images(setup))[0])
     yield f"model     {config.method_name}, {config.model.name}: {encoder} parameters, {trained} while it trains"
@@ -42,7 +44,7 @@ def pretraining(config: Config, workdir: Path, source: Source) -> Iterator[str]:
     feed = batches(config, source, mesh, 0, min(STEPS, setup.steps))
     first, stop, seconds = next(feed), parallel.per_device(mesh, 0), []
     start = time.monotonic()
-    step_fn: Any = compile_step(setup, config, mesh, state).lower(state, first, stop).compile()  # type: ignore[attr-defined]
+    step_fn = compile_step(setup, config, mesh, state, first, stop)
     compiling = time.monotonic() - start
     need, free = memory.needed(step_fn), memory.free_memory()
     yield f"memory    {size_of(need)} for a step, as the compiler counts, of {size_of(free)} free on each device"

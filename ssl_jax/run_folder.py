@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ log = logging.getLogger("ssl_jax")
 PACKAGES = ("ssl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 # These say where a run computes and what is recorded of it, not what it computes: they may change when it resumes.
 FREE_KEYS = ("config.train.devices:", "config.train.shard:", "config.train.profile:")
+# These name files, which may be moved together with a run.
+PATHS = (("data", "path"), ("data", "cache"), ("model", "init"), ("train", "init"))
 
 
 class Folder:
@@ -120,16 +122,16 @@ class RunFolder(Folder):
         """Creates the folder, or checks that an existing one belongs to the same config.
 
         A run that ended before its first step has nothing worth keeping: its config is replaced.
+        Files that the config names may have been moved: config.json then takes over where they are now.
         Raises UserError if the folder holds something else or another config, naming the keys that differ.
         """
         new = json.loads(json.dumps(to_json(config)))
-        begun = self.checkpoints.exists() or self.metrics.exists()
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--workdir={self.path}: is a file; allowed: a folder, new or of an earlier run")
         try:
             saved = read_json(self.config, f"{COPY}, or remove the folder to start again")
         except DamagedError as error:
-            if begun and not self._began_with(new):
+            if self.begun() and not self._began_with(new):
                 raise
             log.warning("%s; written anew", error.damage)
             saved = new
@@ -137,19 +139,26 @@ class RunFolder(Folder):
         if saved:
             # The config of an older version lacks newer keys: they take their defaults.
             saved = json.loads(json.dumps(to_json(resolve(from_json(saved)))))
+            moved = _follow(saved, new)
             changed = [key for key in differences(saved, new) if not key.startswith(FREE_KEYS)]
-            if changed and begun:
+            if changed and self.begun():
                 raise UserError(
                     f"--workdir={self.path}: holds a run of another config ({'; '.join(changed)}); "
                     "allowed: the same config, to resume it, or another folder"
                 )
-            if changed:
+            for line in moved:
+                print(line, flush=True)
+            if changed or moved:
                 write_json(self.config, new)
             return
         empty = not self.path.is_dir() or all(p.name.startswith(".") for p in self.path.iterdir())
         if not empty and not self._began_with(new):
             raise UserError(f"--workdir={self.path}: not empty and not a run folder; allowed: a new folder")
         write_json(self.config, new)
+
+    def begun(self) -> bool:
+        """Whether a step has been saved or logged here. Until then, nothing in the folder is worth keeping."""
+        return self.checkpoints.exists() or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     def _began_with(self, config: dict[str, Any]) -> bool:
         """Whether the run here began with this config, as environment.json tells where config.json is lost."""
@@ -163,8 +172,9 @@ class RunFolder(Folder):
         """Locks the folder until `stack` closes, and starts or continues the run in it.
 
         settings: functions of what depends on the machine. Their values are recorded in environment.json when a run
-        begins, and it keeps them. Returns {"finished": True} for a complete run, else these values and False. A run
-        whose export is damaged is not complete: the export is made anew.
+        begins, and it keeps them. Returns {"finished": True} for a complete run, else False, these values, and in
+        "decided" the names of those that are new. A run whose export is damaged is not complete: the export is made
+        anew.
         """
         damage = ""
         try:
@@ -180,10 +190,14 @@ class RunFolder(Folder):
         if damage:
             kept = any(self.checkpoints.glob("[0-9]*"))
             log.warning("%s; made anew from %s", damage, "a checkpoint" if kept else "the start, without a checkpoint")
-        before = self.read_environment()
+        before = self.read_environment() if self.begun() else {}
         values = {key: before[key] if key in before else decide() for key, decide in settings.items()}
         self.record_environment(config=_digest(to_json(config)), **values)
-        return {**values, "finished": False}
+        return {**values, "finished": False, "decided": [key for key in settings if key not in before]}
+
+    def decide_again(self, **values: Any) -> None:
+        """Replaces values that `enter` has recorded."""
+        write_json(self.environment, {**self.read_environment(), **values})
 
     def finished(self, steps: int | None = None) -> bool:
         """As `exported`; a damaged export counts as none."""
@@ -246,6 +260,18 @@ class StudyFolder(Folder):
     def exists(self) -> bool:
         """Whether this is the folder of a study rather than of a run."""
         return self.about.is_file() or bool(self.pretrainings())
+
+
+def _follow(saved: dict[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Takes over into `saved` the new place of files that are gone from the old one; returns a line about each."""
+    lines = []
+    for section, key in PATHS:
+        before, now = saved[section][key], new[section][key]
+        absolute = Path(before).is_absolute() and Path(now).is_absolute()
+        if absolute and Path(now).exists() and not Path(before).exists():
+            saved[section][key] = now
+            lines.append(f"config.{section}.{key}: {before} is gone; reading {now} instead")
+    return lines
 
 
 def _digest(config: dict[str, Any]) -> str:

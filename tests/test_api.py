@@ -14,7 +14,8 @@ from toy_encoder import WIDTH, toy_encoder, toy_images
 
 import ssl_jax
 from ssl_jax import checkpoint, cli, commands, evaluation, load, train
-from ssl_jax.config import Data, default, override, resolve, to_json
+from ssl_jax.config import Data, default, resolve, to_json
+from ssl_jax.config_file import override
 from ssl_jax.data import open_source
 from ssl_jax.encoder import Encoder, export
 from ssl_jax.errors import UserError

@@ -3,11 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from ssl_jax import parallel, train
+from ssl_jax.errors import UserError
 from ssl_jax.testing.tiny import Images, tiny_config, tiny_encoder
-from ssl_jax.train import memory
+from ssl_jax.train import hooks, loop, memory
 from ssl_jax.train.step import make_step, set_up
 
 
@@ -85,6 +87,53 @@ def test_a_run_keeps_what_it_began_with(monkeypatch, tmp_path, capsys):
     train.fit(config(**options), tmp_path, source(), tiny_encoder())
     assert json.loads((tmp_path / "environment.json").read_text())["micro_batch"] == 8
     assert "parts" not in capsys.readouterr().out
+    (tmp_path / "encoder" / "encoder.json").unlink()
+    with pytest.raises(UserError, match="128 images, but the run began with 96; allowed: the same images"):
+        train.fit(config(**options), tmp_path, Images(n=128, size=16), tiny_encoder())
+
+
+def test_a_step_that_does_not_fit_is_compiled_in_smaller_parts(monkeypatch, tmp_path, capsys):
+    """Where this start has chosen the micro-batch. The run is then the one that this micro-batch gives.
+
+    One that was given stays, and a line warns. If any process has no room, all of them decide alike.
+    """
+    compiled, needs, original = [], iter((50e9, 20e9, 5e9, 5e9)), loop.compile_step
+
+    def compile_step(setup, config, *args):
+        compiled.append(config.train.part)
+        return original(setup, config, *args) if config.train.part == 4 else None
+
+    monkeypatch.setattr(hooks, "write_views", lambda *_: None)
+    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(memory, "beside_arguments", lambda *_: next(needs))
+    with_free(monkeypatch, 10e9)
+    options = {"train__batch": 16, "eval__every": "0 steps"}
+    train.fit(config(**options, train__micro_batch="auto"), tmp_path / "auto", source(), tiny_encoder())
+    assert compiled == [0, 8, 4]
+    said = [line for line in capsys.readouterr().err.splitlines() if "GB" in line]
+    told = "GB more on each device, and 10.0 GB are free"
+    assert said == [
+        f"a step needs {need} {told}: the batch is embedded in parts of {part} instead; "
+        f"BatchNorm's statistics are those of {part} images"
+        for need, part in ((50.0, 8), (20.0, 4))
+    ]
+    assert json.loads((tmp_path / "auto" / "environment.json").read_text())["micro_batch"] == 4
+
+    monkeypatch.setattr(parallel, "any_process", lambda flag: True)  # another process has less
+    train.fit(config(**options, train__micro_batch=4), tmp_path / "four", source(), tiny_encoder())
+    assert compiled[3:] == [4]
+    warning = f"warning: a step needs 5.0 {told}; if it fails, start a new run with config.train.micro_batch=2"
+    assert warning in capsys.readouterr().err
+    runs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("auto", "four")]
+    assert runs[0] == runs[1]
+
+
+def test_what_a_compiled_step_takes_beside_its_arguments():
+    """A matrix of 4 MB between arguments and results that are small, and the copy that a checkpoint writes."""
+    state = jnp.ones(1000)
+    program = jax.jit(lambda x: jnp.sort(x[:, None] + jnp.arange(1000.0), axis=None)[:1000]).lower(state).compile()
+    taken = memory.beside_arguments(program, {"x": state})
+    assert 4e6 <= taken <= 2.5e7 and taken == memory.beside_arguments(program, {}) + 4000 / jax.local_device_count()
 
 
 def test_free_memory_heeds_the_limits_of_the_job(tmp_path):

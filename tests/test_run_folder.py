@@ -1,5 +1,7 @@
 """Where a run and a study keep their files, and files that survive a kill."""
 
+import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from ssl_jax.errors import BusyError, UserError
 from ssl_jax.files import read_json, read_lines, write_bytes, write_json, write_weights
 from ssl_jax.run_folder import RunFolder, StudyFolder
+from ssl_jax.testing.tiny import tiny_config
 from ssl_jax.train.writers import JsonLines
 
 
@@ -18,6 +21,55 @@ def test_a_run_is_finished_when_its_encoder_is_there(tmp_path):
     assert not run.finished()
     write_weights(run.encoder / "encoder.safetensors", {"w": np.ones(3, np.float32)})
     assert run.finished() and run.finished(10) and not run.finished(20)
+
+
+def test_a_run_follows_files_that_were_moved(tmp_path, capsys):
+    run, old, new = RunFolder(tmp_path / "run"), tmp_path / "old", tmp_path / "new"
+    config = tiny_config("simclr")
+
+    def start(path, name="folder"):
+        run.start(dataclasses.replace(config, data=dataclasses.replace(config.data, name=name, path=str(path))))
+
+    old.mkdir()
+    start(old)
+    run.metrics.write_text('{"step": 1}\n')
+    new.mkdir()
+    with pytest.raises(UserError, match=r"holds a run of another config \(config\.data\.path: "):
+        start(new)  # the old one is still there
+    old.rmdir()
+    with pytest.raises(UserError, match="another config"):
+        start(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="another config"):
+        start(new, "chexpert")  # more than the path differs
+    assert not capsys.readouterr().out
+    start(new)
+    assert capsys.readouterr().out == f"config.data.path: {old} is gone; reading {new} instead\n"
+    assert run.read_config()["data"]["path"] == str(new)
+    start(new)
+    assert not capsys.readouterr().out
+
+
+def test_a_path_that_is_a_name_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist").mkdir()
+    config, run = tiny_config("simclr"), RunFolder(tmp_path / "run")
+    run.start(dataclasses.replace(config, data=dataclasses.replace(config.data, name="tfds", path="cifar10")))
+    run.metrics.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="another config"):
+        run.start(dataclasses.replace(config, data=dataclasses.replace(config.data, name="tfds", path="mnist")))
+
+
+def test_what_never_began_is_decided_anew(tmp_path):
+    config, run, values = tiny_config("simclr"), RunFolder(tmp_path / "run"), iter((1, 2))
+
+    def enter():
+        with contextlib.ExitStack() as stack:
+            return run.enter(config, 20, stack, micro_batch=lambda: next(values))
+
+    assert enter() == {"micro_batch": 1, "decided": ["micro_batch"], "finished": False}
+    assert enter() == {"micro_batch": 2, "decided": ["micro_batch"], "finished": False}
+    run.metrics.write_text('{"step": 1}\n')
+    assert enter() == {"micro_batch": 2, "decided": [], "finished": False}
 
 
 def test_a_folder_without_config_is_not_a_run(tmp_path):

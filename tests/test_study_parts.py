@@ -264,9 +264,9 @@ def test_an_arm_from_a_finished_run(run_and_study, tmp_path, monkeypatch, capsys
 
 def test_mistakes_in_an_arm_from_a_run(run_and_study, tmp_path, capsys):
     run, study_of = run_and_study
-    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "begun" / "checkpoints" / "000000005").mkdir(parents=True)
     for changes, flags, message in [
-        ({"from": f"{tmp_path}/no"}, (), f"mine: from={tmp_path}/no: no encoder.json; allowed: a run folder"),
+        ({"from": f"{tmp_path}/no"}, (), f"mine: from={tmp_path}/no: no encoder.json; allowed: a folder made by"),
         ({"from": f"{tmp_path}/begun"}, (), f"mine: from={tmp_path}/begun: no encoder.json; the run has not ended"),
         (
             {"from": str(run)},

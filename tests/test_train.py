@@ -1,9 +1,13 @@
 """Whole runs: real processes, real kills, real files."""
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +21,9 @@ import pytest
 
 from ssl_jax import cli, load, parallel, train
 from ssl_jax.checkpoint import read_metadata, steps
+from ssl_jax.config import resolve
+from ssl_jax.config_file import load_config
+from ssl_jax.data import open_source
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_lines
 from ssl_jax.parallel import make_mesh
@@ -93,8 +100,11 @@ def wait_for(process, workdir, count, what="metrics"):
 
 def final_arrays(workdir):
     """Shape and fingerprint of every array of the newest checkpoint."""
-    path = Path(workdir).absolute() / "checkpoints" / f"{steps(Path(workdir) / 'checkpoints')[-1]:09d}"
-    return read_metadata(path)["arrays"]
+    return arrays_at(workdir, steps(Path(workdir) / "checkpoints")[-1])
+
+
+def arrays_at(workdir, step):
+    return read_metadata(Path(workdir).absolute() / "checkpoints" / f"{step:09d}")["arrays"]
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +225,9 @@ def test_a_run_that_never_began_may_be_corrected(tmp_path):
     RunFolder(tmp_path / "run").start(right)
     assert RunFolder(tmp_path / "run").read_config()["train"]["batch"] == 8
     (tmp_path / "run" / "metrics.jsonl").touch()
+    RunFolder(tmp_path / "run").start(tiny_config("simclr"))
+    RunFolder(tmp_path / "run").start(right)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(UserError, match="train.batch: 8 -> "):
         RunFolder(tmp_path / "run").start(tiny_config("simclr"))
 
@@ -363,6 +376,59 @@ def test_several_labels_an_image_are_watched(tmp_path):
     assert "Online probe, loss" in html.write_report(tmp_path / "run").read_text()
     gather = device_store(source, parallel.make_mesh(1, 96))
     np.testing.assert_array_equal(gather({"index": np.arange(96)})["label"], source.labels)  # float, NaN and all
+
+
+def longer_config(init, *more):
+    options = {**TINY, "train.init": init, "train.duration": "9 steps", "train.save_every": "20 steps"}
+    options |= {"optim.warmup": "4 steps", "eval.every": "0 steps"}
+    return resolve(load_config("pretrain:moco", [*(f"--config.{k}={v}" for k, v in options.items()), *more]))
+
+
+def test_a_longer_run_goes_on_from_the_whole_state_of_another(uninterrupted, tmp_path, monkeypatch):
+    """Bit by bit, but for the step, with a warm-up of its own; and once it has begun, it does not need the other."""
+    shutil.copytree(uninterrupted, tmp_path / "short")
+    monkeypatch.chdir(tmp_path)
+    config = longer_config("short")
+
+    def killed(*args, batches=loop.batches):
+        yield from itertools.islice(batches(*args), 3)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "batches", killed)
+        train.fit(config, tmp_path / "killed")
+    train.fit(config, tmp_path / "whole")
+    last, first = arrays_at("short", 40), arrays_at("whole", 0)
+    assert last.pop(".step") != first.pop(".step") and first == last
+    assert any("target" in name for name in first) and any("queue" in name for name in first)
+    lines = [line for line in read_lines(tmp_path / "whole" / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    peak = config.optim.lr * config.train.batch / config.optim.lr_batch
+    np.testing.assert_allclose([line["lr"] for line in lines[:5]], peak * np.arange(5) / 4, rtol=1e-6)
+    (tmp_path / "short").rename(tmp_path / "gone")
+    train.fit(config, tmp_path / "killed")
+    assert final_arrays("killed") == final_arrays("whole")
+    assert (tmp_path / "killed/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_another_cannot_go_on_from_is_one_line(uninterrupted, tmp_path):
+    RunFolder(tmp_path / "begun").start(tiny_config("moco"))
+    lock, config = RunFolder(uninterrupted).lock, longer_config(str(uninterrupted))
+    for changed, held, message in [
+        (longer_config(str(tmp_path / "no")), False, "no checkpoint; allowed: the folder of a run that has saved one"),
+        (longer_config(str(tmp_path / "begun")), False, "no checkpoint"),
+        (dataclasses.replace(config, method_name="simclr"), False, "a run of the method 'moco'; allowed: one of 'simc"),
+        (longer_config(str(uninterrupted), "--config.method.out=4"), False, "this run needs .*method.out: 8 -> 4"),
+        (longer_config(str(uninterrupted), "--config.optim.name=adamw"), False, "another architecture: .*'adamw'"),
+        (config, True, "another process is working in this folder"),
+    ]:
+        setup = train.set_up(dataclasses.replace(changed, method_name="moco"), open_source(changed.data))
+        like = jax.eval_shape(functools.partial(train.init_state, setup, 0))
+        with lock() if held else contextlib.nullcontext(), pytest.raises(UserError, match=message) as caught:
+            loop.last_state(changed, like, print)
+        told = str(caught.value)
+        assert told.startswith(f"config.train.init={changed.train.init}: ") and "\n" not in told
+    assert not (tmp_path / "no").exists()
 
 
 def test_workdir_that_is_something_else(tmp_path):

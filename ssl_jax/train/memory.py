@@ -48,7 +48,7 @@ def fit_to_memory(config: Config, source: Source, encoder: Network | None = None
     bound = fixed + stored_values(setup) * train.batch / devices
     if bound <= SHARE * free:
         return Fit(0, bound, free)
-    sizes = [n for n in range(devices, train.batch, devices) if _allowed(n, config, source, encoder)]
+    sizes = _smaller(config, source, encoder)
     if not sizes:
         return Fit(0, bound, free)
     small = next((n for n in sizes if n >= PROBE), sizes[-1])
@@ -84,6 +84,12 @@ def with_decisions(config: Config, decided: Mapping[str, Any]) -> Config:
     return dataclasses.replace(_with_micro_batch(config, decided["micro_batch"]), model=model)
 
 
+def shrink(config: Config, source: Source, encoder: Network | None = None) -> Config | None:
+    """The config with the next smaller micro-batch that is allowed; None if there is none."""
+    sizes = _smaller(config, source, encoder)
+    return _with_micro_batch(config, sizes[-1]) if sizes else None
+
+
 def describe(fit: Fit, config: Config) -> str:
     """One line about a batch that is embedded in parts; "" if it is embedded at once."""
     batch, part = config.train.batch, fit.micro_batch
@@ -98,6 +104,12 @@ def describe(fit: Fit, config: Config) -> str:
 
 def _with_micro_batch(config: Config, micro_batch: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=micro_batch))
+
+
+def _smaller(config: Config, source: Source, encoder: Network | None) -> list[int]:
+    """The micro-batches below that of `config` (below the batch, if it has none) that are allowed, ascending."""
+    devices, largest = config.train.devices or jax.device_count(), config.train.part or config.train.batch
+    return [n for n in range(devices, largest, devices) if _allowed(n, config, source, encoder)]
 
 
 def _allowed(micro_batch: int, config: Config, source: Source, encoder: Network | None) -> bool:
@@ -125,6 +137,18 @@ def needed(compiled: Any) -> int:
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return total - memory.alias_size_in_bytes
+
+
+def beside_arguments(compiled: Any, state: TrainState) -> float:
+    """Bytes per device that a compiled step takes when it runs; 0 if the compiler does not tell.
+
+    Its arguments are there already, and its results take the place of the state. On a CPU, the copy of the state that a
+    checkpoint writes comes on top.
+    """
+    counted = compiled.memory_analysis()
+    on_cpu = jax.local_devices()[0].platform == "cpu"
+    copy = sum(map(nbytes, jax.tree.leaves(state))) / jax.local_device_count() if on_cpu else 0
+    return counted.temp_size_in_bytes + copy if counted else 0.0
 
 
 def stored_values(setup: Setup) -> float:

@@ -158,10 +158,11 @@ def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState,
     return step
 
 
-def compile_step(setup: Setup, config: Config, mesh: Mesh, state: TrainState) -> Callable[..., tuple[TrainState, dict]]:
-    """The jitted step of a run: (state, batch, stop int [devices]) -> state, metrics. It donates `state`.
+def compile_step(setup: Setup, config: Config, mesh: Mesh, state: TrainState, *inputs: Any) -> jax.stages.Compiled:
+    """The compiled step of a run: (state, batch, stop int [devices]) -> state, metrics. It donates `state`.
 
-    The metric "stop" is the maximum of `stop`, so every process learns of a stop signal to any of them.
+    inputs: a batch and a `stop`, for their shapes. The metric "stop" is the maximum of `stop`, so every process learns
+    of a stop signal to any of them.
     """
     step = make_step(setup, config, mesh)
 
@@ -170,7 +171,7 @@ def compile_step(setup: Setup, config: Config, mesh: Mesh, state: TrainState) ->
         return state, {**metrics, "stop": stop.max()}
 
     shardings = parallel.state_sharding(mesh, state), parallel.replicated(mesh)
-    return jax.jit(with_stop, donate_argnums=0, out_shardings=shardings)
+    return jax.jit(with_stop, donate_argnums=0, out_shardings=shardings).lower(state, *inputs).compile()
 
 
 def _probe_step(probe, embedding, label):
