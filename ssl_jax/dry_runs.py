@@ -20,7 +20,7 @@ from ssl_jax.errors import visible
 from ssl_jax.evaluate import finetuning
 from ssl_jax.run_folder import StudyFolder
 from ssl_jax.train import memory
-from ssl_jax.train.loop import last_state
+from ssl_jax.train.start import last_state
 from ssl_jax.train.step import batches, compile_step, init_state, set_up
 
 STEPS = 4  # that are timed

@@ -24,7 +24,7 @@ from ssl_jax.network import Network
 from ssl_jax.report.evaluations import below_pixels, evaluations
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.testing.tiny import Images, tiny_config
-from ssl_jax.train import loop, memory
+from ssl_jax.train import memory
 from ssl_jax.train.step import encoder_of
 
 IMAGES, LABELS = toy_images(20)
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     config = tiny_config("moco", **changes)
     setup = train.set_up(config, Images())
     with contextlib.ExitStack() as stack:
-        recorded = memory.decisions(config, Images()) | {"data": lambda: loop.measures(Images())}
+        recorded = memory.decisions(config, Images())
         folder.enter(config, 6, stack, **recorded)
     for step in (4, 6):
         state = train.init_state(setup, step)._replace(step=jnp.int32(step))

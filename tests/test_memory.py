@@ -9,7 +9,7 @@ import pytest
 from ssl_jax import parallel, train
 from ssl_jax.errors import UserError
 from ssl_jax.testing.tiny import Images, tiny_config, tiny_encoder
-from ssl_jax.train import hooks, loop, memory
+from ssl_jax.train import hooks, memory, start
 from ssl_jax.train.step import make_step, set_up
 
 
@@ -97,14 +97,14 @@ def test_a_step_that_does_not_fit_is_compiled_in_smaller_parts(monkeypatch, tmp_
 
     One that was given stays, and a line warns. If any process has no room, all of them decide alike.
     """
-    compiled, needs, original = [], iter((50e9, 20e9, 5e9, 5e9)), loop.compile_step
+    compiled, needs, original = [], iter((50e9, 20e9, 5e9, 5e9)), start.compile_step
 
     def compile_step(setup, config, *args):
         compiled.append(config.train.part)
         return original(setup, config, *args) if config.train.part == 4 else None
 
     monkeypatch.setattr(hooks, "write_views", lambda *_: None)
-    monkeypatch.setattr(loop, "compile_step", compile_step)
+    monkeypatch.setattr(start, "compile_step", compile_step)
     monkeypatch.setattr(memory, "beside_arguments", lambda *_: next(needs))
     with_free(monkeypatch, 10e9)
     options = {"train__batch": 16, "eval__every": "0 steps"}

@@ -31,6 +31,7 @@ from ssl_jax.report import html
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.testing.tiny import Images, tiny_config, tiny_encoder
 from ssl_jax.train import hooks, loop
+from ssl_jax.train.start import last_state
 from ssl_jax.train.step import device_store
 from ssl_jax.transforms import target_of
 
@@ -425,7 +426,7 @@ def test_a_run_that_another_cannot_go_on_from_is_one_line(uninterrupted, tmp_pat
         setup = train.set_up(dataclasses.replace(changed, method_name="moco"), open_source(changed.data))
         like = jax.eval_shape(functools.partial(train.init_state, setup, 0))
         with lock() if held else contextlib.nullcontext(), pytest.raises(UserError, match=message) as caught:
-            loop.last_state(changed, like, print)
+            last_state(changed, like, print)
         told = str(caught.value)
         assert told.startswith(f"config.train.init={changed.train.init}: ") and "\n" not in told
     assert not (tmp_path / "no").exists()

@@ -59,7 +59,10 @@ def fit_to_memory(config: Config, source: Source, encoder: Network | None = None
 
 
 def decisions(config: Config, source: Source, encoder: Network | None = None) -> dict[str, Callable[[], Any]]:
-    """What a new run decides by the machine it starts on, and keeps: it changes last bits or BatchNorm's statistics."""
+    """What a new run decides by the machine it starts on, and keeps: it changes last bits or BatchNorm's statistics.
+
+    And the measures of its data.
+    """
 
     def micro_batch():
         if config.train.micro_batch != "auto":
@@ -75,7 +78,14 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
             print(f"model {chosen}, by the size of the images and this machine (config.model.name)", flush=True)
         return chosen
 
-    return {"conv": lambda: resolve_conv(config.model.conv), "model": model, "micro_batch": micro_batch}
+    conv, data = (lambda: resolve_conv(config.model.conv)), (lambda: measures(source))
+    return {"conv": conv, "model": model, "micro_batch": micro_batch, "data": data}
+
+
+def measures(source: Source) -> dict[str, Any]:
+    """What a run's state depends on in its data: with this, a checkpoint can be read without them (`ssl_jax.load`)."""
+    classes = 0 if source.labels is None else len(source.classes)
+    return {"images": len(source), "shape": list(source.shape), "classes": classes}
 
 
 def with_decisions(config: Config, decided: Mapping[str, Any]) -> Config:
