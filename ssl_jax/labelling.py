@@ -1,5 +1,6 @@
 """The labelling page: one HTML file, without network or server, in which a person gives images their labels."""
 
+import base64
 import hashlib
 import io
 import json
@@ -11,7 +12,6 @@ import numpy as np
 from ssl_jax.data.table import LONGEST, is_missing
 from ssl_jax.errors import UserError
 from ssl_jax.files import write_bytes
-from ssl_jax.report.plots import data_uri
 
 TEMPLATE = Path(__file__).with_name("labelling.html")
 SMALL = 96  # px; up to this side a picture is kept, and shown, pixel by pixel: JPEG would blur it
@@ -62,7 +62,7 @@ def _picture(image: np.ndarray) -> str:
     picture, buffer = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image), io.BytesIO()
     kind = "png" if max(picture.size) <= SMALL else "jpeg"
     picture.save(buffer, kind, **({} if kind == "png" else {"quality": QUALITY, "subsampling": 0}))
-    return data_uri(buffer.getvalue(), kind)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _table_path(name: str) -> str:

@@ -89,6 +89,13 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type="keyDown", **event, **text)
             self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
+    def click(self, element: str):
+        """Clicks with the mouse on the first element that this CSS selector finds."""
+        box = self.run(f"JSON.parse(JSON.stringify(document.querySelector({element!r}).getBoundingClientRect()))")
+        place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, **place)
+
     def type(self, text: str):
         self.call("Input.insertText", text=text)
 

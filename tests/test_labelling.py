@@ -100,7 +100,7 @@ def test_labels_by_keyboard_undo_and_reload(page, tmp_path):
     browser.press("Backspace", "2", "0", "1")
     assert message(browser) == "Image 5: cat. That was the last one: save the labels."
     assert saved(browser, tmp_path) == "path,label\n0.png,cat\n1.png,dog\n2.png,dog\n4.png,cat\n"
-    browser.run("document.getElementById('skipped').click()")
+    browser.click("#skipped")
     assert state(browser) == "Image 4 of 5: skipped"
 
 
@@ -211,6 +211,10 @@ def test_every_control_has_a_name_and_can_be_reached_by_tab(page):
     browser.run("document.querySelector('#classes button').focus()")
     browser.press("Enter")  # presses the button that has the focus, rather than ending the image
     assert state(browser) == "Image 1 of 3: cat"
+    assert browser.run("document.activeElement.getAttribute('aria-label')") == "cat"
+    browser.click("#classes > :nth-child(2)")
+    browser.press("Enter")  # after a click, Enter ends the image
+    assert message(browser) == "Image 1: cat, dog."
 
 
 def test_says_when_the_browser_will_not_remember(page):
