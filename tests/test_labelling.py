@@ -224,6 +224,10 @@ def test_says_when_the_browser_will_not_remember(page):
     browser.run("Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError') }")
     browser.press("1")
     assert not browser.run(hidden)
+    leave = "dispatchEvent(new Event('beforeunload', { cancelable: true }))"
+    assert not browser.run(leave)  # the browser asks first
+    browser.run("state.saved = true")
+    assert browser.run(leave)
 
 
 def test_nothing_on_the_page_comes_from_elsewhere(tmp_path):
