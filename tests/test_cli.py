@@ -291,7 +291,7 @@ def test_the_wheel_holds_code_and_configs(tmp_path):
     assert done.returncode == 0, done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     wanted = {f"ssl_jax/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
-    wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "ssl_jax").rglob("*.py")}
+    wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / "ssl_jax").rglob("*") if p.suffix in (".py", ".html")}
     assert wanted <= set(names)
     code = "from ssl_jax.config_file import find_config; print(find_config('pretrain:byol'))"
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:

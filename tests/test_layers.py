@@ -16,7 +16,7 @@ LAYERS = [
     {"models"},
     {"methods"},
     {"data"},
-    {"encoder"},
+    {"encoder", "labelling"},
     {"evaluate", "settings"},
     {"classifier"},
     {"train"},
