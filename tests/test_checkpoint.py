@@ -337,8 +337,15 @@ def noise(dtype, shape, seed=0):
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "int8", "uint8", "uint16", "int64", "bool")
 
 
+@pytest.fixture(params=["host", "devices"])
+def where(request, monkeypatch):
+    """Small arrays are summed on the host, others on their devices."""
+    if request.param == "devices":
+        monkeypatch.setattr(checkpoint, "SMALL", -1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fingerprint_follows_its_formula(dtype):
+def test_fingerprint_follows_its_formula(dtype, where):
     dtype = jnp.dtype(dtype).name
     with jax.enable_x64(dtype.endswith("64")):
         for shape in ((), (1,), (7,), (3, 5), (2, 3, 4, 5), (0,), (4, 0)):
@@ -352,7 +359,7 @@ def test_fingerprint_of_keys():
     assert checkpoint.fingerprints({"k": keys}) == {"['k']": reference(keys)}
 
 
-def test_fingerprint_is_the_same_however_the_array_lies():
+def test_fingerprint_is_the_same_however_the_array_lies(monkeypatch):
     x = noise(np.dtype("float32"), (8, 12, 4))
     mesh = make_mesh(4, 4, shard=2)
     specs = [
@@ -364,14 +371,17 @@ def test_fingerprint_is_the_same_however_the_array_lies():
     for at in [NamedSharding(mesh, spec) for spec in specs] + [replicated(make_mesh(2, 4))]:
         placed = jax.device_put(x, at)
         assert checkpoint.fingerprints(placed) == {"": reference(x)}, at
+        monkeypatch.setattr(checkpoint, "SMALL", -1)
+        assert checkpoint.fingerprints(placed) == {"": reference(x)}, at
         # No device waits for another: each sums its own part in a program of its own, and no part twice.
         sums = checkpoint._sums_of_parts(placed)
         parts = {str(index) for index in at.devices_indices_map(x.shape).values()}
         assert [len(part.devices()) for part in sums] == [1] * len(parts)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_one_changed_bit_always_changes_the_fingerprint(dtype):
+def test_one_changed_bit_always_changes_the_fingerprint(dtype, where):
     generator = np.random.default_rng(1)
     x = noise(jnp.dtype(dtype), (31, 17))
     sound = checkpoint.fingerprints(jnp.asarray(x))
@@ -382,7 +392,7 @@ def test_one_changed_bit_always_changes_the_fingerprint(dtype):
         assert checkpoint.fingerprints(jnp.asarray(changed)) != sound
 
 
-def test_fingerprint_sees_order_and_pairs_of_sign_bits():
+def test_fingerprint_sees_order_and_pairs_of_sign_bits(where):
     """What a plain sum, or a sum of multiples, would miss."""
     x = noise(np.dtype("uint32"), (64,))
     sound = checkpoint.fingerprints(jnp.asarray(x))
