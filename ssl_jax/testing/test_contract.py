@@ -17,7 +17,7 @@ from ssl_jax.config import default, method_module, method_names, resolve
 from ssl_jax.errors import UserError
 from ssl_jax.methods.base import Context, State
 from ssl_jax.parallel import make_mesh, replicated
-from ssl_jax.testing.tiny import Images, batch_of, set_up, tiny_config, tiny_network, views_of
+from ssl_jax.testing.tiny import Images, batch_of, set_up, tiny_config, views_of
 from ssl_jax.train.hooks import COLLAPSE_PATIENCE
 from ssl_jax.transforms import target_of
 
@@ -73,6 +73,10 @@ def tried(name):
     return Tried(name)
 
 
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
 def equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
@@ -85,7 +89,7 @@ def test_finite_and_loss_falls_and_no_collapse_is_named(tried):
         assert in_a_row < COLLAPSE_PATIENCE, collapsed(values)
     losses = [float(values["loss"]) for values in metrics]
     assert np.all(np.isfinite(losses))
-    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(states[-1]))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(states[-1]))
     # Against the random vectors that a queue starts with, a positive is found at once: these two steps do not count.
     begun = 2 if hasattr(tried.config.method, "queue") else 0
     assert np.mean(losses[-10:]) < np.mean(losses[begun : begun + 5]) - 0.01, losses
@@ -110,7 +114,7 @@ def test_jit_equals_no_jit(tried):
 
     args = tried.start, tried.batch
     for a, b in zip(jax.tree.leaves(jax.jit(run)(*args)), jax.tree.leaves(run(*args)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, float(jnp.abs(b).max())))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max()))
 
 
 @pytest.mark.parametrize("devices", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
@@ -131,7 +135,8 @@ def test_runs_are_bit_equal_and_resume_is_exact(tried, tmp_path):
     again, _ = tried.run(0, stop)
     assert equal(again[-1], states[stop - 1])
     checkpoint.save(tmp_path, stop, again[-1], keep=1)
-    restored = checkpoint.restore_latest(tmp_path, train.init_state(tried.setup, 0), pytest.fail)
+    blank = jax.device_put(jax.tree.map(np.zeros_like, again[-1]))
+    restored = checkpoint.restore_latest(tmp_path, blank, pytest.fail)
     resumed, rest = tried.run(stop, 12, state=restored)
     assert equal(rest, metrics[stop:12]), f"stopped at {stop}"
     assert equal(resumed[-1], states[11]), f"stopped at {stop}"
@@ -150,9 +155,10 @@ def test_no_gradient_into_the_target(tried):
         needed = {name: tried.batch[name] for name in method.needs}
         return method.loss(outputs, state.model_state, needed, ctx)[0]
 
-    into_params, into_target = jax.jit(jax.grad(loss, argnums=(0, 1)))(state.params, tried.target)
-    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(into_params)) > 0
-    assert all(jnp.all(g == 0) for g in jax.tree.leaves(into_target))
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(state.params, tried.target)
+    into_params, into_target = jax.device_get(gradients)
+    assert any(np.any(g) for g in jax.tree.leaves(into_params))
+    assert not any(np.any(g) for g in jax.tree.leaves(into_target))
 
 
 def test_labels_reach_only_methods_that_declare_them(tried):
@@ -165,40 +171,32 @@ def test_labels_reach_only_methods_that_declare_them(tried):
 
 
 def test_needs_are_checked_before_compiling(tried):
-    source = Images(labels=False)
     if "label" in tried.setup.method.needs:
         with pytest.raises(UserError, match="needs labels"):
-            set_up(tried.config, source)
-    else:
-        traced(tried.config, source, tiny_network(tried.config))
+            set_up(tried.config, Images(labels=False))
 
 
-def test_odd_batches_and_channels(name):
-    config = tiny_config(name, train__batch=13)
-    if hasattr(config.method, "bn_groups"):
-        traced(tiny_config(name, train__batch=10), Images(channels=2), tiny_network(config))
-        config = tiny_config(name, train__batch=13, method__bn_groups=1)
-    traced(config, Images(channels=5), tiny_network(config))
-
-
-def traced(config, source, encoder=None):
-    """(state before, state after, metrics) of one step, as shapes and types: what would fail while tracing fails."""
-    setup, mesh = train.set_up(config, source, encoder), make_mesh(1, config.train.batch)
-    state = jax.eval_shape(lambda: train.init_state(setup, 0))
-    step, size = train.make_step(setup, config, mesh), config.train.batch
-    batch = {"image": source.images[:size], "index": np.arange(size, dtype=np.int32)}
-    if source.labels is not None:
-        batch["label"] = source.labels[:size]
-    return state, *jax.eval_shape(step, state, batch)
+def test_odd_batches_and_channels_and_no_labels(tried, name):
+    """Whatever would fail there fails while a step is traced. Labels are left out unless the method needs them."""
+    odd, labels = {"train__batch": 13}, "label" in tried.setup.method.needs
+    cases = [(odd, 5)]
+    if hasattr(tried.config.method, "bn_groups"):
+        cases = [({"train__batch": 10}, 2), ({**odd, "method__bn_groups": 1}, 5)]
+    for changes, channels in cases:
+        config, source = tiny_config(name, **changes), Images(channels=channels, labels=labels)
+        setup, size = set_up(config, source), config.train.batch
+        batch = {"image": source.images[:size], "index": np.arange(size, dtype=np.int32)}
+        if labels:
+            batch["label"] = source.labels[:size]
+        state = jax.eval_shape(lambda setup=setup: train.init_state(setup, 0))
+        after, _ = jax.eval_shape(train.make_step(setup, config, make_mesh(1, size)), state, batch)
+        assert types(after) == types(state)
 
 
 def test_bfloat16_computes_and_the_state_stays_float32(name):
     """Traced over a real network: every array of the state keeps its type, and the loss is float32."""
     setup = train.set_up(tiny_config(name, model__dtype="bfloat16"), Images())
     state = jax.eval_shape(lambda: train.init_state(setup, 0))
-
-    def types(tree):
-        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
     def run(state):
         batch = {**views_of(setup, Images().images[:16]), "label": Images().labels[:16], "index": jnp.arange(16)}
