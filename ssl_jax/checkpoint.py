@@ -264,8 +264,8 @@ def fingerprints(tree: Any) -> dict[str, str]:
     four devices give the same number. In arrays of more than 2^32 words i is counted modulo 2^32: there, an exchange of
     two words just that far apart goes unnoticed. All processes must call this together.
     """
-    # A program per shape of a large array, not one of the whole tree: a ResNet-50 with its optimizer has 25 shapes in 600 arrays, and
-    # compiles in a fifth of the time.
+    # A program per shape of a large array, not one of the whole tree: a ResNet-50 with its optimizer has 25 shapes in
+    # 600 arrays, and compiles in a fifth of the time.
     parts = jax.device_get([_sums_of_parts(x) for _, x in _named(tree)])
     zero = np.zeros(len(LANES), np.uint32)
     sums = np.array([np.sum(part, axis=0, dtype=np.uint32) if part else zero for part in parts]).reshape(-1, len(zero))

@@ -107,7 +107,9 @@ def test_ring_is_around_and_follows_the_size():
     assert (np.nonzero(ring(small))[0].min(), np.nonzero(ring(large))[0].min()) == (25, 6)
 
 
-def test_chest_xray_passes_and_the_natural_crop_shows_its_damage():
+def test_chest_xray_passes_and_the_natural_crop_shows_its_damage(monkeypatch):
+    one = TRANSFORMS["contrast"]._replace(strengths=(0.4,))  # each strength is a program of its own
+    monkeypatch.setattr(ladder, "TRANSFORMS", {**TRANSFORMS, "contrast": one})
     size = 48
     images, masks = discs(12, size)
 
@@ -176,7 +178,8 @@ def test_a_mask_is_cut_and_resized_like_its_image(tmp_path):
 
 def test_command_writes_table_and_picture(tmp_path, capsys, monkeypatch):
     names = ("flip", "rotate", "perspective", "hue", "saturation", "gray", "blur")  # for time's sake not all
-    monkeypatch.setattr(ladder, "TRANSFORMS", {name: TRANSFORMS[name] for name in names})
+    weak = {name: TRANSFORMS[name]._replace(strengths=TRANSFORMS[name].strengths[:2]) for name in names}
+    monkeypatch.setattr(ladder, "TRANSFORMS", weak)
     write_discs(tmp_path, 5, 24)
     how = ["--config=pretrain:byol", "--config.data.name=folder", f"--config.data.path={tmp_path / 'images'}"]
     how += ["--config.data.size=24", "--config.data.channels=1", "--config.augment.preset=chest_xray"]

@@ -195,8 +195,16 @@ BUSY = "import hashlib; print('busy', flush=True); hashlib.pbkdf2_hmac('sha256',
 WATCHED = f"from ssl_jax import interrupts\nwith interrupts.unread(), interrupts.requeued():\n    {BUSY}"
 
 
+@pytest.fixture
+def hangups():
+    """Are felt here, and in the processes that a test starts, even if all tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_in_c_code_is_answered_at_once(number):
+def test_a_signal_in_c_code_is_answered_at_once(hangups, number):
     process = subprocess.Popen([sys.executable, "-c", WATCHED], stdout=-1, stderr=-1, text=True)
     assert process.stdout.readline() == "busy\n"
     began = time.monotonic()
@@ -206,7 +214,7 @@ def test_a_signal_in_c_code_is_answered_at_once(number):
     assert told == f"ssl-jax: {number.name}: nothing to save; the same command goes on from here\n"
 
 
-def test_once_a_run_steps_signals_are_left_to_it(monkeypatch):
+def test_once_a_run_steps_signals_are_left_to_it(hangups, monkeypatch):
     ended = []
     monkeypatch.setattr(interrupts.os, "_exit", ended.append)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
@@ -233,7 +241,7 @@ def test_under_nohup_a_hangup_stays_ignored():
 
 
 @pytest.mark.slow
-def test_a_signal_while_compiling_and_another_while_training(tmp_path):
+def test_a_signal_while_compiling_and_another_while_training(hangups, tmp_path):
     """The run that compiles ends at once. The one that trains, whose output nobody reads, saves its state."""
     flags = ["--size=16", "--batch=16", "--steps=400", "--model=resnet_thin", "--config.model.width=0.25"]
     argv = ["pretrain", "simclr", "synthetic:n=96", f"--workdir={tmp_path / 'run'}", *flags]

@@ -6,8 +6,9 @@ import pytest
 
 from ssl_jax.cli import main
 from ssl_jax.commands import study
-from ssl_jax.testing.tiny import Images, tiny_config
-from ssl_jax.train import fit
+from ssl_jax.encoder import export, random_encoder
+from ssl_jax.run_folder import RunFolder
+from ssl_jax.testing.tiny import tiny_config
 
 TINY = [
     "--config.data.name=synthetic", "--config.data.limit=48", "--config.data.size=8", "--config.data.channels=1",
@@ -27,8 +28,10 @@ def test_pretrain(tmp_path, capsys):
 
 
 def test_finetune(tmp_path, capsys):
-    source, run, out = Images(), tmp_path / "run", tmp_path / "out"
-    fit(tiny_config("simclr", train__duration="2 steps", model__name="ssl_jax.testing.model"), run, source)
+    run, out = tmp_path / "run", tmp_path / "out"
+    config = tiny_config("simclr", model__name="ssl_jax.testing.model")
+    RunFolder(run).start(config)
+    export(run / "encoder", random_encoder(config.model, 8, 1, 0))
     before = sorted(tmp_path.rglob("*"))
     arguments = ["finetune", f"--workdir={run}", "--data=synthetic", f"--out={out}", "--dry-run"]
     assert main([*arguments, "--config.finetune.batch=8", "--config.finetune.epochs=1"]) == 0

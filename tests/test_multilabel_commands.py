@@ -31,7 +31,7 @@ def source(n, seed, classes=CLASSES, groups=True, labels=True):
     images = rng.integers(0, 120, (n, 18, 18, 1))
     for image, row in zip(images, y, strict=True):
         for c in np.flatnonzero(row):
-            image[6 * c : 6 * c + 6] += 90
+            image[6 * c : 6 * c + 6] += 40
     y[rng.uniform(size=y.shape) < 0.1] = np.nan
     y[3] = np.nan
     return Source(
@@ -62,7 +62,7 @@ def opened(monkeypatch):
 @pytest.fixture
 def encoder(tmp_path):
     config = resolve(default("simclr"))
-    model = dataclasses.replace(config.model, name="resnet_thin", width=0.25)
+    model = dataclasses.replace(config.model, name="ssl_jax.testing.model")
     export(tmp_path / "run" / "encoder", random_encoder(model, 18, 1, 0))
     data = dataclasses.replace(config.data, name="npz", path="images")
     write_json(tmp_path / "run" / "config.json", to_json(dataclasses.replace(config, data=data)))
@@ -91,7 +91,7 @@ def test_evaluate(encoder, opened, protocol, capsys):
         known = ~np.isnan(saved["labels"])
         again.append([roc_auc_score(saved["labels"][k, c], scores[k, c]) for c, k in enumerate(known.T[:3])])
     assert made["mean"]["macro_auc"] == pytest.approx(np.mean(again)) and np.mean(again) > 0.75
-    assert made["interval"]["macro_auc"] > 0 and 0 < made["mean"]["brier"] < 0.25
+    assert made["interval"]["brier"] > 0 and made["interval"]["macro_auc"] >= 0 and 0 < made["mean"]["brier"] < 0.25
     shown = capsys.readouterr().out
     assert "no image of never" in shown and "left out (cannot be scored on these test images): never" in shown
     assert json.loads(path.with_suffix(".json").read_text())["per_seed"][0]["left_out"] == ["never"]

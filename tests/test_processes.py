@@ -4,10 +4,9 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import time
 
+import forked
 import numpy as np
 import pytest
 
@@ -40,7 +39,6 @@ def start(workdir, count, devices, method="simclr", timeout=parallel.TIMEOUT, **
     code = (
         f"import sys; from ssl_jax import cli, parallel; parallel.TIMEOUT = {timeout}; sys.exit(cli.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, *arguments(workdir, method, **changes)]
     made = []
     for number in range(count):
         flags = re.sub(r"(device_count)=\d+", rf"\1={devices // count}", os.environ["XLA_FLAGS"])
@@ -48,8 +46,7 @@ def start(workdir, count, devices, method="simclr", timeout=parallel.TIMEOUT, **
         if count > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
             env["JAX_PROCESS_ID"] = str(number)
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-        made.append(subprocess.Popen(command, **options))
+        made.append(forked.Python(code, *arguments(workdir, method, **changes), env=env))
     return made
 
 

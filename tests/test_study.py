@@ -23,7 +23,7 @@ from ssl_jax.study import from_scratch
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    return folder, *toy_run(toy_config(), folder)
+    return folder, *toy_run(toy_config(), folder, pictures=True)
 
 
 def test_outputs_are_complete_and_can_be_recomputed(whole):

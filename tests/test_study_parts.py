@@ -105,7 +105,7 @@ def test_figures_and_words_say_phantom(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.axes.Axes.set_title", lambda self, text, **_: titles.update([text.split()[0]]))
         patch.setattr("matplotlib.figure.Figure.suptitle", lambda self, text, **_: titles.update([text.split()[0]]))
-        toy_run(config, tmp_path / "study")
+        toy_run(config, tmp_path / "study", pictures=True)
     assert titles["Phantoms:"] == 3  # two titles of the curve, one of the gains
     assert "they say nothing about patients" in (tmp_path / "study" / "summary.md").read_text()
     assert json.loads((tmp_path / "study" / "study.json").read_text())["phantom"]["seed"] == 3

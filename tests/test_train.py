@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,11 +44,13 @@ TINY = {
 }  # fmt: skip
 RESNET = ("--config.model.name=resnet_thin", "--config.model.width=0.25")
 
-# A step of so small a network takes no time. Here each takes 20 ms, so that a signal can come between any two.
+# A step of so small a network takes no time. Here each takes 20 ms, so that a signal can come between any two. No
+# views.png: half of the time of a short run. The fixture `uninterrupted` has it.
 SLOWLY = """
 import sys, time
 from ssl_jax import cli
 from ssl_jax.train import hooks, loop
+hooks.write_views = lambda *_: None
 batches = loop.batches
 def slowly(*args):
     for batch in batches(*args):
@@ -66,8 +69,7 @@ def arguments(workdir, *more, duration="40 steps"):
 
 def start(*args, env=None, **kwargs):
     """A process that can be sent signals on its way."""
-    given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    return subprocess.Popen([sys.executable, "-c", SLOWLY, *arguments(*args, **kwargs)], **given)
+    return forked.Python(SLOWLY, *arguments(*args, **kwargs), env=env)
 
 
 def finish(*args, env=None, **kwargs):
@@ -83,7 +85,7 @@ def run_here(*args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def no_sheet(monkeypatch):
-    """Runs in this process draw no views.png: half of the time of a short one. The fixture `uninterrupted` has it."""
+    """Nor do other runs draw views.png."""
     monkeypatch.setattr(hooks, "write_views", lambda *_: None)
 
 
@@ -96,7 +98,7 @@ def wait_for(process, workdir, count, what="metrics"):
             return
         time.sleep(0.005)
     if process.poll() is not None and process.returncode:
-        pytest.fail(f"ended with {process.returncode}: {process.stderr.read()}")
+        pytest.fail(f"ended with {process.returncode}: {process.communicate()}")
 
 
 def final_arrays(workdir):
@@ -144,8 +146,7 @@ def test_killed_at_any_moment_it_ends_bit_identical(uninterrupted, tmp_path):
         time.sleep(random.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    done = finish(workdir)
-    assert done.returncode == 0, done.stderr
+    assert run_here(workdir) == 0
     assert final_arrays(workdir) == final_arrays(uninterrupted), moments
     same = (workdir / "metrics.jsonl").read_bytes() == (uninterrupted / "metrics.jsonl").read_bytes()
     assert same, moments
@@ -311,9 +312,10 @@ def test_everything_follows_one_counter_also_after_a_skipped_step():
     step_fn = jax.jit(
         train.make_step(setup._replace(method=setup.method._replace(loss=loss)), config, make_mesh(1, 16))
     )
-    state = train.init_state(setup, 0)
+    state = jax.device_get(train.init_state(setup, 0))
     for step in range(4):
-        before, (state, metrics) = state, step_fn(state, {"image": Images().images[:16], "label": np.zeros(16, int)})
+        given = {"image": Images().images[:16], "label": np.zeros(16, int)}
+        before, (state, metrics) = state, jax.device_get(step_fn(state, given))
         lr = float(setup.schedule(step))
         assert float(metrics["lr"]) == pytest.approx(lr) and int(metrics["skipped"]) == (step == 1)
         moved = [b - a for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True)]
@@ -330,13 +332,13 @@ def test_everything_follows_one_counter_also_after_a_skipped_step():
 def test_metrics_read_late_change_nothing(tmp_path, monkeypatch):
     """The devices may be any number of steps ahead of the host: metrics, state and collapse are the same."""
     config = tiny_config("simclr", train__duration="12 steps", train__save_every="5 steps", eval__every="4 steps")
-    for ahead in (0, 2, 7):
+    for ahead in (0, 7):
         monkeypatch.setattr(loop, "AHEAD", ahead)
         train.fit(config, tmp_path / str(ahead), Images(), tiny_encoder())
-    runs = [tmp_path / name for name in ("0", "2", "7")]
+    runs = [tmp_path / name for name in ("0", "7")]
     assert len({(run / "metrics.jsonl").read_bytes() for run in runs}) == 1
     assert len({str(final_arrays(run)) for run in runs}) == 1
-    assert [steps(run / "checkpoints") for run in runs] == [[10, 12]] * 3
+    assert [steps(run / "checkpoints") for run in runs] == [[10, 12]] * 2
 
 
 def test_profile_traces_the_steps_that_are_asked_for(tmp_path, capsys):

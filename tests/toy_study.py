@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import pytest
 from toy_encoder import toy_encoder, toy_images
 
 from ssl_jax.config import Augment, Data, Finetune, Study, default, resolve
 from ssl_jax.data.folder import from_array
+from ssl_jax.report import figures
 from ssl_jax.study import run_study
 
 ARMS = {"scratch": {}, "good": {"train": {"seed": 1}}}
@@ -30,8 +32,8 @@ def toy_config(**changes):
     return dataclasses.replace(resolve(default("simclr")), finetune=tuning, study=Study(**changes))
 
 
-def toy_run(config, workdir, *, log=None, shift=0.0, mean=(0.5,), **sources):
-    """Runs the study; returns the encoders that were asked for and the lines."""
+def toy_run(config, workdir, *, log=None, shift=0.0, mean=(0.5,), pictures=False, **sources):
+    """Runs the study; returns the encoders that were asked for and the lines. Without pictures, which take long."""
     asked, lines = [], []
 
     def get_encoder(arm, arm_config, seed):
@@ -41,7 +43,10 @@ def toy_run(config, workdir, *, log=None, shift=0.0, mean=(0.5,), **sources):
 
     train, test = toy_sources()
     given = {"train": train, "test": test, **sources}
-    rows = run_study(config, workdir, get_encoder=get_encoder, log=log or lines.append, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curve", "gain_by_class") if not pictures else ():
+            patch.setattr(figures, name, lambda *args, **options: None)
+        rows = run_study(config, workdir, get_encoder=get_encoder, log=log or lines.append, **given)
     return asked, lines, rows
 
 
