@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import socket
@@ -6,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,11 +107,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 restored = checkpoint.restore_latest(folder, {{"w": noise}}, print)
 print("RESTORED", bool((restored["w"] == noise).all()), checkpoint.steps(folder))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    told = [line for line in done.stdout.splitlines() if line.startswith("TOLD")]
-    assert len(told) == 1 and "checkpoint not written" in told[0] and "earlier checkpoints stay" in told[0], done
-    assert "RESTORED True [1]" in done.stdout, done
-    assert json.loads("[1]") == checkpoint.steps(tmp_path)
+    printed, _ = forked.Python(script).communicate()
+    told = [line for line in printed.splitlines() if line.startswith("TOLD")]
+    assert len(told) == 1 and "checkpoint not written" in told[0] and "earlier checkpoints stay" in told[0], printed
+    assert "RESTORED True [1]" in printed and checkpoint.steps(tmp_path) == [1]
 
 
 def test_restores_onto_another_number_of_devices(tmp_path):
@@ -239,13 +238,13 @@ def test_a_write_that_fails_in_the_background_is_one_line(tmp_path, full):
         if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("needs the right to mount a file system of 3 MB")
     try:
-        command = [sys.executable, "-c", BACKGROUND, str(tmp_path / "checkpoints"), full]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        process = forked.Python(BACKGROUND, tmp_path / "checkpoints", full)
+        printed, err = process.communicate()
     finally:
         if full == "disk":
             subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    goes_on, told, warned, first, restored = done.stdout.splitlines()
+    assert process.returncode == 0 and not err, err
+    goes_on, told, warned, first, restored = printed.splitlines()
     assert goes_on == "GOES ON" and first == "FIRST"
     for line, step in ((told, 2), (warned, 4)):
         assert f"00000000{step}: checkpoint not written (" in line and "earlier checkpoints stay" in line
@@ -291,9 +290,8 @@ def run_job(folder, count, devices):
         flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         env = {**os.environ, "XLA_FLAGS": flags, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
         env |= {"JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
-        command = [sys.executable, "-c", JOB, str(folder)]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
-    told = [process.communicate(timeout=200)[0] for process in processes]
+        processes.append(forked.Python(JOB, folder, env=env))
+    told = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * count, told
     return [line for text in told for line in text.splitlines() if line.startswith("SUMS")]
 
