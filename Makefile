@@ -3,7 +3,7 @@ PYTHON ?= $(shell for v in 3.13 3.12 3.11; do python$$v -c pass 2>/dev/null && e
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check lint docs bench-gpu clean
+.PHONY: demo test test-slow test-all test-8 check lint docs bench-gpu clean
 
 demo: $(VENV)/installed  ## pretrain on Fashion-MNIST without labels, then compare few-label accuracy with training from scratch
 	@BIN=$(BIN) scripts/find_fashion_mnist.sh
@@ -14,9 +14,18 @@ test: $(VENV)/installed-test  ## the tests
 
 test-slow: $(VENV)/installed-test  ## those that take long and seldom find what the others don't
 	$(BIN)/python -m pytest -m slow
-	TEST_DEVICES=8 $(BIN)/python -m pytest -m slow ssl_jax/testing/test_contract.py -k 'many_devices_agree and 8'
+	$(MAKE) test-8
 
-check: lint test test-slow  ## lint, types, all tests
+test-all: $(VENV)/installed-test  ## both at once, in less time: a method's slow tests share what its others have compiled
+	$(BIN)/python -m pytest -m ''
+	$(MAKE) test-8
+
+# On 2 and 4 devices every method is tried above.
+test-8: $(VENV)/installed-test
+	TEST_DEVICES=8 SSL_JAX_METHODS=simclr,moco,swav,mae,instance_discrimination \
+		$(BIN)/python -m pytest -m slow ssl_jax/testing/test_contract.py -k 'many_devices_agree and 8'
+
+check: lint test-all  ## lint, types, all tests
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -39,7 +48,7 @@ $(VENV)/installed: $(VENV)/bin/python setup.py pyproject.toml
 
 $(VENV)/installed-%: $(VENV)/bin/python setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
-	@touch $(VENV)/installed $@
+	@touch $(VENV)/installed $@ $(if $(filter dev,$*),$(VENV)/installed-test)
 
 clean:
 	rm -rf $(VENV) build dist site docs/vendor *.egg-info
