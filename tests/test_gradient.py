@@ -49,15 +49,17 @@ def gradients(name, *, micro_batch, bn_group):
     source = Images(n=64)
     method, state, drawn = given(name)
 
-    def augment(key, images, pairs, places):
-        return jax.tree.map(lambda x: jnp.asarray(x)[places], drawn)
+    def gradient(drawn, *args):
+        def augment(key, images, pairs, places):
+            return jax.tree.map(lambda x: x[places], drawn)
+
+        return make_gradient(method, augment, micro_batch=micro_batch, bn_group=bn_group)(*args)
 
     inputs = {"image": source.images, "label": source.labels, "index": np.arange(64)}
-    gradient = make_gradient(method, augment, micro_batch=micro_batch, bn_group=bn_group)
     ctx = Context(jnp.int32(5), jax.random.key(2), state.params)
     keys = tuple(jax.random.split(jax.random.key(1)))
     args = ctx, target_of(state.opt_state), state.model_state, inputs, keys
-    (loss, (outputs, stats, metrics)), grads = jax.jit(gradient)(*args)
+    (loss, (outputs, stats, metrics)), grads = jax.jit(gradient)(drawn, *args)
     made = {"loss": loss, "metrics": metrics, "stats": stats, "grads": grads, "embedding": outputs["embedding"]}
     return jax.device_get(made)
 
