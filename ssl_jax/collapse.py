@@ -17,6 +17,7 @@ def embedding_std(features: jax.Array) -> jax.Array:
     return jnp.sqrt(features.shape[1]) * normed.std(axis=0).mean()
 
 
+@jax.jit
 def rank_me(features: jax.Array) -> jax.Array:
     """Effective rank of the embeddings [N, D], a scalar between 1 and min(N, D).
 
