@@ -13,7 +13,7 @@ import pytest
 from ssl_jax import cli, parallel
 from ssl_jax.checkpoint import steps
 from ssl_jax.files import read_lines
-from ssl_jax.train import REQUEUE
+from ssl_jax.train import REQUEUE, hooks
 
 # One process and two have other threads, so other rounding. At a larger rate it decides, once in a while, on which side
 # of 0 an input of a ReLU falls: seen at 0.003 as a jump from 1e-6 to 2e-4 within one step. At this rate the second loss
@@ -31,14 +31,17 @@ def arguments(workdir, method="simclr", **changes):
     return ["pretrain", f"--config=pretrain:{method}", f"--workdir={workdir}", *flags]
 
 
-def start(workdir, count, devices, method="simclr", timeout=parallel.TIMEOUT, **changes):
-    """`count` processes of one job; each has a share of `devices` simulated devices."""
+def start(workdir, count, devices, method="simclr", timeout=parallel.TIMEOUT, sheet=False, **changes):
+    """`count` processes of one job; each has a share of `devices` simulated devices.
+
+    sheet: whether they draw views.png, which takes half of the time of so short a run.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = (
-        f"import sys; from ssl_jax import cli, parallel; parallel.TIMEOUT = {timeout}; sys.exit(cli.main(sys.argv[1:]))"
-    )
+    code = "import sys; from ssl_jax import cli, parallel; from ssl_jax.train import hooks\n"
+    code += f"parallel.TIMEOUT = {timeout}\n" + ("" if sheet else "hooks.write_views = lambda *_: None\n")
+    code += "sys.exit(cli.main(sys.argv[1:]))"
     made = []
     for number in range(count):
         flags = re.sub(r"(device_count)=\d+", rf"\1={devices // count}", os.environ["XLA_FLAGS"])
@@ -68,7 +71,7 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_train_as_one(alone, tmp_path):
-    both = finish(start(tmp_path / "run", 2, 2))
+    both = finish(start(tmp_path / "run", 2, 2, sheet=True))
     assert [code for code, *_ in both] == [0, 0], both
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(alone), rtol=0, atol=1e-5)
     assert "encoder:" in both[0][1] and "encoder:" not in both[1][1]  # one speaks
@@ -85,7 +88,8 @@ def test_two_processes_train_a_resnet_as_one(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
 
 
-def test_a_signal_to_one_ends_both_and_one_process_goes_on(alone, tmp_path, capsys):
+def test_a_signal_to_one_ends_both_and_one_process_goes_on(alone, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(hooks, "write_views", lambda *_: None)
     workdir = tmp_path / "run"
     processes = start(workdir, 2, 2, **{"data.engine": "disk"})
     end = time.monotonic() + 200

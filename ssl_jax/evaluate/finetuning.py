@@ -246,7 +246,7 @@ def _rates(lr: float, steps: int) -> np.ndarray:
     """
     step = np.arange(steps)
     warmup = np.minimum(1, (step + 1) / max(1, round(WARMUP * steps)))
-    return np.float32(lr * warmup * (1 + np.cos(np.pi * step / steps)) / 2)
+    return (lr * warmup * (1 + np.cos(np.pi * step / steps)) / 2).astype(np.float32)
 
 
 def _adamw(lr: Any, ratio: Any, decay: Any) -> optax.GradientTransformation:
