@@ -3,21 +3,18 @@ PYTHON ?= $(shell for v in 3.13 3.12 3.11; do python$$v -c pass 2>/dev/null && e
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-all test-8 check lint docs bench-gpu clean
+.PHONY: demo test test-slow test-8 check lint docs bench-gpu clean
 
 demo: $(VENV)/installed  ## pretrain on Fashion-MNIST without labels, then compare few-label accuracy with training from scratch
 	@BIN=$(BIN) scripts/find_fashion_mnist.sh
 	$(BIN)/ssl-jax study --config=configs/study_fashion_mnist.py:demo --workdir=runs/demo
 
-test: $(VENV)/installed-test  ## the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-test  ## the tests; with ALL=1 also the slow ones, which then share what the others have compiled
+	$(BIN)/python -m pytest $(if $(ALL),-m '')
+	$(if $(ALL),$(MAKE) test-8)
 
 test-slow: $(VENV)/installed-test  ## those that take long and seldom find what the others don't
 	$(BIN)/python -m pytest -m slow
-	$(MAKE) test-8
-
-test-all: $(VENV)/installed-test  ## both at once, in less time: a method's slow tests share what its others have compiled
-	$(BIN)/python -m pytest -m ''
 	$(MAKE) test-8
 
 # On 2 and 4 devices every method is tried above.
@@ -25,7 +22,8 @@ test-8: $(VENV)/installed-test
 	TEST_DEVICES=8 SSL_JAX_METHODS=simclr,moco,swav,mae,instance_discrimination \
 		$(BIN)/python -m pytest -m slow ssl_jax/testing/test_contract.py -k 'many_devices_agree and 8'
 
-check: lint test-all  ## lint, types, all tests
+check: lint  ## lint, types, all tests
+	$(MAKE) test ALL=1
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

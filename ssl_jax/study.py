@@ -42,7 +42,7 @@ from ssl_jax.report.tables import Cell, Row
 from ssl_jax.run_folder import RunFolder, StudyFolder
 
 FROM = "from"  # the key of an arm that names a run, whose encoder it takes
-VERSION = 2  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
+VERSION = 3  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
 SHORT = {"top1": "top-1", "macro_auc": "macro AUC"}  # names of scores in the log
 
 
