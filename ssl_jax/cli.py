@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ METHOD = "method with its recipe, such as simclr (`ssl-jax methods` lists them);
 RUN = "run folder, written by `ssl-jax pretrain`"
 ENCODER = f"{RUN}, or a classifier folder, written by `ssl-jax finetune`"
 STEP = ("", "checkpoint to use instead of the finished encoder: its step, or latest; the run may go on meanwhile")
-OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # accept --config.KEY=VALUE but have no --config
+# These accept --config.KEY=VALUE but have no --config.
+OVERRIDES = ("evaluate", "finetune", "predict", "embed", "check", "search")
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 JSON = (False, "end the output with one line of JSON, for programs")
 DRY_RUN = (False, "say what this would read, need and write, after a few steps; write nothing")
@@ -95,6 +97,35 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "out": (..., ".npz, .csv or .parquet file to write"),
         },
     ),
+    "check": (
+        "find what is wrong with images: unreadable, odd, copies, leaks into a test set, outliers, doubtful labels",
+        {
+            "data": (..., DATA),
+            "workdir": ("", f"{ENCODER}; without it, outliers and labels are not judged"),
+            "test": ("", "test data to compare with (default: the test part of the data, if there is one)"),
+            "out": ("check", "folder for check.csv and check.html"),
+            "json": JSON,
+        },
+    ),
+    "search": (
+        "find the images that look most like a query to an encoder",
+        {
+            "workdir": (..., ENCODER),
+            "query": (..., f"image file, or {DATA}"),
+            "data": (..., f"images to search: {DATA}"),
+            "out": ("neighbours.html", ".html file to write; a table of the same name in .csv lies beside it"),
+            "k": (10, "number of images for each query"),
+            "json": JSON,
+        },
+    ),
+    "compare": (
+        "compare runs: options, curves, and scores on the same test images with paired intervals",
+        {
+            "runs": (..., "run folders, two or more; each after a space"),
+            "out": ("compare.html", ".html file to write"),
+            "json": JSON,
+        },
+    ),
     "views": (
         "draw what a config's transforms do to your images",
         {
@@ -161,9 +192,13 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
     "study": ("config", "data"),
     "plan": ("config",),
     "report": ("workdir",),
+    "check": ("data",),
+    "search": ("workdir", "query", "data"),
+    "compare": ("runs",),
     "phantom": ("out",),
     "completion": ("shell",),
 }
+SEVERAL = {"compare": "runs"}  # the flag that takes all bare words
 # Flags that are short for an option of the config.
 SHORT = {
     "method": "method.name={}",
@@ -193,6 +228,8 @@ def usage(command: str | None = None) -> str:
         shown.append("  --config.finetune.KEY=VALUE changes how a classifier is trained")
     if command in OVERRIDES:
         shown.append("  --config.data.KEY=VALUE changes how the data are read")
+    if _takes_options(command):
+        shown.append("  --exclude=FILE leaves out the images that a table lists, such as check.csv: data.exclude")
     if _takes_options(command):
         from ssl_jax.config import SECTIONS
 
@@ -248,6 +285,8 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from None
     given = {name: values[name].value for name in table}
+    if command in SEVERAL and words:
+        given[SEVERAL[command]], words = words, []
     left_out = [n for n in POSITIONAL.get(command, ()) if not (n == "method" and given["config"])]
     for word, name in zip(words, left_out):
         if values[name].present:
@@ -262,10 +301,10 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
 
 
 def _overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(overrides, all other arguments). "--config.key value" becomes "--config.key=value"."""
+    """(overrides, all other arguments). "--config.key value" becomes "--config.key=value"; --exclude is one, too."""
     overrides, rest, items = [], [], list(argv)
     while items:
-        item = items.pop(0)
+        item = re.sub("^--exclude(?==|$)", "--config.data.exclude", items.pop(0))
         if not item.startswith("--config."):
             rest.append(item)
         elif "=" in item:

@@ -270,6 +270,31 @@ def embed(workdir: str, data: str, out: str, step: int | str = "", overrides: Se
     print(f"{len(features)} embeddings of {features.shape[1]} dimensions{beside}: {out}")
 
 
+def check(
+    data: str, workdir: str = "", test: str = "", out: str = "check", overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """See `ssl_jax.check.command`."""
+    from ssl_jax.check import command
+
+    return command.check(data, workdir, test, out, overrides)
+
+
+def search(
+    workdir: str, query: str, data: str, out: str = "neighbours.html", k: int = 10, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """See `ssl_jax.searching`."""
+    from ssl_jax import searching
+
+    return searching.search(workdir, query, data, out, k, overrides)
+
+
+def compare(runs: Sequence[str], out: str = "compare.html") -> dict[str, Any]:
+    """See `ssl_jax.comparing`. runs: folders; or one text, separated by commas."""
+    from ssl_jax import comparing
+
+    return comparing.compare(runs.split(",") if isinstance(runs, str) else runs, out)
+
+
 def views(config: Config, out: str, images: int = 6, masks: str = "") -> None:
     from ssl_jax.audit.command import kind
     from ssl_jax.audit.masks import find_lesions, open_masks

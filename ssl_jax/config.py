@@ -64,6 +64,9 @@ class Data:
     image_column: str = option(
         "", "csv, table of boxes: column with the path of the image; empty: path, file, filename or image"
     )
+    exclude: str = option(
+        "", "table of images to leave out, such as check.csv of `ssl-jax check`; empty: none", path=True
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str) -> "Data":

@@ -22,7 +22,7 @@ LAYERS = [
     {"train"},
     {"load", "testing", "audit", "phantom"},
     {"report"},
-    {"study", "plan", "evaluation", "dry_runs", "sklearn", "outputs"},
+    {"study", "plan", "evaluation", "dry_runs", "sklearn", "outputs", "check", "searching", "comparing"},
     {"commands"},
     {"cli"},
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from ssl_jax import fields, registry
 from ssl_jax.config import Data
+from ssl_jax.data.exclude import not_excluded
 from ssl_jax.data.source import Partners, Source, batches, order
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_json
@@ -32,7 +33,10 @@ def open_source(data: Data, split: str | None = None) -> Source:
     module = registry.find("source", data.name)
     # For a Data created in Python. `channels` may be any number that an encoder was trained with.
     fields.check(dataclasses.replace(data, channels=0), "config.data")
-    source = module.read(dataclasses.replace(data, split=split or data.split))
+    data = dataclasses.replace(data, split=split or data.split)
+    source = module.read(data)
+    if data.exclude and len(kept := not_excluded(data, source.names, source.paths)) < len(source):
+        source = source.take(kept)
     if data.pairs and source.objects is None:
         raise UserError(f"config.data.pairs={data.pairs!r}: {data.name} does not say which images show one object")
     return source

@@ -20,6 +20,7 @@ from PIL import Image, ImageColor, ImageOps
 
 from ssl_jax.config import Data
 from ssl_jax.data import dicom
+from ssl_jax.data.exclude import not_excluded
 from ssl_jax.data.source import (
     Source,
     check_bad_share,
@@ -138,12 +139,15 @@ def from_files(
         raise UserError(f"{where}: no images; allowed: {KINDS}")
     check_background(data.background)
     shape = (data.size or SIZE, data.size or SIZE, data.channels or 3)
-    problems = _first_look(files, data.workers, functools.partial(check, size=shape[0], channels=shape[2]))
-    skipped = [problem for problem in problems if problem]
-    check_bad_share(skipped, len(files), data.max_bad_share)
+    wanted = not_excluded(data, [file.name for file in files], [file.path for file in files])
+    look = functools.partial(check, size=shape[0], channels=shape[2])
+    problems = dict(zip(wanted, _first_look([files[i] for i in wanted], data.workers, look), strict=True))
+    bad = {i: problem for i, problem in problems.items() if problem}
+    skipped = [f"{files[i].name!r}{files[i].at}: {problem}" for i, problem in bad.items()]
+    check_bad_share(skipped, len(wanted), data.max_bad_share)
     for problem in skipped:
         log.warning("%s; skipped", problem)
-    kept = [i for i, problem in enumerate(problems) if not problem]
+    kept, unreadable = [i for i in wanted if i not in bad], {files[i].name: (files[i].path, bad[i]) for i in bad}
     files = [files[i] for i in kept]
 
     def read(index: int) -> np.ndarray:
@@ -175,6 +179,8 @@ def from_files(
         classes=classes,
         groups=None if groups is None else groups[kept],
         objects=same_object([file.object for file in files], where, data.pairs) if data.pairs else None,
+        paths=[file.path for file in files],
+        unreadable=unreadable,
         skipped=skipped,
         max_bad_share=data.max_bad_share,
         workers=data.workers,
@@ -189,7 +195,7 @@ def _first_look(files: Sequence[File], workers: int, look: Callable[[str], None]
         try:
             look(file.path)
         except UnreadableError as error:
-            return f"{file.name!r}{file.at}: {error}"
+            return str(error)
         return ""
 
     def problems_in(chunk: Sequence[File]) -> list[str]:
@@ -258,6 +264,21 @@ def check(path: Path | str, size: int = 0, channels: int = 3) -> None:
         raise
     except Exception as error:  # on bad bytes, Pillow raises anything from OSError to struct.error
         raise UnreadableError(_reason(error)) from error
+
+
+def header(path: Path | str) -> tuple[int, int, str]:
+    """(width, height, kind) of an image file that `check` accepts; kind: gray or colour, and what else is seldom.
+
+    (0, 0, "DICOM") for DICOM.
+    """
+    with open_file(path) as file:
+        if dicom.is_dicom(file.read(132)):
+            return 0, 0, "DICOM"
+        file.seek(0)
+        with Image.open(file, formats=_formats()) as image:
+            kind = "gray" if image.mode in ("1", "L", "LA", *DEEP) else "colour"
+            kind += ", more than 8 bits" * (image.mode in DEEP) + ", transparent" * image.has_transparency_data
+            return image.width, image.height, kind
 
 
 def decode(content: bytes, size: int, channels: int, window: str = "auto", background: str = "white") -> np.ndarray:

@@ -33,8 +33,10 @@ class Source:
     groups:   int64 [N], equal for images of one patient, or of another group that must not be split; or None
     objects:  int [N], equal for images of the same object (config.data.pairs); or None
     shape:    (H, W, C) of every image
+    paths:    the file of each image; [] if the images are not files
     skipped:  the unreadable files, each with the reason: those left out when the source was opened, and those that
               failed later
+    unreadable: the same as name -> (path, reason), path "" if it is no file; also those that failed in `chunks`
     replaced: index -> index of the image that stands in for it
 
     For an image that cannot be decoded, the next readable one stands in: one with the same label or, for multi-label
@@ -53,6 +55,8 @@ class Source:
         objects: np.ndarray | None = None,
         groups: np.ndarray | None = None,
         array: np.ndarray | None = None,
+        paths: Sequence[str] = (),
+        unreadable: Mapping[str, tuple[str, str]] | None = None,
         skipped: Sequence[str] = (),
         max_bad_share: float = 0.0,
         workers: int = 2,
@@ -61,7 +65,7 @@ class Source:
         array: all images, if they are in memory already."""
         self.names, self.shape, self.objects = list(names), shape, objects
         self.classes = [visible(name) for name in classes]
-        self.groups = groups
+        self.groups, self.paths, self.unreadable = groups, list(paths), dict(unreadable or {})
         self.replaced: dict[int, int] = {}
         self._load, self._labels, self._array = load, labels, array
         self._skipped, self._bad = list(skipped), dict[int, str]()
@@ -164,6 +168,29 @@ class Source:
             self._array = images
         return self._array
 
+    def chunks(self, size: int = 256) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(indices int64 [n], uint8 [n,H,W,C]) of all images, in order, at most `size` at a time; threads decode one
+        chunk ahead. Images that cannot be decoded have no stand-in here: they are left out, and noted in `unreadable`.
+        """
+
+        def decode(index: int) -> np.ndarray | None:
+            try:
+                return self._load(index)
+            except UnreadableError as error:
+                self.unreadable[self.names[index]] = self.paths[index] if self.paths else "", str(error)
+                return None
+
+        starts = range(0, len(self), size)
+        with ThreadPoolExecutor(self._workers) as pool:
+            ahead = [[pool.submit(decode, i) for i in range(size)[: len(self)]]]
+            for start in starts:
+                following = range(start + size, min(start + 2 * size, len(self)))
+                ahead.append([pool.submit(decode, i) for i in following])
+                images = [future.result() for future in ahead.pop(0)]
+                read = [i for i, image in enumerate(images) if image is not None]
+                if read:
+                    yield start + np.array(read), np.stack([image for image in images if image is not None])
+
     def take(self, indices: Sequence[int] | np.ndarray) -> "Source":
         """A source of only these images, in this order. Their stand-ins come from among them."""
         kept = [int(i) for i in indices]
@@ -180,6 +207,7 @@ class Source:
             objects=None if self.objects is None else self.objects[kept],
             groups=None if self.groups is None else self.groups[kept],
             array=None if self._array is None else self._array[kept],
+            paths=[self.paths[i] for i in kept] if self.paths else (),
             max_bad_share=self._max_bad_share,
             workers=self._workers,
         )

@@ -97,7 +97,8 @@ pre { background: var(--card); padding: .8rem; border-radius: 6px; font-size: .8
 """
 
 
-def page(title: str, subtitle: str, verdict: str, sections: Sequence[tuple[str, str]]) -> str:
+def page(title: str, subtitle: str, verdict: str, sections: Sequence[tuple[str, str]], by: str = "report") -> str:
+    """by: the command that writes the page."""
     present = [(f"s{i}", name, body) for i, (name, body) in enumerate(sections) if body]
     links = "".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name, _ in present)
     bodies = "".join(f'<section id="{a}"><h2>{escape(name)}</h2>{body}</section>' for a, name, body in present)
@@ -106,7 +107,7 @@ def page(title: str, subtitle: str, verdict: str, sections: Sequence[tuple[str, 
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
         f"<header><small>{escape(subtitle)}</small><h1>{escape(title)}</h1>{verdict}<nav>{links}</nav></header>"
-        f"{bodies}<footer>Created by ssl-jax report.</footer></main></body></html>\n"
+        f"{bodies}<footer>Created by ssl-jax {by}.</footer></main></body></html>\n"
     )
 
 

@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
@@ -20,13 +20,22 @@ SPRITE, COLUMNS = 48, 32  # px of an image in a sprite, images in a row of it
 
 def curve(x: Sequence[float], y: Sequence[float | None], word: Word) -> str:
     """Inline SVG of y by epoch; None in y is a gap. Shares, whose top is 100, are drawn in percent."""
+    return curves({"": (x, y)}, word)
+
+
+def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]], word: Word) -> str:
+    """The same of several (x, y), with their names if there is more than one."""
     scale, least = 100 if word.top == 100 else 1, word.top and word.top * SCORE / 100
 
     def draw(figure):
         axes = figure.subplots()
-        thin_x, thin_y = _thin(*(np.asarray(v, float) for v in (x, y)))
-        axes.plot(thin_x, scale * thin_y, linewidth=1.6, marker="o" if len(thin_x) <= 30 else "", markersize=3)
-        axes.set_ylim(limits(scale * thin_y, least, word.top or math.inf))
+        thin = {name: _thin(*(np.asarray(v, float) for v in xy)) for name, xy in series.items()}
+        for name, (x, y) in thin.items():
+            axes.plot(x, scale * y, linewidth=1.6, marker="o" if len(x) <= 30 else "", markersize=3, label=name)
+        axes.set_ylim(limits(scale * np.concatenate([y for _, y in thin.values()]), least, word.top or math.inf))
+        if len(series) > 1:
+            for text in axes.legend(frameon=False).get_texts():
+                text.set_parse_math(False)  # a "$" in a name is a dollar
         axes.grid(axis="y")
         axes.set_xlabel("epoch")
         axes.set_ylabel("%" if scale == 100 else "")

@@ -16,8 +16,8 @@ def configuration(config: Mapping[str, Any]) -> str:
     try:
         usual = configs.to_json(configs.resolve(configs.default(config["method"]["name"])))
     except UserError as error:  # a method of another version of the library
-        return note(f"Defaults unknown: {error}.") + table(["key", "value"], list(_flat(config).items()))
-    values, defaults = _flat(config), _flat(usual)
+        return note(f"Defaults unknown: {error}.") + table(["key", "value"], list(flat(config).items()))
+    values, defaults = flat(config), flat(usual)
     rows = [[key, value, defaults.get(key, "from the preset")] for key, value in values.items()]
     changed = [row for row in rows if row[1] != row[2]]
     head = ["key", "value", "default"]
@@ -26,14 +26,14 @@ def configuration(config: Mapping[str, Any]) -> str:
     return note(text) + (table(head, changed) if changed else "") + fold("All options", full)
 
 
-def _flat(config: Mapping[str, Any], path: str = "config") -> dict[str, str]:
+def flat(config: Mapping[str, Any], path: str = "config") -> dict[str, str]:
     """Each option under the name of its flag."""
-    flat: dict[str, str] = {}
+    found: dict[str, str] = {}
     for key, value in config.items():
         # Flags set the options of a view without naming `override`.
         name = path if key == "override" else f"{path}.{key}"
-        flat |= _flat(value, name) if isinstance(value, Mapping) else {name: json.dumps(value, ensure_ascii=False)}
-    return flat
+        found |= flat(value, name) if isinstance(value, Mapping) else {name: json.dumps(value, ensure_ascii=False)}
+    return found
 
 
 def environment(environment: Mapping[str, Any]) -> str:
