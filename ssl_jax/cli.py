@@ -16,7 +16,7 @@ METHOD = "method with its recipe, such as simclr (`ssl-jax methods` lists them);
 RUN = "run folder, written by `ssl-jax pretrain`"
 ENCODER = f"{RUN}, or a classifier folder, written by `ssl-jax finetune`"
 STEP = ("", "checkpoint to use instead of the finished encoder: its step, or latest; the run may go on meanwhile")
-OVERRIDES = ("evaluate", "finetune", "predict", "embed")  # accept --config.KEY=VALUE but have no --config
+OVERRIDES = ("evaluate", "finetune", "predict", "embed", "select")  # accept --config.KEY=VALUE but have no --config
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 JSON = (False, "end the output with one line of JSON, for programs")
 DRY_RUN = (False, "say what this would read, need and write, after a few steps; write nothing")
@@ -95,6 +95,24 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "out": (..., ".npz, .csv or .parquet file to write"),
         },
     ),
+    "select": (
+        "choose the images that are worth labelling, and write a table to fill in",
+        {
+            "workdir": (..., ENCODER),
+            "labels": (50, "number of images to choose"),
+            "out": ("to_label.csv", ".csv file to write"),
+            "data": ("", f"images to choose from (default: the run's own): {DATA}"),
+            "have": ("", f"images that are labelled already: {DATA}"),
+            "strategy": (
+                "typical",
+                "typical, coverage, kcenter, random; with labels or a classifier uncertain, margin",
+            ),
+            "page": (False, "also write a page to label with, OUT with the ending .html"),
+            "classes": ("", "names of classes for the page, separated by commas; those of --have come by themselves"),
+            "seed": (0, "random seed"),
+            "json": JSON,
+        },
+    ),
     "views": (
         "draw what a config's transforms do to your images",
         {
@@ -157,7 +175,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
 # The flags whose names may be left out: ssl-jax pretrain METHOD DATA. With --config, a method is not expected.
 POSITIONAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pretrain", "views"), ("method", "data")),
-    **dict.fromkeys(("evaluate", "finetune", "predict", "embed"), ("workdir", "data")),
+    **dict.fromkeys(("evaluate", "finetune", "predict", "embed", "select"), ("workdir", "data")),
     "study": ("config", "data"),
     "plan": ("config",),
     "report": ("workdir",),
