@@ -108,7 +108,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
                 "typical, coverage, kcenter, random; with labels or a classifier uncertain, margin",
             ),
             "page": (False, "also write a page to label with, OUT with the ending .html"),
-            "classes": ("", "names of classes for the page, separated by commas; those of --have come by themselves"),
+            "classes": ("", "names of the classes, separated by commas, for the page (default: those of --have)"),
             "seed": (0, "random seed"),
             "json": JSON,
         },

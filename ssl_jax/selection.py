@@ -188,7 +188,8 @@ def _by_typicality(features: np.ndarray, members: np.ndarray, seed: int) -> np.n
         members, rest = np.split(np.random.default_rng(seed).permutation(members), [LARGE])
     if len(members) < 2:
         return members
-    _, similarity = nearest_others(features[members], min(NEIGHBOURS, len(members) - 1))
+    with _threads(len(members) ** 2 * features.shape[1]):
+        _, similarity = nearest_others(features[members], min(NEIGHBOURS, len(members) - 1))
     order = np.argsort(_distance(similarity).mean(axis=1), kind="stable")
     return np.concatenate([members[order], rest])
 
@@ -202,16 +203,22 @@ def k_means(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
-    from threadpoolctl import threadpool_limits
 
     some = features
     if len(features) > FITTED:
         some = features[np.sort(np.random.default_rng(seed).choice(len(features), FITTED, replace=False))]
-    # The sums of three threads or more depend, in their last bits, on which one ends first; those of two do not.
-    with threadpool_limits(2, user_api="openmp"), warnings.catch_warnings():
+    with _threads(some.size * clusters), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters
         model = KMeans(clusters, n_init=1, random_state=seed % 2**32).fit(some)
         return model.labels_ if some is features else model.predict(features)
+
+
+def _threads(work: int):
+    """Two threads at most: the sums of three would depend, in their last bits, on which one ends first. One for little
+    work, which would take longer with two."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(2 if work > 10**7 else 1, user_api="openmp")
 
 
 # coverage and k-center
@@ -322,8 +329,12 @@ def expected(features: np.ndarray, chosen: np.ndarray, have: Sequence[int] | np.
 
     Each is {"chosen": value, "random": value}. Both are estimated on some thousands of the images.
     """
-    features, rng = normalized(features), np.random.default_rng(seed)
-    have = np.asarray(have, np.int64)
+    features, have = normalized(features), np.asarray(have, np.int64)
+    with _threads(features.size * CHUNK):
+        return _expected(features, chosen, have, np.random.default_rng(seed))
+
+
+def _expected(features: np.ndarray, chosen: np.ndarray, have: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     sample = rng.permutation(len(features))[: 10 * CHUNK]
     _, similarity = nearest(features[sample[:CHUNK]], features, min(2, len(features)))
     limit = max(float(np.median(_distance(similarity[:, -1]))) / 2, ROUNDING)

@@ -59,7 +59,7 @@ def select(
     encoder, head, config = _model(Path(workdir), data, overrides)
     source, spec = _open_pool(encoder, config, data)
     _check_count(labels, len(source))
-    known = _open_labelled(have, encoder, config) if have else None
+    known = _open_labelled(have, encoder, config, _names(classes)) if have else None
     if strategy in BY_DOUBT and not head:
         _check_classes(known, have, strategy)
     features, readable = embed(encoder, source)
@@ -79,7 +79,7 @@ def select(
     _print(result)
     if write_page:
         columns, result["page"] = config.data.labels, str(table.with_suffix(".html"))
-        offered = columns if len(columns) > 1 else [*_names(classes), *(known.classes if known else ())]
+        offered = columns if len(columns) > 1 else _names(classes) or (known.classes if known else ())
         pictures = [_picture(Path(path), spec) for path in paths]
         options = {"multilabel": len(columns) > 1, "csv_name": "labelled.csv"}
         write_page(table.with_suffix(".html"), pictures, paths, list(dict.fromkeys(offered)), **options)
@@ -152,13 +152,16 @@ def _open_pool(encoder: Encoder, config: Config, data: str) -> tuple[Source, Dat
 # The labels at hand.
 
 
-def _open_labelled(have: str, encoder: Encoder, config: Config) -> Labelled:
+def _open_labelled(have: str, encoder: Encoder, config: Config, offered: Sequence[str]) -> Labelled:
     spec = dataclasses.replace(encoder.data(data_of(have, "--have", config.data)), max_bad_share=0.0)
     try:
         source = open_source(spec, "all")
     except UserError as error:  # a file that is not there
         raise UserError(f"--have={have}: {error}") from error
     labels, paths = source.labels_as(source.classes, f"--have={have}"), _paths(source, spec)
+    for name in source.classes if offered else ():
+        if name not in offered:
+            raise unknown(f"--have={have}: class", name, offered)
     known = labelled_indices(labels)
     if not len(known):
         raise UserError(f"--have={have}: no image has a label; allowed: at least one")
