@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from ssl_jax import files
-from ssl_jax.classifier import load_classifier, probabilities
+from ssl_jax.classifier import load_classifier
 from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source
 from ssl_jax.data.folder import decode
 from ssl_jax.data.labelled import labelled_indices
 from ssl_jax.encoder import Encoder, load_encoder
 from ssl_jax.errors import UserError, unknown
+from ssl_jax.evaluate.finetuning import probabilities
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.selection import BY_DOUBT, STRATEGIES, embed, expected
@@ -114,16 +115,17 @@ def _page_writer() -> Callable[..., None]:
 
 def _model(folder: Path, data: str, overrides: Sequence[str]) -> tuple[Encoder, Head | None, Config]:
     """(encoder, its classifier if there is one, settings)."""
-    head, about = None, dict[str, Any]()
+    head, read = None, dict[str, Any]()
     if (folder / "classifier.json").is_file():
-        classifier, about = load_classifier(folder)
-        encoder, (w, b) = classifier.encoder, (np.asarray(classifier.params["head"][key]) for key in ("w", "b"))
-        head = functools.partial(_probabilities, lambda features: features @ w + b, about.get("multilabel", False))
+        classifier = load_classifier(folder)
+        encoder, (w, b) = classifier.fitted_encoder, (np.asarray(classifier.params["head"][key]) for key in ("w", "b"))
+        head = functools.partial(_probabilities, lambda features: features @ w + b, classifier.multilabel)
+        read = classifier.about.get("read", {})
     else:
         encoder = load_encoder(folder)
     if not data and not RunFolder(folder).config.is_file():
         raise UserError(f"--data: missing; {folder} does not say which images to choose from")
-    return encoder, head, settings_of(folder, overrides, about.get("read", {}))
+    return encoder, head, settings_of(folder, overrides, read)
 
 
 def _regression(features: np.ndarray, known: "Labelled", seed: int) -> Head:
