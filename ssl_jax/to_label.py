@@ -72,7 +72,7 @@ def select(
         head = _regression(features[places], known, seed)
     options: Any = {"seed": seed, "have": places, "groups": groups}
     options |= {"probabilities": head(features) if head else None}
-    options |= {"classes": len(known.classes) if known else len(_names(classes))}
+    options |= {"classes": len(_names(classes)) or (len(known.classes) if known else 0)}
     chosen = best_of(features, labels, strategy, **options)
     result = {"labels": labels, "strategy": strategy, "images": left, "out": out}
     result |= expected(features, chosen, places, seed)

@@ -5,11 +5,14 @@ import numpy as np
 from ssl_jax.errors import UserError
 from ssl_jax.neighbours import nearest_others
 
+NEIGHBOURS = 20
 POWER = 3  # of the cosine similarities that are the weights of the graph (arXiv 1904.04717, section 4)
 TOLERANCE = 1e-6  # of the residual, relative to the right-hand side
 
 
-def propagate(features: np.ndarray, labels: np.ndarray, classes: int, k: int = 20, alpha: float = 0.99) -> np.ndarray:
+def propagate(
+    features: np.ndarray, labels: np.ndarray, classes: int, k: int = NEIGHBOURS, alpha: float = 0.99
+) -> np.ndarray:
     """Probabilities float32 [N, classes] of all embeddings [N, D], whose rows sum to 1.
 
     labels: int [N] in 0 .. classes - 1, -1 where unknown. Labels float [N, classes], several per image, NaN where
