@@ -7,12 +7,28 @@ import pytest
 from toy_encoder import toy_encoder
 from toy_study import ARMS, toy_config, toy_run, toy_sources
 
+from ssl_jax import study as studies
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import nested_subset
 from ssl_jax.selection import select
 
 CHOOSING = {**ARMS, "choosing": {"train": {"seed": 1}, "select": "typical"}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_references():
+    """They take most of the time, and are those of every study."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(studies, "_references", lambda *_: [])
+        yield
+
+
+def run(folder, part=(1, 1), **changes):
+    """Runs the cells, without tables and figures; returns the lines."""
+    sources = {"train": changes.pop("train")} if "train" in changes else {}
+    _, lines, _ = toy_run(toy_config(protocol="linear", **changes), folder, part=part, **sources)
+    return lines
 
 
 def drawn(folder, arm, labels, seed):
@@ -22,9 +38,8 @@ def drawn(folder, arm, labels, seed):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    toy_run(toy_config(protocol="linear"), folder)
-    _, lines, _ = toy_run(toy_config(protocol="linear", arms=CHOOSING), folder)
-    return folder, lines
+    run(folder)
+    return folder, run(folder, arms=CHOOSING)
 
 
 def test_an_arm_can_choose_its_labels_with_its_own_encoder(study):
@@ -40,10 +55,10 @@ def test_an_arm_can_choose_its_labels_with_its_own_encoder(study):
                 assert drawn(folder, arm, labels, seed) == nested_subset(train.labels, labels, seed).tolist()
 
 
+@pytest.mark.slow
 def test_a_study_in_parts_draws_the_same(study, tmp_path):
-    config = toy_config(protocol="linear", arms=CHOOSING)
     for part in ((1, 2), (2, 2)):
-        toy_run(config, tmp_path, part=part)
+        run(tmp_path, part, arms=CHOOSING)
     for path in (study[0] / "cells").rglob("*.npz"):
         again = np.load(tmp_path / path.relative_to(study[0]))
         np.testing.assert_array_equal(np.load(path)["indices"], again["indices"])
@@ -53,7 +68,7 @@ def test_a_study_in_parts_draws_the_same(study, tmp_path):
 def test_all_arms_draw_as_the_study_says(tmp_path, draw):
     train, _ = toy_sources()
     arms = {**CHOOSING, "drawing": {"train": {"seed": 1}, "select": "stratified"}}
-    toy_run(toy_config(protocol="linear", arms=arms, draw=draw, seeds=1, labels=(30,)), tmp_path)
+    run(tmp_path, arms=arms, draw=draw, seeds=1, labels=(30,))
     at_random = nested_subset(train.labels, 30, 0, stratified=False).tolist()
     typical = sorted(select(toy_encoder(0).embed(train.arrays()), 30, "typical").tolist())
     assert drawn(tmp_path, "scratch", 30, 0) == at_random  # it has no encoder to choose with
@@ -69,7 +84,7 @@ def test_only_images_with_a_label_are_chosen_and_one_of_each_patient(tmp_path):
     options = {"labels": labels, "classes": whole.classes, "groups": groups, "array": whole.arrays()}
     train = Source(whole.names, whole.shape, whole.load, **options)
     arms = {**ARMS, "choosing": {"train": {"seed": 1}, "select": "typical"}}
-    toy_run(toy_config(protocol="linear", arms=arms, seeds=1, labels=(20, 30)), tmp_path, train=train)
+    run(tmp_path, arms=arms, seeds=1, labels=(20, 30), train=train)
     chosen = np.array(drawn(tmp_path, "choosing", 30, 0))
     assert (labels[chosen] >= 0).all() and len(set(groups[chosen].tolist())) == 30
     assert set(drawn(tmp_path, "choosing", 20, 0)) < set(chosen.tolist())
