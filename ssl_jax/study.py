@@ -460,6 +460,7 @@ def _write_metadata(config: Config, workdir: Path, train: Source, test: Source, 
         "phantom": phantom(config.data),
         "pretrainings": max([1, *(number + 1 for _, number in pretrainings(config))]),
         "seeds": config.study.seeds,
+        "draws": {arm: draw_of(config.study, arm) for arm in config.study.arms},
         "from": {arm: changes[FROM] for arm, changes in config.study.arms.items() if FROM in changes},
     }
     remove_leftovers(workdir)

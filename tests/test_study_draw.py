@@ -1,6 +1,7 @@
 """How the arms of a study draw their labels."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from ssl_jax import study as studies
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import nested_subset
+from ssl_jax.report import summary
 from ssl_jax.selection import select
 
 CHOOSING = {**ARMS, "choosing": {"train": {"seed": 1}, "select": "typical"}}
@@ -62,6 +64,15 @@ def test_a_study_in_parts_draws_the_same(study, tmp_path):
     for path in (study[0] / "cells").rglob("*.npz"):
         again = np.load(tmp_path / path.relative_to(study[0]))
         np.testing.assert_array_equal(np.load(path)["indices"], again["indices"])
+
+
+def test_the_summary_says_how_labels_were_drawn(study):
+    about = json.loads((study[0] / "study.json").read_text())
+    assert about["draws"] == {"scratch": "stratified", "good": "stratified", "choosing": "typical"}
+    said = summary._drawn(about)
+    assert "not the same ones (choosing typical, good stratified, scratch stratified)" in said
+    assert summary._drawn({"draws": {"a": "random", "b": "random"}}) == "All arms share the labels of a seed."
+    assert "labels that nobody has before labelling" in summary._drawn({"draws": {"a": "stratified"}})
 
 
 @pytest.mark.parametrize("draw", ["random", "typical"])
