@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ def select(
 
     workdir: a run folder, or a classifier's, whose doubt then counts. have: labelled data. See `ssl_jax.selection`.
     """
-    table, write_page = Path(out), _page_writer() if page else None
+    table = Path(out)
     _check(labels, table, strategy, seed)
     encoder, head, config = _model(Path(workdir), data, overrides)
     source, spec = _open_pool(encoder, config, data)
@@ -76,15 +75,14 @@ def select(
     chosen = best_of(features, labels, strategy, **options)
     result = {"labels": labels, "strategy": strategy, "images": left, "out": out}
     result |= expected(features, chosen, places, seed)
-    paths = _write_table(table, source.take(chosen), spec, config.data)
+    part = source.take(chosen)
+    paths = _paths_of(part, spec, table)
+    if page:  # before the table: a name of a class that no table can hold is an error
+        result["page"] = str(table.with_suffix(".html"))
+        offered = _names(classes) or (known.classes if known else ())
+        _write_page(table.with_suffix(".html"), paths, spec, offered, config.data.labels)
+    _write_table(table, paths, part.groups, config.data)
     _print(result)
-    if write_page:
-        columns, result["page"] = config.data.labels, str(table.with_suffix(".html"))
-        offered = columns if len(columns) > 1 else _names(classes) or (known.classes if known else ())
-        pictures = [_picture(Path(path), spec) for path in paths]
-        options = {"multilabel": len(columns) > 1, "csv_name": "labelled.csv"}
-        write_page(table.with_suffix(".html"), pictures, paths, list(dict.fromkeys(offered)), **options)
-        print(f"page: {result['page']}")
     return result
 
 
@@ -104,13 +102,6 @@ def _check(labels: int, out: Path, strategy: str, seed: int) -> None:
 def _check_count(labels: int, left: int) -> None:
     if labels > left:
         raise UserError(f"--labels={labels}: there are {left} images to choose from; allowed: at most {left}")
-
-
-def _page_writer() -> Callable[..., None]:
-    try:
-        return importlib.import_module("ssl_jax.labelling").write_page
-    except ModuleNotFoundError:
-        raise UserError("--page: this version has no page to label with; leave it out") from None
 
 
 def _model(folder: Path, data: str, overrides: Sequence[str]) -> tuple[Encoder, Head | None, Config]:
@@ -236,11 +227,8 @@ def _paths(source: Source, data: Data) -> list[str] | None:
 # What it writes and prints.
 
 
-def _write_table(out: Path, chosen: Source, data: Data, asked: Data) -> list[str]:
-    """Writes the table to fill in, and images that are no files as PNG beside it; returns the paths in it.
-
-    asked: config.data, which names the columns that `ssl-jax finetune` will look for.
-    """
+def _paths_of(chosen: Source, data: Data, out: Path) -> list[str]:
+    """The absolute paths of the chosen images. Images that are no files are written as PNG, beside `out`."""
     paths = _paths(chosen, data)
     if paths is None:
         native = open_source(dataclasses.replace(data, size=0, channels=0))
@@ -248,12 +236,25 @@ def _write_table(out: Path, chosen: Source, data: Data, asked: Data) -> list[str
     for name, path in zip(chosen.names, paths, strict=True):
         if not Path(path).is_file():  # its bytes are not UTF-8
             raise UserError(f"{name!r}: cannot be listed in a table; rename it")
-    columns: dict[str, Sequence[Any]] = {asked.image_column or "path": paths}
-    if chosen.groups is not None and asked.group:
-        columns[asked.group] = chosen.groups.tolist()
-    columns |= dict.fromkeys(asked.labels or ("label",), [""] * len(paths))
-    files.write_csv(out, list(columns), list(zip(*columns.values(), strict=True)))
     return paths
+
+
+def _write_table(out: Path, paths: list[str], groups: np.ndarray | None, data: Data) -> None:
+    """Writes the table to fill in, with the columns that `ssl-jax finetune` looks for, as config.data names them."""
+    columns: dict[str, Sequence[Any]] = {data.image_column or "path": paths}
+    if groups is not None and data.group:
+        columns[data.group] = groups.tolist()
+    columns |= dict.fromkeys(data.labels or ("label",), [""] * len(paths))
+    files.write_csv(out, list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _write_page(out: Path, paths: list[str], data: Data, classes: Sequence[str], columns: Sequence[str]) -> None:
+    """classes: of which an image has one. columns: config.data.labels; if there are several, an image may have, too."""
+    from ssl_jax.labelling import write_page
+
+    several = len(columns) > 1
+    offered = list(dict.fromkeys(columns if several else classes))
+    write_page(out, [_picture(Path(path), data) for path in paths], paths, offered, multilabel=several)
 
 
 def _write_images(folder: Path, names: Sequence[str], source: Source) -> list[str]:
@@ -294,3 +295,5 @@ def _print(result: dict[str, Any]) -> None:
         f"  near duplicates among them: {near['chosen']:g} ({near['chosen'] / result['labels']:.1%}), "
         f"{near['random']:g} ({near['random'] / result['labels']:.1%}) if they are drawn at random"
     )
+    if "page" in result:
+        print(f"page: {result['page']}")

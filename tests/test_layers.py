@@ -22,8 +22,7 @@ LAYERS = [
     {"train"},
     {"load", "testing", "audit", "phantom"},
     {"report"},
-    {"study", "plan", "evaluation", "dry_runs", "sklearn", "outputs"},
-    {"to_label"},
+    {"study", "plan", "evaluation", "dry_runs", "sklearn", "outputs", "to_label"},
     {"commands"},
     {"cli"},
 ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ssl_jax import cli, to_label
+from ssl_jax import cli, labelling
 from ssl_jax.classifier import save_about, save_weights
 from ssl_jax.config import Data, Model, default, resolve, to_json
 from ssl_jax.data import open_source
@@ -138,19 +138,23 @@ def test_images_that_are_no_files_are_written_as_files(place, tmp_path):
 
 
 def test_the_page_gets_whole_pictures_and_the_classes(place, tmp_path, monkeypatch):
-    asked = {}
+    asked, real = {}, labelling.write_page
 
-    def write_page(path, images, names, classes, *, multilabel, csv_name):
-        asked.update(path=path, images=images, names=names, classes=classes, multilabel=multilabel, csv_name=csv_name)
+    def write_page(path, images, names, classes, *, multilabel):
+        asked.update(path=path, images=images, names=names, classes=classes, multilabel=multilabel)
+        real(path, images, names, classes, multilabel=multilabel)
 
-    monkeypatch.setattr(to_label, "_page_writer", lambda: write_page)
+    monkeypatch.setattr(labelling, "write_page", write_page)
     rows = [["path", "label"], [place / "images/a/ü 00.png", "c"]]
     have, out = write(tmp_path / "have.csv", rows), tmp_path / "to_label.csv"
     assert run(place / "run", "--labels=4", f"--out={out}", f"--have={have}", "--page", "--classes=b,a, c") == 0
     assert asked["names"] == [row["path"] for row in table(out)] and asked["path"] == tmp_path / "to_label.html"
     for picture, name in zip(asked["images"], asked["names"], strict=True):
         np.testing.assert_array_equal(picture[..., 0], np.asarray(Image.open(name)))  # 20 x 24, not cropped
-    assert (asked["classes"], asked["multilabel"], asked["csv_name"]) == (["b", "a", "c"], False, "labelled.csv")
+    assert (asked["classes"], asked["multilabel"]) == (["b", "a", "c"], False)
+    assert (tmp_path / "to_label.html").stat().st_size > 5000
+    flags = ["--labels=4", f"--out={tmp_path / 'new.csv'}", "--page", "--classes=nan,b"]
+    assert run(place / "run", *flags) == 2 and not (tmp_path / "new.csv").exists()
 
 
 @pytest.mark.parametrize(
