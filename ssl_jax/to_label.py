@@ -76,12 +76,14 @@ def select(
     result = {"labels": labels, "strategy": strategy, "images": left, "out": out}
     result |= expected(features, chosen, places, seed)
     part = source.take(chosen)
-    paths = _paths_of(part, spec, table)
+    paths, columns = _paths_of(part, spec, table), _columns(part.groups, config.data)
     if page:  # before the table: a name of a class that no table can hold is an error
         result["page"] = str(table.with_suffix(".html"))
         offered = _names(classes) or (known.classes if known else ())
-        _write_page(table.with_suffix(".html"), paths, spec, offered, config.data.labels)
-    _write_table(table, paths, part.groups, config.data)
+        _write_page(table.with_suffix(".html"), paths, spec, offered, columns)
+    empty = [""] * len(paths)
+    cells = [paths, *columns.more.values(), *(empty for _ in columns.labels)]
+    files.write_csv(table, [columns.path, *columns.more, *columns.labels], list(zip(*cells, strict=True)))
     _print(result)
     return result
 
@@ -239,22 +241,28 @@ def _paths_of(chosen: Source, data: Data, out: Path) -> list[str]:
     return paths
 
 
-def _write_table(out: Path, paths: list[str], groups: np.ndarray | None, data: Data) -> None:
-    """Writes the table to fill in, with the columns that `ssl-jax finetune` looks for, as config.data names them."""
-    columns: dict[str, Sequence[Any]] = {data.image_column or "path": paths}
-    if groups is not None and data.group:
-        columns[data.group] = groups.tolist()
-    columns |= dict.fromkeys(data.labels or ("label",), [""] * len(paths))
-    files.write_csv(out, list(columns), list(zip(*columns.values(), strict=True)))
+class Columns(NamedTuple):
+    """Names of the columns of the table, as `ssl-jax finetune` will look for them. more: further columns."""
+
+    path: str
+    more: dict[str, list[int]]
+    labels: Sequence[str]
 
 
-def _write_page(out: Path, paths: list[str], data: Data, classes: Sequence[str], columns: Sequence[str]) -> None:
-    """classes: of which an image has one. columns: config.data.labels; if there are several, an image may have, too."""
+def _columns(groups: np.ndarray | None, data: Data) -> Columns:
+    """data: config.data; groups: of the chosen images, int [N]."""
+    more = {data.group: groups.tolist()} if groups is not None and data.group else {}
+    return Columns(data.image_column or "path", more, data.labels or ("label",))
+
+
+def _write_page(out: Path, paths: list[str], data: Data, classes: Sequence[str], columns: Columns) -> None:
+    """classes: of which an image has one; if the table has several columns of labels, these are the classes."""
     from ssl_jax.labelling import write_page
 
-    several = len(columns) > 1
-    offered = list(dict.fromkeys(columns if several else classes))
-    write_page(out, [_picture(Path(path), data) for path in paths], paths, offered, multilabel=several)
+    several = len(columns.labels) > 1
+    offered = list(dict.fromkeys(columns.labels if several else classes))
+    pictures, names = [_picture(Path(path), data) for path in paths], (columns.path, columns.labels[0])
+    write_page(out, pictures, paths, offered, multilabel=several, columns=names, more=columns.more)
 
 
 def _write_images(folder: Path, names: Sequence[str], source: Source) -> list[str]:

@@ -140,9 +140,9 @@ def test_images_that_are_no_files_are_written_as_files(place, tmp_path):
 def test_the_page_gets_whole_pictures_and_the_classes(place, tmp_path, monkeypatch):
     asked, real = {}, labelling.write_page
 
-    def write_page(path, images, names, classes, *, multilabel):
-        asked.update(path=path, images=images, names=names, classes=classes, multilabel=multilabel)
-        real(path, images, names, classes, multilabel=multilabel)
+    def write_page(path, images, names, classes, **options):
+        asked.update(path=path, images=images, names=names, classes=classes, options=options)
+        real(path, images, names, classes, **options)
 
     monkeypatch.setattr(labelling, "write_page", write_page)
     rows = [["path", "label"], [place / "images/a/ü 00.png", "c"]]
@@ -151,10 +151,17 @@ def test_the_page_gets_whole_pictures_and_the_classes(place, tmp_path, monkeypat
     assert asked["names"] == [row["path"] for row in table(out)] and asked["path"] == tmp_path / "to_label.html"
     for picture, name in zip(asked["images"], asked["names"], strict=True):
         np.testing.assert_array_equal(picture[..., 0], np.asarray(Image.open(name)))  # 20 x 24, not cropped
-    assert (asked["classes"], asked["multilabel"]) == (["b", "a", "c"], False)
+    assert asked["classes"] == ["b", "a", "c"]
+    assert asked["options"] == {"multilabel": False, "columns": ("path", "label"), "more": {}}
     assert (tmp_path / "to_label.html").stat().st_size > 5000
     flags = ["--labels=4", f"--out={tmp_path / 'new.csv'}", "--page", "--classes=nan,b"]
     assert run(place / "run", *flags) == 2 and not (tmp_path / "new.csv").exists()
+    # By person, with several labels per image, as the settings name the columns.
+    flags = [f"--data={place / 'all.csv'}", "--labels=3", f"--out={tmp_path / 'new.csv'}", "--page"]
+    assert run(place / "run", *flags, "--config.data.group=person", "--config.data.labels=('hat','scarf')") == 0
+    persons = [int(row["person"]) for row in table(tmp_path / "new.csv")]
+    assert asked["classes"] == ["hat", "scarf"]
+    assert asked["options"] == {"multilabel": True, "columns": ("path", "hat"), "more": {"person": persons}}
 
 
 @pytest.mark.parametrize(
