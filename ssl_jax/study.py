@@ -45,6 +45,7 @@ from ssl_jax.selection import embed, select
 
 FROM = "from"  # the key of an arm that names a run, whose encoder it takes
 SELECT = "select"  # the key of an arm that draws its labels in another way than config.study.draw
+DRAWN = ("stratified", "random")  # draws that need no encoder; all others are strategies of `selection`
 VERSION = 3  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
 SHORT = {"top1": "top-1", "macro_auc": "macro AUC"}  # names of scores in the log
 
@@ -90,11 +91,11 @@ def draw_of(study: Study, arm: str) -> str:
     draw, key = changes.get(SELECT, study.draw), f"config.study.arms: {arm}: {SELECT}"
     if draw not in (allowed := get_args(get_type_hints(Study)["draw"])):
         raise unknown(key, draw, allowed)
-    if draw == "typical" and from_scratch(changes):
-        if SELECT in changes:
-            raise UserError(f"{key}={draw!r}: the arm starts from scratch; allowed: random or stratified")
-        return "random"
-    return draw
+    if draw in DRAWN or not from_scratch(changes):
+        return draw
+    if SELECT in changes:
+        raise UserError(f"{key}={draw!r}: the arm starts from scratch; allowed: {' or '.join(DRAWN)}")
+    return "random"
 
 
 def arms_of(config: Config) -> dict[str, Config]:
@@ -372,7 +373,7 @@ def _check_counts(train: Source, study: Study) -> None:
 def _draw(train: Source, study: Study, cells: Sequence[CellId], encoders: "_Encoders") -> Subsets:
     """The subsets that `cells` need. Only images that are in one of them are decoded, and all if an arm looks at them
     to choose."""
-    labels, groups, typical = np.asarray(train.labels), train.groups, _Typical(train, max(study.labels))
+    labels, groups, chosen = np.asarray(train.labels), train.groups, _Chosen(train, max(study.labels))
 
     @functools.cache  # the same for all arms
     def drawn(draw: str, count: int, seed: int) -> np.ndarray:
@@ -381,34 +382,35 @@ def _draw(train: Source, study: Study, cells: Sequence[CellId], encoders: "_Enco
     draws = {}
     for cell in cells:
         draw = draw_of(study, cell.arm)
-        if draw == "typical":
-            draws[cell] = np.sort(typical.order(*encoders.of(cell), cell.seed)[: cell.labels])
-        else:
+        if draw in DRAWN:
             draws[cell] = drawn(draw, cell.labels, cell.seed)
+        else:
+            draws[cell] = np.sort(chosen.order(draw, *encoders.of(cell), cell.seed)[: cell.labels])
     used = np.unique(np.concatenate(list(draws.values())))
     examples = Examples(train.take(used).arrays(), labels[used], None if groups is None else groups[used])
     return Subsets(used, examples, draws)
 
 
-class _Typical:
-    """Orders of the labelled images in which `selection` would label them, `count` of them, by the embedding alone."""
+class _Chosen:
+    """Orders in which `selection` would label the images whose labels are known, `count` of them, without a look at
+    their labels."""
 
     def __init__(self, train: Source, count: int):
-        known = labelled_indices(np.asarray(train.labels))
-        self.train, self.known, self.count = train, known, count
+        self.train, self.known, self.count = train, labelled_indices(np.asarray(train.labels)), count
         self.features: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by the encoder's digest
-        self.orders: dict[tuple[str, int], np.ndarray] = {}
+        self.orders: dict[tuple[str, str, int], np.ndarray] = {}
 
-    def order(self, encoder: Encoder, encoder_digest: str, seed: int) -> np.ndarray:
+    def order(self, strategy: str, encoder: Encoder, encoder_digest: str, seed: int) -> np.ndarray:
+        key = strategy, encoder_digest, seed
         if encoder_digest not in self.features:
             self.features[encoder_digest] = embed(encoder, self.train.take(self.known))
-        features, readable = self.features[encoder_digest]
-        if (encoder_digest, seed) not in self.orders:
+        if key not in self.orders:
+            features, readable = self.features[encoder_digest]
             index = self.known[readable]
-            groups = None if self.train.groups is None else self.train.groups[index]
-            chosen = index[select(features, self.count, "typical", seed=seed, groups=groups)]
-            self.orders[encoder_digest, seed] = chosen
-        return self.orders[encoder_digest, seed]
+            options: Any = {"groups": None if self.train.groups is None else self.train.groups[index]}
+            options |= {"seed": seed, "classes": len(self.train.classes)}
+            self.orders[key] = index[select(features, self.count, strategy, **options)]
+        return self.orders[key]
 
 
 def _check_test_labels(labels: np.ndarray) -> None:

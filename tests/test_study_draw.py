@@ -79,12 +79,14 @@ def test_the_summary_says_how_labels_were_drawn(study):
 def test_all_arms_draw_as_the_study_says(tmp_path, draw):
     train, _ = toy_sources()
     arms = {**CHOOSING, "drawing": {"train": {"seed": 1}, "select": "stratified"}}
+    arms["far"] = {"train": {"seed": 1}, "select": "kcenter"}
     run(tmp_path, arms=arms, draw=draw, seeds=1, labels=(30,))
     at_random = nested_subset(train.labels, 30, 0, stratified=False).tolist()
     typical = sorted(select(toy_encoder(0).embed(train.arrays()), 30, "typical").tolist())
     assert drawn(tmp_path, "scratch", 30, 0) == at_random  # it has no encoder to choose with
     assert drawn(tmp_path, "good", 30, 0) == (typical if draw == "typical" else at_random)
     assert drawn(tmp_path, "choosing", 30, 0) == typical
+    assert drawn(tmp_path, "far", 30, 0) == sorted(select(toy_encoder(0).embed(train.arrays()), 30, "kcenter").tolist())
     assert drawn(tmp_path, "drawing", 30, 0) == nested_subset(train.labels, 30, 0).tolist()
 
 
@@ -117,7 +119,7 @@ def test_random_draws_are_nested_and_keep_patients_together():
     ("arm", "message"),
     [
         ({"train": {"seed": 1}, "select": "typicl"}, "config.study.arms: x: select='typicl': unknown; did you mean"),
-        ({"select": "typical"}, "x: select='typical': the arm starts from scratch; allowed: random or stratified"),
+        ({"select": "typical"}, "x: select='typical': the arm starts from scratch; allowed: stratified or random"),
     ],
 )
 def test_mistakes(tmp_path, arm, message):

@@ -145,7 +145,7 @@ def _figures(metric: str, others: Sequence[str]) -> str:
 def _shared(about: Mapping[str, Any]) -> bool:
     """Whether all arms have the same labels; an older study says nothing of its draws."""
     draws = set(about.get("draws", {}).values())
-    return len(draws) < 2 and "typical" not in draws
+    return draws in (set(), {"stratified"}, {"random"})
 
 
 def _drawn(about: Mapping[str, Any]) -> str:
@@ -155,9 +155,8 @@ def _drawn(about: Mapping[str, Any]) -> str:
         text = "All arms share the labels of a seed."
     else:
         ways = ", ".join(f"{arm} {draw}" for arm, draw in draws.items())
-        text = (
-            f"All arms have as many labels in a seed, but not the same ones ({ways}); a typical draw is the arm's own."
-        )
+        text = f"All arms have as many labels in a seed, but not the same ones ({ways}). What is neither random nor "
+        text += "stratified, an arm has chosen with its own encoder."
     if "stratified" not in draws.values():
         return text
     return f"{text} Stratified draws use labels that nobody has before labelling: scores are somewhat too good."
