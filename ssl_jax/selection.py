@@ -26,6 +26,7 @@ NEIGHBOURS = 20  # typical: neighbours that say how dense it is around an image 
 SMALL = 5  # images; smaller clusters are hardly more than outliers, and come last (TypiClust's code drops them)
 LARGE = 10_000  # images; of larger clusters so many, drawn at random, are looked at
 FITTED = 200_000  # images; k-means is fitted to so many at most, drawn at random, and puts all others where they belong
+SEEDED = 10_000  # images; among so many, drawn at random, k-means finds the centres to start from
 PURITY = 0.95  # coverage: share of the balls in which all images are of one cluster (ProbCover, section 4)
 CLASSES = 10  # coverage: clusters that stand for the classes, if their number is unknown
 COVERED = 50_000  # images; coverage looks at so many at most, drawn at random, as it compares all with all
@@ -197,19 +198,24 @@ def _by_typicality(features: np.ndarray, members: np.ndarray, seed: int) -> np.n
 def k_means(features: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """The cluster int32 [N] of each row of features [N, D], by k-means of scikit-learn with one start by k-means++.
 
-    It is fitted to at most FITTED images, so its memory is bounded and its time too.
+    The start is found among at most SEEDED images, as it would take most of the time. k-means is fitted to at most
+    FITTED images, so its memory is bounded and its time too.
     """
     import warnings
 
-    from sklearn.cluster import KMeans
+    from sklearn.cluster import KMeans, kmeans_plusplus
     from sklearn.exceptions import ConvergenceWarning
 
-    some = features
+    state, rng = seed % 2**32, np.random.default_rng(seed)
+    some: np.ndarray = features
+    start: Any = "k-means++"
     if len(features) > FITTED:
-        some = features[np.sort(np.random.default_rng(seed).choice(len(features), FITTED, replace=False))]
+        some = features[np.sort(rng.choice(len(features), FITTED, replace=False))]
     with _threads(some.size * clusters), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct images than clusters
-        model = KMeans(clusters, n_init=1, random_state=seed % 2**32).fit(some)
+        if len(some) > SEEDED >= clusters:
+            start, _ = kmeans_plusplus(some[rng.permutation(len(some))[:SEEDED]], clusters, random_state=state)
+        model = KMeans(clusters, init=start, n_init=1, random_state=state).fit(some)
         return model.labels_ if some is features else model.predict(features)
 
 

@@ -130,8 +130,9 @@ def test_large_pools_are_looked_at_in_parts(monkeypatch):
         assert sorted(chosen.tolist()) == list(range(240))
         np.testing.assert_array_equal(select(features, 40, strategy), chosen[:40])
     whole = k_means(normalized(features), 6, 0)
-    monkeypatch.setattr(selection, "FITTED", 200)
-    assert adjusted_rand_score(whole, k_means(normalized(features), 6, 0)) > 0.7
+    for name in ("SEEDED", "FITTED"):
+        monkeypatch.setattr(selection, name, 200)
+        assert adjusted_rand_score(whole, k_means(normalized(features), 6, 0)) > 0.7
 
 
 def test_what_is_expected():
