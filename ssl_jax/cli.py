@@ -18,7 +18,7 @@ RUN = "run folder, written by `ssl-jax pretrain`"
 ENCODER = f"{RUN}, or a classifier folder, written by `ssl-jax finetune`"
 STEP = ("", "checkpoint to use instead of the finished encoder: its step, or latest; the run may go on meanwhile")
 # These accept --config.KEY=VALUE but have no --config.
-OVERRIDES = ("evaluate", "finetune", "predict", "embed", "check", "search")
+OVERRIDES = ("evaluate", "finetune", "predict", "embed", "select", "check", "search")
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 JSON = (False, "end the output with one line of JSON, for programs")
 DRY_RUN = (False, "say what this would read, need and write, after a few steps; write nothing")
@@ -48,7 +48,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         {
             "workdir": (..., ENCODER),
             "step": STEP,
-            "protocol": ("knn", "knn, linear or finetune"),
+            "protocol": ("knn", "knn, linear, finetune, or propagate (labels spread to all images, then linear)"),
             "labels": (0, "number of labelled images to train on; 0: all"),
             "seeds": (1, "number of times these images are drawn"),
             "data": ("", f"labelled data (default: the run's own): {DATA}"),
@@ -95,6 +95,24 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "step": STEP,
             "data": (..., DATA),
             "out": (..., ".npz, .csv or .parquet file to write"),
+        },
+    ),
+    "select": (
+        "choose the images that are worth labelling, and write a table to fill in",
+        {
+            "workdir": (..., ENCODER),
+            "labels": (50, "number of images to choose"),
+            "out": ("to_label.csv", ".csv file to write"),
+            "data": ("", f"images to choose from (default: the run's own): {DATA}"),
+            "have": ("", f"images that are labelled already: {DATA}"),
+            "strategy": (
+                "typical",
+                "typical, coverage, kcenter, random; with labels or a classifier uncertain, margin",
+            ),
+            "page": (False, "also write a page to label with, OUT with the ending .html"),
+            "classes": ("", "names of the classes, separated by commas, for the page (default: those of --have)"),
+            "seed": (0, "random seed"),
+            "json": JSON,
         },
     ),
     "check": (
@@ -188,7 +206,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
 # The flags whose names may be left out: ssl-jax pretrain METHOD DATA. With --config, a method is not expected.
 POSITIONAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pretrain", "views"), ("method", "data")),
-    **dict.fromkeys(("evaluate", "finetune", "predict", "embed"), ("workdir", "data")),
+    **dict.fromkeys(("evaluate", "finetune", "predict", "embed", "select"), ("workdir", "data")),
     "study": ("config", "data"),
     "plan": ("config",),
     "report": ("workdir",),

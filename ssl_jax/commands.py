@@ -295,6 +295,25 @@ def compare(runs: Sequence[str], out: str = "compare.html") -> dict[str, Any]:
     return comparing.compare(runs.split(",") if isinstance(runs, str) else runs, out)
 
 
+def select(
+    workdir: str,
+    labels: int = 50,
+    out: str = "to_label.csv",
+    data: str = "",
+    have: str = "",
+    strategy: str = "typical",
+    page: bool = False,
+    classes: str = "",
+    seed: int = 0,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Writes a table of the images to label next; see `ssl_jax.to_label.select`."""
+    from ssl_jax import to_label
+
+    options: Any = {"have": have, "data": data, "strategy": strategy, "classes": classes, "page": page, "seed": seed}
+    return to_label.select(workdir, labels, out, **options, overrides=overrides)
+
+
 def views(config: Config, out: str, images: int = 6, masks: str = "") -> None:
     from ssl_jax.audit.command import kind
     from ssl_jax.audit.masks import find_lesions, open_masks

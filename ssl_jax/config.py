@@ -261,6 +261,10 @@ class Study:
     baseline: str = option("scratch", "arm that the others are compared with; an empty arm starts from random weights")
     protocol: Literal["finetune", "linear"] = option("finetune", "how encoders are evaluated")
     labels: tuple[int, ...] = option((50, 100, 250, 1000), "label counts; each draw contains the smaller ones", min=1)
+    draw: Literal["stratified", "random", "typical", "coverage", "kcenter"] = option(
+        "stratified",
+        "how labels are drawn; stratified: with the shares of the classes; the last three: by an arm's own encoder",
+    )
     seeds: int = option(5, "number of label draws, the same for every arm", min=1)
     pretrainings: int = option(
         1, "pretraining runs per arm, each with its own seed; the study's seeds take turns", min=1

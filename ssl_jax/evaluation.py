@@ -18,12 +18,13 @@ from ssl_jax.encoder import Encoder
 from ssl_jax.evaluate.finetuning import finetune, loss_curve, still_falling
 from ssl_jax.evaluate.knn import knn_scores
 from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.propagation import NEIGHBOURS, propagate
 from ssl_jax.evaluate.references import RANDOM, References, over_pixels
 from ssl_jax.evaluate.scores import interval, metrics
 from ssl_jax.evaluate.subsets import nested_subset, without_positive
 from ssl_jax.report.tables import main_metric
 
-PROTOCOLS = ("knn", "linear", "finetune")
+PROTOCOLS = ("knn", "linear", "propagate", "finetune")
 HOW_READ = (
     "cache",
     "workers",
@@ -54,7 +55,7 @@ def evaluate(
     for seed, draw in enumerate(draws):
         if absent := without_positive(train.labels[draw], classes):
             print(f"draw {seed}: no image of {', '.join(absent)} among the {len(draw)} labelled images")
-    used = np.unique(np.concatenate(draws))
+    used = every if protocol == "propagate" else np.unique(np.concatenate(draws))  # all images, but not all labels
     pool = Labelled(train.source.take(used), train.labels[used])
     draws, test_images = [np.searchsorted(used, draw) for draw in draws], test.source.arrays()
     scores, curve = _scores(encoder, config, protocol, pool, draws, test_images)
@@ -111,12 +112,24 @@ def _scores(
         elif protocol == "linear":
             probe = linear_probe(features[rows], labels[rows], classes=classes, seed=seed, groups=groups)
             scores.append(probe.scores(test_features))
+        elif protocol == "propagate":
+            spread = _spread(features, labels, rows, classes)
+            probe = linear_probe(features, spread, classes=classes, seed=seed, groups=all_groups)
+            scores.append(probe.scores(test_features))
         else:
             options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
             classifier = finetune(encoder, images[rows], labels[rows], **options)
             scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))
     return scores, np.mean(curves, axis=0).tolist() if curves else None
+
+
+def _spread(features: np.ndarray, labels: np.ndarray, rows: np.ndarray, classes: int) -> np.ndarray:
+    """Labels of all images, spread from those of `rows`; of the others, the labels are not looked at."""
+    known = np.full_like(labels, -1 if labels.ndim == 1 else np.nan)
+    known[rows] = labels[rows]
+    shares = propagate(features, known, classes, k=min(NEIGHBOURS, len(features) - 1))
+    return shares.argmax(axis=1) if labels.ndim == 1 else shares
 
 
 def _means(each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -134,6 +147,7 @@ def conditions(config: Config, protocol: str, data: Data, test: Data | None, ste
     settings = {
         "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")},
         "linear": {},
+        "propagate": {},
         "finetune": dataclasses.asdict(config.finetune),
     }
     made: dict[str, Any] = {"data": _described(data), "test": test and _described(test)}

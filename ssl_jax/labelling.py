@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ def write_page(
     *,
     multilabel: bool = False,
     csv_name: str = "labelled.csv",
+    columns: tuple[str, str] = ("path", "label"),
+    more: Mapping[str, Sequence[str | int]] | None = None,
 ) -> None:
     """Writes a page that shows the images one by one and saves their labels as the table `csv_name`.
 
@@ -33,6 +35,7 @@ def write_page(
     them: absolute, or relative to the folder in which the table will lie. classes: may be empty, as the page can add
     some. multilabel: an image may have several classes, and the table has a column of 0 and 1 for each, empty where a
     class was added after the image was labelled; else it has a column `label`. Images without labels are left out.
+    columns: other names for the columns `path` and `label`. more: further columns, such as the patient of each image.
 
     As in the library's other tables, an apostrophe stands before a class that a spreadsheet would take for a formula; a
     path gets "./" instead, which names the same file. The browser remembers labels under a digest of the content.
@@ -48,6 +51,8 @@ def write_page(
         "classes": _checked(classes, multilabel),
         "multilabel": multilabel,
         "csv": csv_name,
+        "columns": columns,
+        "more": {name: list(values) for name, values in (more or {}).items()},
     }
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     # In a script, only "<" could end or open anything.

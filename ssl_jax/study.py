@@ -1,4 +1,4 @@
-"""The label-efficiency study: arms x label counts x seeds, every arm on the same draw of labels.
+"""The label-efficiency study: arms x label counts x seeds, every arm on the same draw of labels unless it chooses.
 
     cells/<arm>/<labels>/<seed>.json   scores, hyper-parameters, key    ... .npz   test scores, indices of the labels
     references/<labels>/<seed>.json    scores of the references, which cost nothing: see `evaluate.references`
@@ -12,13 +12,14 @@ A finished cell is reused until something it depends on changes: its `key` is a 
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -40,8 +41,11 @@ from ssl_jax.models import resolve_model
 from ssl_jax.report.summary import write_all, write_tables
 from ssl_jax.report.tables import Cell, Row
 from ssl_jax.run_folder import RunFolder, StudyFolder
+from ssl_jax.selection import embed, select
 
 FROM = "from"  # the key of an arm that names a run, whose encoder it takes
+SELECT = "select"  # the key of an arm that draws its labels in another way than config.study.draw
+DRAWN = ("stratified", "random")  # draws that need no encoder; all others are strategies of `selection`
 VERSION = 3  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
 SHORT = {"top1": "top-1", "macro_auc": "macro AUC"}  # names of scores in the log
 
@@ -65,17 +69,33 @@ class Subsets(NamedTuple):
 
     used: np.ndarray  # sorted indices, among all training images, of those in any subset
     examples: Examples  # of these images
-    draws: Mapping[tuple[int, int], np.ndarray]  # (label count, seed) -> indices among all training images
+    draws: Mapping[CellId, np.ndarray]  # indices among all training images
 
     def of(self, cell: CellId) -> Examples:
-        rows = np.searchsorted(self.used, self.draws[cell.labels, cell.seed])
+        rows = np.searchsorted(self.used, self.draws[cell])
         images, labels, groups = self.examples
         return Examples(images[rows], labels[rows], None if groups is None else groups[rows])
 
 
 def from_scratch(changes: Mapping[str, Any]) -> bool:
-    """Whether an arm starts from random weights: it changes nothing but, at most, its fine-tuning."""
-    return set(changes) <= {"finetune"}
+    """Whether an arm starts from random weights: it changes nothing but, at most, its fine-tuning and its labels."""
+    return set(changes) <= {"finetune", SELECT}
+
+
+def draw_of(study: Study, arm: str) -> str:
+    """How an arm draws its labels. One from scratch has no encoder to choose with, and draws at random instead.
+
+    Raises UserError if it asks for something else.
+    """
+    changes = study.arms[arm]
+    draw, key = changes.get(SELECT, study.draw), f"config.study.arms: {arm}: {SELECT}"
+    if draw not in (allowed := get_args(get_type_hints(Study)["draw"])):
+        raise unknown(key, draw, allowed)
+    if draw in DRAWN or not from_scratch(changes):
+        return draw
+    if SELECT in changes:
+        raise UserError(f"{key}={draw!r}: the arm starts from scratch; allowed: {' or '.join(DRAWN)}")
+    return "random"
 
 
 def arms_of(config: Config) -> dict[str, Config]:
@@ -84,11 +104,12 @@ def arms_of(config: Config) -> dict[str, Config]:
         raise UserError("config.study.arms: empty; name at least one arm, as configs/study_fashion_mnist.py does")
     arms = {}
     for arm, changes in config.study.arms.items():
-        own = {section: values for section, values in changes.items() if section != FROM}
+        own = {section: values for section, values in changes.items() if section not in (FROM, SELECT)}
         arms[arm] = merge(config, own)
+        draw_of(config.study, arm)
         beside = [f"{section}.{key}" for section in own if section != "finetune" for key in own[section]]
         if FROM in changes and beside:
-            reason = f"not expected beside {FROM!r}, whose encoder is trained already; allowed: finetune"
+            reason = f"not expected beside {FROM!r}, whose encoder is trained already; allowed: finetune, {SELECT}"
             raise UserError(f"config.study.arms: {arm}: {', '.join(beside)}: {reason}")
     if config.study.baseline not in arms:
         raise unknown("config.study.baseline", config.study.baseline, arms)
@@ -198,7 +219,7 @@ def run_study(
     labelled_part(train, train, "config.data")
     test, test_labels = labelled_part(test, train, "config.study.test")
     _check_test_labels(test_labels)
-    subsets = _draw(train, study, cell_ids)
+    _check_counts(train, study)
     _write_metadata(config, workdir, train, test, test_labels)
 
     cells: list[Cell] = []
@@ -206,11 +227,12 @@ def run_study(
     progress, rows = _Progress(len(cell_ids)), list[Row]()
     evaluator = _Evaluator(config, arms, test.arrays(), test_labels, train.classes)
     encoders = _Encoders(study, arms, get_encoder, cell_ids)
+    subsets = _draw(train, study, cell_ids, encoders)
     networks = _networks(encoders, study, arms, min(train.shape[:2]))
     compared = References(networks, test.arrays(), test_labels, train.classes, config.eval)
     for cell_id in cell_ids:
         encoder, encoder_digest = encoders.of(cell_id)
-        examples, indices = subsets.of(cell_id), subsets.draws[cell_id.labels, cell_id.seed]
+        examples, indices = subsets.of(cell_id), subsets.draws[cell_id]
         key = evaluator.key(cell_id, encoder_digest, indices, examples)
         path = StudyFolder(workdir).cell(*cell_id)
         cell = _load(path, key, log)
@@ -337,21 +359,58 @@ class _Progress:
 # The inputs of a cell.
 
 
-def _draw(train: Source, study: Study, cells: Sequence[CellId]) -> Subsets:
-    """The subsets that `cells` need. Only images that are in one of them are decoded."""
-    labels, groups, counts = np.asarray(train.labels), train.groups, study.labels
+def _check_counts(train: Source, study: Study) -> None:
+    counts = study.labels
     if not counts:
         raise UserError("config.study.labels: empty; give at least one label count")
-    available = len(labelled_indices(labels))
+    available = len(labelled_indices(np.asarray(train.labels)))
     if not 1 <= min(counts) <= max(counts) <= available:
         raise UserError(
             f"config.study.labels={tuple(counts)}: allowed: 1 to {available}, the number of labelled images"
         )
-    distinct = dict.fromkeys((cell.labels, cell.seed) for cell in cells)
-    draws = {(count, seed): nested_subset(labels, count, seed, groups) for count, seed in distinct}
+
+
+def _draw(train: Source, study: Study, cells: Sequence[CellId], encoders: "_Encoders") -> Subsets:
+    """The subsets that `cells` need. Only images that are in one of them are decoded, and all if an arm looks at them
+    to choose."""
+    labels, groups, chosen = np.asarray(train.labels), train.groups, _Chosen(train, max(study.labels))
+
+    @functools.cache  # the same for all arms
+    def drawn(draw: str, count: int, seed: int) -> np.ndarray:
+        return nested_subset(labels, count, seed, groups, stratified=draw == "stratified")
+
+    draws = {}
+    for cell in cells:
+        draw = draw_of(study, cell.arm)
+        if draw in DRAWN:
+            draws[cell] = drawn(draw, cell.labels, cell.seed)
+        else:
+            draws[cell] = np.sort(chosen.order(draw, *encoders.of(cell), cell.seed)[: cell.labels])
     used = np.unique(np.concatenate(list(draws.values())))
     examples = Examples(train.take(used).arrays(), labels[used], None if groups is None else groups[used])
     return Subsets(used, examples, draws)
+
+
+class _Chosen:
+    """Orders in which `selection` would label the images whose labels are known, `count` of them, without a look at
+    their labels."""
+
+    def __init__(self, train: Source, count: int):
+        self.train, self.known, self.count = train, labelled_indices(np.asarray(train.labels)), count
+        self.features: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by the encoder's digest
+        self.orders: dict[tuple[str, str, int], np.ndarray] = {}
+
+    def order(self, strategy: str, encoder: Encoder, encoder_digest: str, seed: int) -> np.ndarray:
+        key = strategy, encoder_digest, seed
+        if encoder_digest not in self.features:
+            self.features[encoder_digest] = embed(encoder, self.train.take(self.known))
+        if key not in self.orders:
+            features, readable = self.features[encoder_digest]
+            index = self.known[readable]
+            options: Any = {"groups": None if self.train.groups is None else self.train.groups[index]}
+            options |= {"seed": seed, "classes": len(self.train.classes)}
+            self.orders[key] = index[select(features, self.count, strategy, **options)]
+        return self.orders[key]
 
 
 def _check_test_labels(labels: np.ndarray) -> None:
@@ -403,6 +462,7 @@ def _write_metadata(config: Config, workdir: Path, train: Source, test: Source, 
         "phantom": phantom(config.data),
         "pretrainings": max([1, *(number + 1 for _, number in pretrainings(config))]),
         "seeds": config.study.seeds,
+        "draws": {arm: draw_of(config.study, arm) for arm in config.study.arms},
         "from": {arm: changes[FROM] for arm, changes in config.study.arms.items() if FROM in changes},
     }
     remove_leftovers(workdir)

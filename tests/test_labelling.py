@@ -104,6 +104,12 @@ def test_labels_by_keyboard_undo_and_reload(page, tmp_path):
     assert state(browser) == "Image 4 of 5: skipped"
 
 
+def test_columns_as_the_settings_name_them(page, tmp_path):
+    browser = page(["a.png", "b.png"], ["cat"], columns=("file", "kind"), more={"owner, id": [7, "=x"]})
+    browser.press("1", "1")
+    assert saved(browser, tmp_path) == 'file,"owner, id",kind\na.png,7,cat\nb.png,\'=x,cat\n'
+
+
 def test_odd_names_come_back_as_they_were(page, tmp_path):
     images, folder = pictures(len(ODD)), tmp_path / "saved"
     folder.mkdir()

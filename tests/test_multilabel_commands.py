@@ -78,7 +78,7 @@ def npz(tmp_path, name="data.npz"):
 FAST = [f"--config.finetune.{key}" for key in ("steps=60", "epochs=0", "batch=32", "lr=(1e-4,3e-3)")]
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear", "finetune"])
+@pytest.mark.parametrize("protocol", ["knn", "linear", "propagate", "finetune"])
 def test_evaluate(encoder, opened, protocol, capsys):
     made = commands.evaluate(str(encoder), protocol, labels=60, seeds=2, overrides=FAST)
     (path,) = (encoder / "evaluation").glob(f"{protocol}-60*.npz")

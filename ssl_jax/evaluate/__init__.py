@@ -5,6 +5,7 @@ from ssl_jax.evaluate.finetuning import Classifier, finetune
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.multilabel import reliability, threshold_at_sensitivity
+from ssl_jax.evaluate.propagation import propagate
 from ssl_jax.evaluate.references import References, over_pixels, pixels
 from ssl_jax.evaluate.scores import interval, metrics, paired
 from ssl_jax.evaluate.subsets import holdout, nested_subset, without_positive
@@ -26,6 +27,7 @@ __all__ = [
     "over_pixels",
     "paired",
     "pixels",
+    "propagate",
     "rank_me",
     "reliability",
     "threshold_at_sensitivity",

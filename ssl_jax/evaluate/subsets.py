@@ -20,7 +20,9 @@ def without_positive(labels: np.ndarray, classes: Sequence[str]) -> list[str]:
     return [name for name, column in zip(classes, labels.T, strict=True) if not (column >= 0.5).any()]
 
 
-def nested_subset(labels: np.ndarray, count: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+def nested_subset(
+    labels: np.ndarray, count: int, seed: int, groups: np.ndarray | None = None, stratified: bool = True
+) -> np.ndarray:
     """Sorted indices int64 [count] of images with a known label.
 
     The draws of one seed are nested: 50 labels are among the 100, which are among the 250.
@@ -28,12 +30,15 @@ def nested_subset(labels: np.ndarray, count: int, seed: int, groups: np.ndarray 
     With one label per image and no groups, classes keep their shares, and each has at least one example as soon as
     `count` allows it (the most frequent class first). Otherwise one positive image of each class comes first, the
     rarest class leading (`without_positive` names the classes that have none); then come whole groups in random order,
-    of which only the last may be drawn in part.
+    of which only the last may be drawn in part. stratified=False: nothing but whole groups, or images, in random order.
 
     Raises UserError if there are fewer than `count` labelled examples.
     """
     labels = np.asarray(labels)
-    order = _stratified_order(labels, seed) if _single(labels, groups) else _group_order(labels, seed, groups)
+    if not stratified:
+        order, *_ = _shuffled(labels, seed, groups)
+    else:
+        order = _stratified_order(labels, seed) if _single(labels, groups) else _group_order(labels, seed, groups)
     if not 1 <= count <= len(order):
         raise UserError(f"labels={count}: {len(order)} labelled images; allowed: 1 to {len(order)}")
     return np.sort(order[:count])

@@ -23,12 +23,13 @@ def curve(
     metric: str,
     prefix: str = "",
     references: Sequence[Mapping[str, Any]] = (),
+    shared: bool = True,
 ) -> None:
     """Score by label count (left) and paired difference to the baseline (right), with 95 % bands.
 
     rows: of `tables.summarise`. prefix: of each title, such as "Phantoms: ". If the baseline is the only arm, the right
     panel is left out. references: such rows of the references, of which raw pixels and random encoder get a thin line
-    through the better of linear and kNN.
+    through the better of linear and kNN. shared: whether all arms had the same labels.
     """
     rows = [row for row in rows if row["metric"] == metric]
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -54,7 +55,7 @@ def curve(
             shown = [_band(right, paired, arm, "difference", "difference_half", colors[arm]) for arm in others]
             right.set_ylim(limits([0, *np.concatenate(shown)], GAIN))
             right.set_ylabel(textwrap.fill(f"{name}: points above {plain(baseline)}", 44))
-            right.set_title(f"{prefix}Paired difference, same labels")
+            right.set_title(f"{prefix}Paired difference, {'same' if shared else 'as many'} labels")
         for ax in axes:
             ax.set_xscale("log")
             ax.set_xticks(counts, [f"{n:,}" for n in counts])

@@ -64,7 +64,9 @@ def write_all(workdir: Path, cells: Sequence[Cell], baseline: str, references: S
         write_csv(folder.patients, patients)
         write_bytes(folder.summary_md, _summary(folder, cells, rows, baseline, patients, references).encode())
     beside = summarise(_sorted(references), "")
-    figures.curve(rows, folder.curve, baseline=baseline, metric=metric, prefix=prefix, references=beside)
+    figures.curve(
+        rows, folder.curve, baseline=baseline, metric=metric, prefix=prefix, references=beside, shared=_shared(about)
+    )
     options: Any = {"baseline": baseline, "metric": class_metric, "share": share, "prefix": prefix}
     figures.gain_by_class(gains, folder.gain_by_class, **options)
     return rows
@@ -117,8 +119,7 @@ def _summary(
     means = {(row["arm"], row["labels"]): row["mean"] for row in rows_of_metric}
     if others:
         parts += [
-            f"Paired difference to {baseline}, in points. All arms share the labels of a seed. "
-            + _sharper(rows_of_metric, baseline),
+            f"Paired difference to {baseline}, in points. {_drawn(about)} " + _sharper(rows_of_metric, baseline),
             table(rows_of_metric, "difference", "+.1f", others),
             _list(verdicts(rows, baseline, metric, patients, short)),
         ]
@@ -139,6 +140,26 @@ def _figures(metric: str, others: Sequence[str]) -> str:
         text += f" gain_by_class.png shows the gain in {by_class.title} of each class ({by_class.meaning}), "
         text += f"whose mean over classes is {about}the difference below."
     return text
+
+
+def _shared(about: Mapping[str, Any]) -> bool:
+    """Whether all arms have the same labels; an older study says nothing of its draws."""
+    draws = set(about.get("draws", {}).values())
+    return draws in (set(), {"stratified"}, {"random"})
+
+
+def _drawn(about: Mapping[str, Any]) -> str:
+    """How labels were drawn, in words."""
+    draws = about.get("draws", {})
+    if _shared(about):
+        text = "All arms share the labels of a seed."
+    else:
+        ways = ", ".join(f"{arm} {draw}" for arm, draw in draws.items())
+        text = f"All arms have as many labels in a seed, but not the same ones ({ways}). What is neither random nor "
+        text += "stratified, an arm has chosen with its own encoder."
+    if "stratified" not in draws.values():
+        return text
+    return f"{text} Stratified draws use labels that nobody has before labelling: scores are somewhat too good."
 
 
 def _sharper(rows: Sequence[Row], baseline: str) -> str:
