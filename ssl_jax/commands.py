@@ -152,6 +152,7 @@ def finetune(
     data: str,
     out: str,
     test: str = "",
+    unlabelled: str = "",
     seed: int = 0,
     step: int | str = "",
     dry_run: bool = False,
@@ -163,13 +164,17 @@ def finetune(
     With test data it also writes out/test.csv, the prediction for every image, and for multi-label data
     out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of
     classifier.json.
+
+    unlabelled: images to learn from beside the labelled ones; "": those of the run, if config.finetune.unlabelled=all.
     """
     from ssl_jax.classifier import begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds
-    from ssl_jax.evaluate.finetuning import finetune as fit_classifier
     from ssl_jax.evaluate.finetuning import loss_curve, still_falling
+    from ssl_jax.evaluate.selftraining import train_classifier, without_labels
 
     encoder, config = _load(workdir, step, overrides)
+    if unlabelled:
+        config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, unlabelled="all"))
     folder = Path(out)
     if not dry_run:
         begin_classifier(folder, "--out")
@@ -178,6 +183,7 @@ def finetune(
     held_out = None
     if test:  # before training, which a misspelt class would otherwise waste
         held_out = labelled_part(_open_test(encoder, config, test, data), source, test)
+    others: Any = _open_unlabelled(encoder, config, unlabelled) if config.finetune.unlabelled == "all" else None
     if dry_run:
         from ssl_jax import dry_runs
 
@@ -185,14 +191,21 @@ def finetune(
         return {}
     print(f"fine-tuning on {len(train.labels)} labelled images, classes: {', '.join(classes)}", flush=True)
     options: Any = {"classes": len(classes), "settings": config.finetune, "seed": seed, "groups": train.source.groups}
-    classifier = fit_classifier(encoder, train.source.arrays(), train.labels, **options)
-    about = {**encoder.about, "classes": classes, "finetune": dataclasses.asdict(config.finetune), "seed": seed}
+    memory = config.data.memory_gb
+    if others is not None:
+        print(f"then on {len(others)} images without a label, taught by the classifier", flush=True)
+    known = encoder, train.source.arrays(), train.labels
+    classifier = train_classifier(*known, lambda: without_labels(others, memory), **options)
+    about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}
     about |= {"chosen": classifier.chosen, "multilabel": source.multilabel, "data": data, "test_data": test}
     about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}
     if source.multilabel and classifier.held_out:
         about["thresholds"] = choose_thresholds(*classifier.held_out, classes, config.finetune.sensitivity)
     save_weights(folder, classifier)
     _print_numbers(about["chosen"])
+    if others is not None:
+        about |= {"unlabelled": unlabelled, "unlabelled_images": len(others)}
+        print("the student is used" if classifier.chosen["student"] else "the teacher is used: its student is worse")
     about["loss"] = loss_curve(classifier)
     if reason := still_falling(about["loss"]):
         about["undertrained"] = reason
@@ -446,6 +459,15 @@ def _open_test(encoder: Encoder, config: Config, test: str, data: str) -> Source
     """The images that --test names: the test part of CheXpert and of the data that --data names, all of other data."""
     spec = encoder.data(data_of(test, "--test", config.data))
     return open_source(spec, "test" if spec.name == "chexpert" or test == data else "all")
+
+
+def _open_unlabelled(encoder: Encoder, config: Config, unlabelled: str) -> Source:
+    """The images that --unlabelled names, or else those that the encoder was trained on."""
+    if not unlabelled and not config.data.name:
+        raise UserError("--unlabelled: missing; config.finetune.unlabelled=all needs it, or the folder of a run")
+    spec = data_of(unlabelled, "--unlabelled", config.data) if unlabelled else config.data
+    # The columns of labels may be missing here, and are not needed.
+    return open_source(dataclasses.replace(encoder.data(spec), labels=(), max_bad_share=1.0, pairs=""))
 
 
 def _data_spec(encoder: Encoder, config: Config, data: str) -> Data:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -167,13 +168,14 @@ class Task(NamedTuple):
         for lr, ratio in pairs:
             params, stats, losses = _train(self, index, head, lr, ratio, batch)
             chosen = {"lr": lr, "backbone_ratio": ratio}
-            yield Classifier(
-                self.encoder, params, stats, chosen, losses=losses, multilabel=self.labels.ndim == 2
-            )
+            yield Classifier(self.encoder, params, stats, chosen, losses=losses, multilabel=self.labels.ndim == 2)
 
     def _initial_head(self, index: np.ndarray) -> dict[str, np.ndarray]:
         if self.features is None:
-            return {"w": np.zeros((self.encoder.width, self.classes), np.float32), "b": np.zeros(self.classes, np.float32)}
+            return {
+                "w": np.zeros((self.encoder.width, self.classes), np.float32),
+                "b": np.zeros(self.classes, np.float32),
+            }
         groups = None if self.groups is None else self.groups[index]
         options: Any = {"seed": self.seed, "groups": groups, "class_weights": self.settings.class_weights}
         probe = linear_probe(self.features[index], self.labels[index], classes=self.classes, **options)
@@ -296,7 +298,8 @@ def loss_of_labels(logits: jax.Array, labels: jax.Array, weights: jax.Array | No
     return (binary_cross_entropy if labels.ndim == 2 else cross_entropy)(logits, labels, weights=weights)
 
 
-class Supervised(NamedTuple):
+@dataclass(frozen=True)
+class Supervised:
     """The objective of a `Batch` of nothing but labelled images."""
 
     views: tuple[View, ...]
