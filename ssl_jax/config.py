@@ -6,6 +6,7 @@ and help (see `ssl_jax.fields`); `ssl-jax pretrain --help=optim` and docs/config
 """
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Mapping
@@ -254,9 +255,7 @@ class Finetune:
     )
     unlabelled_batch: int = option(64, "images without a label in a batch, beside the labelled ones", min=1)
     unlabelled_weight: float = option(0.5, "their share of the loss; the labelled images have the rest", min=0, max=1)
-    temperature: float = option(
-        1.0, "that divides logits where the student learns the teacher's probabilities", above=0
-    )
+    temperature: float = option(1.0, "that divides the logits of teacher and student", above=0)
     align: bool = option(False, "scale the teacher's probabilities so that classes are as frequent as among the labels")
     consistency: bool = option(
         False, "the student learns from its own confident answers to weak views (augment), on strong ones"
@@ -265,17 +264,10 @@ class Finetune:
     strong: Augment = option(Augment(preset="small"), "consistency: strong views; same keys as config.augment")
 
     def inputs(self) -> dict[str, Any]:
-        """The options that a classifier depends on: without images that have no label, none that is about them."""
+        """The options that a classifier depends on: those from `unlabelled` on only if it is not "none"."""
         options = dataclasses.asdict(self)
-        unused = OF_UNLABELLED if self.unlabelled == "none" else ()
-        return {key: value for key, value in options.items() if key not in unused}
-
-
-# Options of config.finetune that say how to learn from images without a label.
-OF_UNLABELLED = (
-    *("unlabelled", "unlabelled_batch", "unlabelled_weight", "temperature", "align"),
-    *("consistency", "confidence", "strong"),
-)
+        used = list(options) if self.unlabelled != "none" else itertools.takewhile("unlabelled".__ne__, options)
+        return {key: options[key] for key in used}
 
 
 @dataclass(frozen=True)

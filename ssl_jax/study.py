@@ -35,7 +35,7 @@ from ssl_jax.evaluate.finetuning import loss_curve
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.references import RANDOM, References, digest
 from ssl_jax.evaluate.scores import metrics
-from ssl_jax.evaluate.selftraining import train_classifier, without_labels
+from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 from ssl_jax.evaluate.subsets import nested_subset
 from ssl_jax.files import read_json, read_npz, remove_leftovers, write_json, write_npz
 from ssl_jax.models import resolve_model
@@ -303,7 +303,7 @@ class _Evaluator:
         self, config: Config, arms: Mapping[str, Config], train: Source, images: np.ndarray, labels: np.ndarray
     ):
         self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, train.classes
-        self.train, self.memory_gb = train, config.data.memory_gb
+        self.unlabelled = Unlabelled(train, config.data.memory_gb)
         self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
         self.shared_inputs = {"test": digest(images, labels), "classes": self.classes, "protocol": self.protocol}
         self.test_features: dict[str, np.ndarray] = {}  # by the encoder's digest
@@ -314,26 +314,9 @@ class _Evaluator:
         settings = None if self.protocol == "linear" else self.settings[cell.arm].inputs()
         own = {"labels": labels, "seed": cell.seed, "settings": settings, "encoder": encoder_digest}
         if settings and "unlabelled" in settings:
-            own["images"] = self.all_images
+            own["unlabelled"] = self.unlabelled.digest
         inputs = {"version": VERSION, **self.shared_inputs, **own}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-    @functools.cached_property
-    def all_images(self) -> str:
-        """A digest of the training images, or of their names if there are too many to decode them for that."""
-        if self._fits:
-            return digest(self.train.arrays())
-        return hashlib.sha256(json.dumps([self.train.names, self.train.shape]).encode()).hexdigest()
-
-    @property
-    def _fits(self) -> bool:
-        return self.train.nbytes <= self.memory_gb * 1e9
-
-    def _others(self, indices: np.ndarray) -> np.ndarray | Source:
-        """The training images that are not at `indices`."""
-        if self._fits:
-            self.train.arrays()  # once, for all cells
-        return without_labels(self.train.take(np.setdiff1d(np.arange(len(self.train)), indices)), self.memory_gb)
 
     def run(
         self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples, indices: np.ndarray
@@ -350,7 +333,7 @@ class _Evaluator:
             chosen = {"strength": probe.strength, "validation": probe.validation}
         else:
             settings = self.settings[cell.arm]
-            known, others = (encoder, examples.images, examples.labels), lambda: self._others(indices)
+            known, others = (encoder, examples.images, examples.labels), lambda: self.unlabelled.without(indices)
             classifier = train_classifier(*known, others, settings=settings, **options)
             scores, chosen = classifier.logits(self.images, fixed=True), classifier.chosen
             result["loss"] = loss_curve(classifier)

@@ -1,7 +1,10 @@
 """Self-training: a classifier that was trained on few labels teaches a student on images without any."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +13,8 @@ import numpy as np
 import optax
 
 from ssl_jax.augment import make_views, resolve_views
-from ssl_jax.config import Finetune, View
+from ssl_jax.config import Config, Finetune, View
+from ssl_jax.data import open_source
 from ssl_jax.data.source import Source, order
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
@@ -23,8 +27,10 @@ from ssl_jax.evaluate.finetuning import (
     probabilities,
     task_of,
 )
+from ssl_jax.evaluate.references import digest
 from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
+from ssl_jax.settings import data_of
 
 PIECE = 4_096  # images that the teacher is shown at a time
 Images = np.ndarray | Source
@@ -103,10 +109,40 @@ def train_classifier(
     return self_train(classifier, encoder, images, labels, unlabelled(), **options)
 
 
-def without_labels(source: Source, memory_gb: float) -> Images:
-    """The images of a source without their labels: decoded if they take no more than memory_gb, or else the source."""
-    source.forget_labels()
-    return source.arrays() if source.nbytes <= memory_gb * 1e9 else source
+class Unlabelled:
+    """The images of a source, whose labels are not looked at. They are decoded once if they fit into memory_gb."""
+
+    def __init__(self, source: Source, memory_gb: float):
+        self.source, self.fits = source, source.nbytes <= memory_gb * 1e9
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all images, or of their names if they do not fit."""
+        if self.fits:
+            return digest(self.source.arrays())
+        return hashlib.sha256(json.dumps([self.source.names, self.source.shape]).encode()).hexdigest()
+
+    def without(self, indices: Sequence[int] | np.ndarray = ()) -> Images:
+        """All images but those at `indices`."""
+        rest = np.setdiff1d(np.arange(len(self.source)), indices)
+        if self.fits:
+            return self.source.arrays()[rest]
+        part = self.source.take(rest)
+        part.forget_labels()
+        return part
+
+
+def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
+    """The images that --unlabelled names, or else those of config.data, in the encoder's size.
+
+    Raises UserError if neither is given, or the images cannot be found.
+    """
+    if not data and not config.data.name:
+        raise UserError("--unlabelled: missing; config.finetune.unlabelled=all needs it, or the folder of a run")
+    spec = encoder.data(data_of(data, "--unlabelled", config.data) if data else config.data)
+    # The columns of labels may be missing here, and are not needed.
+    source = open_source(dataclasses.replace(spec, labels=(), max_bad_share=1.0, pairs=""))
+    return Unlabelled(source, config.data.memory_gb)
 
 
 def _check(images: np.ndarray, unlabelled: Images) -> None:
@@ -165,7 +201,7 @@ def _alignment(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (odds(wanted) - odds(np.clip(found, 1e-6, 1 - 1e-6))).astype(np.float32)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Objective:
     """The objective of a `Batch`. strong: for consistency; (): the targets are the teacher's."""
 
