@@ -1,15 +1,19 @@
 """Self-training: its losses, no gradient into the teacher, and images without a label that help."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 from scipy.special import expit, log_expit, log_softmax, softmax
 from toy_encoder import toy_encoder, toy_images
+from toy_study import toy_config, toy_run, toy_sources
 
-from ssl_jax.config import Augment, Data, Finetune
+from ssl_jax import study as studies
+from ssl_jax.config import Augment, Data, Finetune, default, resolve
 from ssl_jax.data.folder import from_array
+from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import finetune, holdout, self_train, selftraining
 
@@ -140,3 +144,51 @@ def test_mistakes():
     ):
         with pytest.raises(UserError, match=message):
             taught(dataclasses.replace(SETTINGS, steps=1), pool=pool)
+
+
+def test_an_arm_of_a_study_learns_from_the_images_that_were_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "_references", lambda *_: [])
+    pools, original = [], selftraining._answers
+    monkeypatch.setattr(
+        selftraining, "_answers", lambda teacher, pool: pools.append(len(pool)) or original(teacher, pool)
+    )
+    good = {"train": {"seed": 1}}
+    arms = {"scratch": {}, "good": good, "both": {**good, "finetune": {"unlabelled": "all"}, "select": "typical"}}
+    tuning = {"steps": 3, "epochs": 0, "lr": (0.01,)}
+    changes = {"arms": arms, "labels": (6, 30), "seeds": 1, "finetune": tuning}
+
+    def lines(**other):
+        return toy_run(toy_config(**{**changes, **other}), tmp_path, part=(1, 1), **sources)[1]
+
+    sources = {}
+    lines(arms={name: arms[name] for name in ("scratch", "good")})
+    again = lines()
+    assert [line.endswith("(reused)") for line in again] == ["both" not in line for line in again]  # keys are as before
+    assert pools == [114, 90]
+    chosen = json.loads((tmp_path / "cells/both/30/0.json").read_text())["chosen"]
+    assert chosen["student"] and "teacher_validation" not in chosen  # a single pair: nothing was held out
+    assert all("(reused)" in line for line in lines())
+    # Another image in the place of one that was never drawn changes the cells of this arm, and no other.
+    train, _ = toy_sources()
+    drawn = [np.load(path)["indices"] for path in tmp_path.glob("cells/*/*/*.npz")]
+    images = train.arrays().copy()
+    images[np.setdiff1d(np.arange(120), np.concatenate(drawn))[0], 0, 0] += 1
+    options = {"labels": train.labels, "classes": train.classes, "array": images}
+    sources["train"] = Source(train.names, train.shape, images.__getitem__, **options)
+    changed = [line for line in lines() if "(reused)" not in line]
+    assert changed and all("both" in line for line in changed) and pools[2:] == [114, 90]
+
+
+def test_the_finetune_command_finds_the_images(tmp_path):
+    images, _ = toy_images(10)
+    np.savez(tmp_path / "more.npz", images=images)
+    config = dataclasses.replace(resolve(default("simclr")), data=Data())
+    found = selftraining.unlabelled_of(toy_encoder(), config, str(tmp_path / "more.npz"))
+    np.testing.assert_array_equal(found.without([1, 3]), np.delete(images, [1, 3], axis=0))
+    on_disk = selftraining.Unlabelled(found.source, memory_gb=0)
+    np.testing.assert_array_equal(on_disk.without([1]).load_many([0, 1]), images[[0, 2]])
+    assert on_disk.digest != found.digest
+    with pytest.raises(UserError, match="--unlabelled: missing; config.finetune.unlabelled=all needs it"):
+        selftraining.unlabelled_of(toy_encoder(), config, "")
+    with pytest.raises(UserError, match="--unlabelled=nowhere: not found"):
+        selftraining.unlabelled_of(toy_encoder(), config, "nowhere")
