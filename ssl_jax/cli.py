@@ -74,6 +74,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "data": (..., f"labelled data: {DATA}"),
             "out": (..., "folder for the classifier"),
             "test": ("", "labelled data to test on"),
+            "unlabelled": ("", f"images without a label, to learn from as well: {DATA}"),
             "seed": (0, "random seed"),
             "dry_run": DRY_RUN,
             "json": JSON,

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from ssl_jax.data import phantom as phantom_of
 from ssl_jax.data.labelled import Labelled, labelled_part
 from ssl_jax.encoder import Encoder, random_encoder
 from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
-from ssl_jax.evaluate.finetuning import Classifier
 from ssl_jax.run_folder import RunFolder, StudyFolder
 from ssl_jax.settings import data_of, settings_of
 
@@ -152,6 +151,7 @@ def finetune(
     data: str,
     out: str,
     test: str = "",
+    unlabelled: str = "",
     seed: int = 0,
     step: int | str = "",
     dry_run: bool = False,
@@ -163,13 +163,17 @@ def finetune(
     With test data it also writes out/test.csv, the prediction for every image, and for multi-label data
     out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of
     classifier.json.
+
+    unlabelled: images to learn from beside the labelled ones; "": those of the run, if config.finetune.unlabelled=all.
     """
-    from ssl_jax.classifier import begin_classifier, save_about, save_weights
+    from ssl_jax.classifier import begin_classifier, print_numbers, save_about, save_weights, write_test
     from ssl_jax.evaluate.classification_report import choose_thresholds
-    from ssl_jax.evaluate.finetuning import finetune as fit_classifier
     from ssl_jax.evaluate.finetuning import loss_curve, still_falling
+    from ssl_jax.evaluate.selftraining import train_classifier, unlabelled_of
 
     encoder, config = _load(workdir, step, overrides)
+    if unlabelled:
+        config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, unlabelled="all"))
     folder = Path(out)
     if not dry_run:
         begin_classifier(folder, "--out")
@@ -178,6 +182,7 @@ def finetune(
     held_out = None
     if test:  # before training, which a misspelt class would otherwise waste
         held_out = labelled_part(_open_test(encoder, config, test, data), source, test)
+    others: Any = unlabelled_of(encoder, config, unlabelled) if config.finetune.unlabelled == "all" else None
     if dry_run:
         from ssl_jax import dry_runs
 
@@ -185,55 +190,30 @@ def finetune(
         return {}
     print(f"fine-tuning on {len(train.labels)} labelled images, classes: {', '.join(classes)}", flush=True)
     options: Any = {"classes": len(classes), "settings": config.finetune, "seed": seed, "groups": train.source.groups}
-    classifier = fit_classifier(encoder, train.source.arrays(), train.labels, **options)
-    about = {**encoder.about, "classes": classes, "finetune": dataclasses.asdict(config.finetune), "seed": seed}
+    if others is not None:
+        print(f"then on {len(others.source)} images without a label, taught by the classifier", flush=True)
+    known = encoder, train.source.arrays(), train.labels
+    classifier = train_classifier(*known, lambda: others.without(), **options)
+    about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}
     about |= {"chosen": classifier.chosen, "multilabel": source.multilabel, "data": data, "test_data": test}
     about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}
     if source.multilabel and classifier.held_out:
         about["thresholds"] = choose_thresholds(*classifier.held_out, classes, config.finetune.sensitivity)
     save_weights(folder, classifier)
-    _print_numbers(about["chosen"])
+    print_numbers(about["chosen"])
+    if others is not None:
+        about |= {"unlabelled": unlabelled, "unlabelled_images": len(others.source)}
+        print("the student is used" if classifier.chosen["student"] else "the teacher is used: its student is worse")
     about["loss"] = loss_curve(classifier)
     if reason := still_falling(about["loss"]):
         about["undertrained"] = reason
         print(f"it looks undertrained: {reason}; try more --config.finetune.steps, or a higher --config.finetune.lr")
     if held_out:
         title = "Phantoms: reliability" if phantom_of(data_of(test, "--test", config.data)) else "Reliability"
-        about["test"] = _test_classifier(classifier, held_out, classes, about.get("thresholds", {}), folder, title)
+        about["test"] = write_test(classifier, held_out, classes, about.get("thresholds", {}), folder, title)
     save_about(folder, about)
     print(f"classifier: {out}")
     return about
-
-
-def _test_classifier(
-    classifier: Classifier,
-    test: Labelled,
-    classes: list[str],
-    thresholds: Mapping[str, Mapping[str, Any]],
-    folder: Path,
-    title: str,
-) -> dict[str, Any]:
-    """Writes test.csv and, for multi-label data, reliability.png with this title; prints and returns the metrics."""
-    from ssl_jax.evaluate.classification_report import evaluate_on_test, format_report
-    from ssl_jax.evaluation import print_left_out
-    from ssl_jax.outputs import write_predictions
-    from ssl_jax.report.figures import reliability
-
-    scores, groups, multilabel = classifier.logits(test.source.arrays()), test.source.groups, classifier.multilabel
-    write_predictions(folder / "test.csv", test.source, scores, classes, multilabel)
-    result = evaluate_on_test(scores, test.labels, classes, groups=groups, thresholds=thresholds)
-    _print_numbers(result)
-    if multilabel:
-        print("\n".join(format_report(result)))
-        print_left_out(result)
-        reliability(result["reliability"], folder / "reliability.png", title=title)
-    return result
-
-
-def _print_numbers(values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, float):
-            print(f"  {name:20} {value:.4g}")
 
 
 def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and help (see `ssl_jax.fields`); `ssl-jax pretrain --help=optim` and docs/config
 """
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Mapping
@@ -248,7 +249,25 @@ class Finetune:
     sensitivity: float = option(
         0.9, "multi-label: each class's threshold reaches this sensitivity on the held-out labels", above=0, max=1
     )
-    augment: Augment = option(Augment(preset="light"), "views of the labelled images; same keys as config.augment")
+    augment: Augment = option(Augment(preset="light"), "views of the images; same keys as config.augment")
+    unlabelled: Literal["none", "all"] = option(
+        "none", "all: also learn from the images without a label, a study's other training images or the run's own"
+    )
+    unlabelled_batch: int = option(64, "images without a label in a batch, beside the labelled ones", min=1)
+    unlabelled_weight: float = option(0.5, "their share of the loss; the labelled images have the rest", min=0, max=1)
+    temperature: float = option(1.0, "that divides the logits of teacher and student", above=0)
+    align: bool = option(False, "scale the teacher's probabilities so that classes are as frequent as among the labels")
+    consistency: bool = option(
+        False, "the student learns from its own confident answers to weak views (augment), on strong ones"
+    )
+    confidence: float = option(0.95, "consistency: probability from which on an answer counts", above=0, max=1)
+    strong: Augment = option(Augment(preset="small"), "consistency: strong views; same keys as config.augment")
+
+    def inputs(self) -> dict[str, Any]:
+        """The options that a classifier depends on: those from `unlabelled` on only if it is not "none"."""
+        options = dataclasses.asdict(self)
+        used = list(options) if self.unlabelled != "none" else itertools.takewhile("unlabelled".__ne__, options)
+        return {key: options[key] for key in used}
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,9 @@ def finetuning_run(encoder: Encoder, config: Config, train: Labelled, out: Path)
     trainings += trainings > 1
     steps = max(settings.steps, -(-settings.epochs * len(train.labels) // settings.batch))
     yield f"length    {trainings} trainings of {steps:,} steps of {settings.batch} images"
+    if settings.unlabelled == "all":
+        students = "2 of a student and one of a teacher" if trainings > 1 else "one of a student"
+        yield f"          and {students}; a student also sees {settings.unlabelled_batch} images without a label"
     few = dataclasses.replace(settings, steps=STEPS, epochs=0, lr=settings.lr[:1], head="zero")
     few = dataclasses.replace(few, backbone_ratio=settings.backbone_ratio[:1])
     seconds = []

@@ -2,6 +2,7 @@
 conditions."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -15,12 +16,13 @@ from ssl_jax import files
 from ssl_jax.config import Config, Data
 from ssl_jax.data.labelled import Labelled
 from ssl_jax.encoder import Encoder
-from ssl_jax.evaluate.finetuning import finetune, loss_curve, still_falling
+from ssl_jax.evaluate.finetuning import loss_curve, still_falling
 from ssl_jax.evaluate.knn import knn_scores
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.propagation import NEIGHBOURS, propagate
 from ssl_jax.evaluate.references import RANDOM, References, over_pixels
 from ssl_jax.evaluate.scores import interval, metrics
+from ssl_jax.evaluate.selftraining import train_classifier
 from ssl_jax.evaluate.subsets import nested_subset, without_positive
 from ssl_jax.report.tables import main_metric
 
@@ -55,7 +57,8 @@ def evaluate(
     for seed, draw in enumerate(draws):
         if absent := without_positive(train.labels[draw], classes):
             print(f"draw {seed}: no image of {', '.join(absent)} among the {len(draw)} labelled images")
-    used = every if protocol == "propagate" else np.unique(np.concatenate(draws))  # all images, but not all labels
+    spreads = protocol == "propagate" or (protocol == "finetune" and config.finetune.unlabelled == "all")
+    used = every if spreads else np.unique(np.concatenate(draws))  # all images, but not all labels
     pool = Labelled(train.source.take(used), train.labels[used])
     draws, test_images = [np.searchsorted(used, draw) for draw in draws], test.source.arrays()
     scores, curve = _scores(encoder, config, protocol, pool, draws, test_images)
@@ -118,7 +121,8 @@ def _scores(
             scores.append(probe.scores(test_features))
         else:
             options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
-            classifier = finetune(encoder, images[rows], labels[rows], **options)
+            known, others = (encoder, images[rows], labels[rows]), functools.partial(np.delete, images, rows, axis=0)
+            classifier = train_classifier(*known, others, **options)
             scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))
     return scores, np.mean(curves, axis=0).tolist() if curves else None
@@ -148,7 +152,7 @@ def conditions(config: Config, protocol: str, data: Data, test: Data | None, ste
         "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")},
         "linear": {},
         "propagate": {},
-        "finetune": dataclasses.asdict(config.finetune),
+        "finetune": config.finetune.inputs(),
     }
     made: dict[str, Any] = {"data": _described(data), "test": test and _described(test)}
     made |= {"settings": settings[protocol], **({"step": step} if step else {})}

@@ -31,10 +31,11 @@ from ssl_jax.data.labelled import labelled_indices, labelled_part
 from ssl_jax.data.source import Source
 from ssl_jax.encoder import Encoder, load_encoder, model_of
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
-from ssl_jax.evaluate.finetuning import finetune, loss_curve
+from ssl_jax.evaluate.finetuning import loss_curve
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.references import RANDOM, References, digest
 from ssl_jax.evaluate.scores import metrics
+from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 from ssl_jax.evaluate.subsets import nested_subset
 from ssl_jax.files import read_json, read_npz, remove_leftovers, write_json, write_npz
 from ssl_jax.models import resolve_model
@@ -225,7 +226,7 @@ def run_study(
     cells: list[Cell] = []
     references: list[Cell] = []
     progress, rows = _Progress(len(cell_ids)), list[Row]()
-    evaluator = _Evaluator(config, arms, test.arrays(), test_labels, train.classes)
+    evaluator = _Evaluator(config, arms, train, test.arrays(), test_labels)
     encoders = _Encoders(study, arms, get_encoder, cell_ids)
     subsets = _draw(train, study, cell_ids, encoders)
     networks = _networks(encoders, study, arms, min(train.shape[:2]))
@@ -237,7 +238,7 @@ def run_study(
         path = StudyFolder(workdir).cell(*cell_id)
         cell = _load(path, key, log)
         if cell is None:
-            cell, scores = evaluator.run(cell_id, encoder, encoder_digest, examples)
+            cell, scores = evaluator.run(cell_id, encoder, encoder_digest, examples, indices)
             _save(path, cell | {"key": key}, scores, indices)
             note, cell = progress.add(cell["seconds"]), read_json(path)  # as a later run will read it
         else:
@@ -298,21 +299,28 @@ class _Encoders:
 class _Evaluator:
     """Trains the classifier of a cell and scores it on the test images."""
 
-    def __init__(self, config: Config, arms: Mapping[str, Config], images: np.ndarray, labels: np.ndarray, classes):
-        self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, classes
+    def __init__(
+        self, config: Config, arms: Mapping[str, Config], train: Source, images: np.ndarray, labels: np.ndarray
+    ):
+        self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, train.classes
+        self.unlabelled = Unlabelled(train, config.data.memory_gb)
         self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
-        self.shared_inputs = {"test": digest(images, labels), "classes": classes, "protocol": self.protocol}
+        self.shared_inputs = {"test": digest(images, labels), "classes": self.classes, "protocol": self.protocol}
         self.test_features: dict[str, np.ndarray] = {}  # by the encoder's digest
 
     def key(self, cell: CellId, encoder_digest: str, indices: np.ndarray, examples: Examples) -> str:
         """A hash of everything that the cell depends on."""
         labels = digest(indices, *(array for array in examples if array is not None))
-        settings = None if self.protocol == "linear" else dataclasses.asdict(self.settings[cell.arm])
+        settings = None if self.protocol == "linear" else self.settings[cell.arm].inputs()
         own = {"labels": labels, "seed": cell.seed, "settings": settings, "encoder": encoder_digest}
+        if settings and "unlabelled" in settings:
+            own["unlabelled"] = self.unlabelled.digest
         inputs = {"version": VERSION, **self.shared_inputs, **own}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def run(self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples) -> tuple[Cell, np.ndarray]:
+    def run(
+        self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples, indices: np.ndarray
+    ) -> tuple[Cell, np.ndarray]:
         start = time.monotonic()
         options: Any = {"classes": len(self.classes), "seed": cell.seed, "groups": examples.groups}
         chosen: dict[str, Any]
@@ -325,7 +333,8 @@ class _Evaluator:
             chosen = {"strength": probe.strength, "validation": probe.validation}
         else:
             settings = self.settings[cell.arm]
-            classifier = finetune(encoder, examples.images, examples.labels, settings=settings, **options)
+            known, others = (encoder, examples.images, examples.labels), lambda: self.unlabelled.without(indices)
+            classifier = train_classifier(*known, others, settings=settings, **options)
             scores, chosen = classifier.logits(self.images, fixed=True), classifier.chosen
             result["loss"] = loss_curve(classifier)
         result |= {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}

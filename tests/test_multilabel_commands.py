@@ -99,6 +99,22 @@ def test_evaluate(encoder, opened, protocol, capsys):
     assert made["references"]["raw pixels, linear"]["mean"]["macro_auc"] > 0.5
 
 
+@pytest.mark.slow
+def test_finetune_learns_from_images_without_a_label(encoder, opened, tmp_path, capsys):
+    data, out = npz(tmp_path), tmp_path / "classifier"
+    more = str(tmp_path / "more.npz")
+    np.savez(more, images=source(30, 2).arrays())
+    fast = [f"--config.finetune.{key}" for key in ("steps=20", "epochs=0", "batch=32", "lr=(1e-3,3e-3)")]
+    flags = [f"--workdir={encoder}", f"--data={data}", f"--unlabelled={more}", f"--out={out}"]
+    assert cli.main(["finetune", *flags, *fast]) == 0
+    about, shown = json.loads((out / "classifier.json").read_text()), capsys.readouterr().out
+    assert about["unlabelled"] == more and about["unlabelled_images"] == 30
+    assert about["finetune"]["unlabelled"] == "all" and "student_validation" in about["chosen"]
+    used = "the student is used" if about["chosen"]["student"] else "the teacher is used"
+    assert "then on 30 images without a label" in shown and used in shown
+    assert about["thresholds"]
+
+
 def test_finetune_test_and_predict(encoder, opened, tmp_path, capsys):
     data, out = npz(tmp_path), tmp_path / "classifier"
     flags = [f"--workdir={encoder}", f"--data={data}", f"--test={data}", f"--out={out}"]

@@ -8,6 +8,7 @@ from ssl_jax.evaluate.multilabel import reliability, threshold_at_sensitivity
 from ssl_jax.evaluate.propagation import propagate
 from ssl_jax.evaluate.references import References, over_pixels, pixels
 from ssl_jax.evaluate.scores import interval, metrics, paired
+from ssl_jax.evaluate.selftraining import self_train
 from ssl_jax.evaluate.subsets import holdout, nested_subset, without_positive
 from ssl_jax.evaluate.uncertainty import bootstrap_by_group, delong
 
@@ -30,6 +31,7 @@ __all__ = [
     "propagate",
     "rank_me",
     "reliability",
+    "self_train",
     "threshold_at_sensitivity",
     "without_positive",
 ]

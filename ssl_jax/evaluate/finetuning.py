@@ -3,7 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -105,46 +106,104 @@ def finetune(
 
     Raises UserError if labels and images do not fit, or if training diverges with every pair.
     """
-    images, labels = as_pixels(np.asarray(images), "images"), np.asarray(labels)
-    _check(encoder, images, labels, classes)
-    labels = labels.astype(np.int32 if labels.ndim == 1 else np.float32)
-    weights = balance(labels, classes) if settings.class_weights == "balanced" else None
-    features = encoder.embed(images, fixed=True) if settings.head == "probe" else None
     pairs = list(itertools.product(settings.lr, settings.backbone_ratio))
     if not pairs:
         raise UserError("config.finetune: lr or backbone_ratio is empty; give at least one value for each")
-
-    def fit(index: np.ndarray, head: dict[str, np.ndarray], lr: float, ratio: float) -> Classifier:
-        params, stats, losses = _train(encoder, images[index], labels[index], head, weights, settings, lr, ratio, seed)
-        chosen = {"lr": lr, "backbone_ratio": ratio}
-        return Classifier(encoder, params, stats, chosen, losses=losses, multilabel=labels.ndim == 2)
-
-    def initial_head(index: np.ndarray) -> dict[str, np.ndarray]:
-        if features is None:
-            return {"w": np.zeros((encoder.width, classes), np.float32), "b": np.zeros(classes, np.float32)}
-        own_groups = None if groups is None else groups[index]
-        options: Any = {"seed": seed, "groups": own_groups, "class_weights": settings.class_weights}
-        probe = linear_probe(features[index], labels[index], classes=classes, **options)
-        return {"w": probe.weights, "b": probe.bias}
-
+    task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups)
     best, choice, held_out = pairs[0], {}, None
     if len(pairs) > 1:
-        kept, held = holdout(labels, settings.validation, seed, groups)
-        head = initial_head(kept)
-        logits = [fit(kept, head, *pair).logits(images[held], fixed=True) for pair in pairs]
-        scores = [selection_score(each, labels[held]) for each in logits]
+        kept, held = task.holdout()
+        logits = [made.logits(task.images[held], fixed=True) for made in task.fit(kept, pairs)]
+        scores = [selection_score(each, task.labels[held]) for each in logits]
         winner = max(range(len(pairs)), key=lambda i: scores[i])  # the first of equals
         trials = [
             {"lr": lr, "backbone_ratio": ratio, "validation": score}
             for (lr, ratio), (score, _) in zip(pairs, scores, strict=True)
         ]
-        best, held_out = pairs[winner], (logits[winner], labels[held])
+        best, held_out = pairs[winner], (logits[winner], task.labels[held])
         choice = {"validation": scores[winner][0], "trials": trials}
-    everything = np.arange(len(labels))
-    classifier = fit(everything, initial_head(everything), *best)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(classifier.params)):
-        raise UserError(f"config.finetune.lr={settings.lr}: training diverged; use smaller learning rates")
+    [classifier] = task.fit(task.everything, [best])
+    check_finite(classifier, f"config.finetune.lr={settings.lr}: training diverged; use smaller learning rates")
     return classifier._replace(chosen=classifier.chosen | choice, held_out=held_out)
+
+
+class Batch(NamedTuple):
+    """What a step of training takes beside the labelled images.
+
+    objective: (predict, data, key) -> (loss, (statistics, loss of the labelled images)), compiled once for all that are
+               equal; predict: images float [B, s, s, C] -> (logits [B, K], statistics).
+    more:      step -> further arrays of `data`, which are (images, labels, class weights), followed by these
+    """
+
+    objective: Callable[..., Any]
+    more: Callable[[int], tuple[Any, ...]]
+
+
+class Task(NamedTuple):
+    """Labelled images, and all that a training on any part of them takes."""
+
+    encoder: Encoder
+    images: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray | None
+    classes: int
+    features: np.ndarray | None  # of the images, if the head starts from a probe
+    weights: np.ndarray | None  # of the classes
+    settings: Finetune
+    seed: int
+
+    @property
+    def everything(self) -> np.ndarray:
+        return np.arange(len(self.labels))
+
+    def holdout(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices (to train on, to choose by) if something is to be chosen."""
+        return holdout(self.labels, self.settings.validation, self.seed, self.groups)
+
+    def fit(
+        self, index: np.ndarray, pairs: Sequence[tuple[float, float]], batch: Batch | None = None
+    ) -> Iterator[Classifier]:
+        """A classifier for each pair (lr, backbone_ratio), trained on the images at `index`."""
+        head = self._initial_head(index)
+        for lr, ratio in pairs:
+            params, stats, losses = _train(self, index, head, lr, ratio, batch)
+            chosen = {"lr": lr, "backbone_ratio": ratio}
+            yield Classifier(self.encoder, params, stats, chosen, losses=losses, multilabel=self.labels.ndim == 2)
+
+    def _initial_head(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        if self.features is None:
+            return {
+                "w": np.zeros((self.encoder.width, self.classes), np.float32),
+                "b": np.zeros(self.classes, np.float32),
+            }
+        groups = None if self.groups is None else self.groups[index]
+        options: Any = {"seed": self.seed, "groups": groups, "class_weights": self.settings.class_weights}
+        probe = linear_probe(self.features[index], self.labels[index], classes=self.classes, **options)
+        return {"w": probe.weights, "b": probe.bias}
+
+
+def task_of(
+    encoder: Encoder,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    classes: int,
+    settings: Finetune,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> Task:
+    """Arguments and errors as of `finetune`."""
+    images, labels = as_pixels(np.asarray(images), "images"), np.asarray(labels)
+    _check(encoder, images, labels, classes)
+    labels = labels.astype(np.int32 if labels.ndim == 1 else np.float32)
+    weights = balance(labels, classes) if settings.class_weights == "balanced" else None
+    features = encoder.embed(images, fixed=True) if settings.head == "probe" else None
+    return Task(encoder, images, labels, groups, classes, features, weights, settings, seed)
+
+
+def check_finite(classifier: Classifier, problem: str) -> None:
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(classifier.params)):
+        raise UserError(problem)
 
 
 def probabilities(logits: np.ndarray, multilabel: bool) -> np.ndarray:
@@ -210,27 +269,47 @@ def balance(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.where(counts > 0, total / (kinds * np.maximum(counts, 1e-9)), 1).astype(np.float32)
 
 
-def _train(encoder: Encoder, images, labels, head, weights, settings: Finetune, lr: float, ratio: float, seed: int):
+def _train(task: Task, index: np.ndarray, head, lr: float, ratio: float, batch: Batch | None):
     """(params, stats) after the last step, and the losses of all. Every batch has the same shape, so the step compiles
     once."""
-    views = resolve_views(settings.augment, 1, encoder.size)
-    batch = settings.batch
-    steps = max(settings.steps, math.ceil(settings.epochs * len(labels) / batch))
-    order = _order(len(labels), steps * batch, seed)
+    encoder, settings, images, labels = task.encoder, task.settings, task.images[index], task.labels[index]
+    objective, more = batch or Batch(Supervised(resolve_views(settings.augment, 1, encoder.size)), lambda step: ())
+    size = settings.batch
+    steps = max(settings.steps, math.ceil(settings.epochs * len(labels) / size))
+    order = _order(len(labels), steps * size, task.seed)
     rates = _rates(lr, steps)
     scales = np.float32(ratio), np.float32(settings.weight_decay)
-    static = encoder.network, views, settings.batch_norm == "frozen"
+    static = encoder.network, settings.batch_norm == "frozen", objective
     guess = np.tile(log_frequencies(labels, head["b"].shape[0]), (len(labels), 1))
     guessing = max(-selection_score(guess, labels)[1], 1e-6)
     state = _start(encoder.params, encoder.stats, head)
-    key, losses = jax.random.key(seed), []
+    key, losses = jax.random.key(task.seed), []
     for step in range(steps):
-        index = order[step * batch : (step + 1) * batch]
-        data = images[index], labels[index], weights
+        rows = order[step * size : (step + 1) * size]
+        data = images[rows], labels[rows], task.weights, *more(step)
         state, loss = _step(state, data, key, np.int32(step), rates[step], *scales, *static)
         losses.append(loss)
     (params, stats, _), losses = jax.device_get((state, losses))
     return params, stats, np.asarray(losses) / guessing
+
+
+def loss_of_labels(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Softmax or, for labels [B, K], binary cross-entropy."""
+    return (binary_cross_entropy if labels.ndim == 2 else cross_entropy)(logits, labels, weights=weights)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The objective of a `Batch` of nothing but labelled images."""
+
+    views: tuple[View, ...]
+
+    def __call__(self, predict: Callable[..., Any], data: tuple[Any, ...], key: jax.Array) -> tuple[jax.Array, Any]:
+        images, labels, weights = data
+        (x,), _ = make_views(self.views)(key, images)
+        logits, stats = predict(x)
+        loss = loss_of_labels(logits, labels, weights)
+        return loss, (stats, loss)
 
 
 def _order(examples: int, count: int, seed: int) -> np.ndarray:
@@ -266,17 +345,16 @@ def _start(params, stats, head):
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8, 9), donate_argnums=0)
-def _step(state, data, key, step, lr, ratio, decay, network: Network, views: tuple[View, ...], frozen: bool):
+def _step(state, data, key, step, lr, ratio, decay, network: Network, frozen: bool, objective: Callable[..., Any]):
     params, stats, opt_state = state
-    images, labels, weights = data
-    loss = binary_cross_entropy if labels.ndim == 2 else cross_entropy
-    (x,), _ = make_views(views)(jax.random.fold_in(key, step), images)
 
     def loss_of(params):
-        features, new_stats = network.apply(params["encoder"], stats, x, train=not frozen)
-        logits = features @ params["head"]["w"] + params["head"]["b"]
-        return loss(logits, labels, weights=weights), new_stats
+        def predict(x):
+            features, new_stats = network.apply(params["encoder"], stats, x, train=not frozen)
+            return features @ params["head"]["w"] + params["head"]["b"], new_stats
 
-    (value, new_stats), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return objective(predict, data, jax.random.fold_in(key, step))
+
+    (_, (new_stats, loss)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, opt_state = _adamw(lr, ratio, decay).update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), stats if frozen else new_stats, opt_state), value
+    return (optax.apply_updates(params, updates), stats if frozen else new_stats, opt_state), loss

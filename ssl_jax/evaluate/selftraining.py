@@ -1,0 +1,260 @@
+"""Self-training: a classifier that was trained on few labels teaches a student on images without any."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssl_jax.augment import make_views, resolve_views
+from ssl_jax.config import Config, Finetune, View
+from ssl_jax.data import open_source
+from ssl_jax.data.source import Source, order
+from ssl_jax.encoder import Encoder
+from ssl_jax.errors import UserError
+from ssl_jax.evaluate.finetuning import (
+    Batch,
+    Classifier,
+    check_finite,
+    finetune,
+    loss_of_labels,
+    probabilities,
+    task_of,
+)
+from ssl_jax.evaluate.references import digest
+from ssl_jax.evaluate.scores import log_frequencies, selection_score
+from ssl_jax.losses import binary_cross_entropy, cross_entropy
+from ssl_jax.settings import data_of
+
+PIECE = 4_096  # images that the teacher is shown at a time
+Images = np.ndarray | Source
+
+
+def self_train(
+    teacher: Classifier,
+    encoder: Encoder,
+    images: np.ndarray,
+    labels: np.ndarray,
+    unlabelled: Images,
+    *,
+    settings: Finetune,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> Classifier:
+    """A student of `teacher`, which `finetune` trained on the same images uint8 [N, H, W, C] and labels, with the same
+    settings and seed; or the teacher, if that is better.
+
+    unlabelled: images uint8 [M, H, W, C] without labels, or a source of such images, which is decoded batch by batch.
+    Some of the labelled ones may be among them.
+
+    The student starts from `encoder`, as its teacher did, with the learning rates that were best for that. Its loss is
+    (1 - w) times that of the labels plus w = settings.unlabelled_weight times one of the following:
+
+      soft         cross-entropy between the teacher's probabilities and the student's, both at settings.temperature
+                   (SimCLR v2, https://arxiv.org/abs/2006.10029, section 3)
+      consistency  cross-entropy between the student's own answer to a weak view, if its probability is at least
+                   settings.confidence, and its probabilities for a strong view (FixMatch,
+                   https://arxiv.org/abs/2001.07685, section 2)
+
+    With several labels per image, each class has a sigmoid for itself. With settings.align, probabilities are first
+    scaled so that classes are as frequent as among the labels (ReMixMatch, https://arxiv.org/abs/1911.09785, section
+    3.1), by factors that come from the teacher.
+
+    If `finetune` held labels out to choose by, a teacher and a student without these are compared on them, and the
+    student is kept unless it has fewer hits, or a smaller mean AUC. No other label takes part in a choice. The student
+    is then trained on all labels.
+
+    The teacher looks at each image once, without its gradient. The same seed gives the same student.
+
+    Raises UserError if there are no images without a label, if they have another shape, or if training diverges.
+    """
+    classes = len(teacher.params["head"]["b"])
+    task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups)
+    _check(task.images, unlabelled)
+    pair = teacher.chosen["lr"], teacher.chosen["backbone_ratio"]
+
+    def taught_by(teacher: Classifier, index: np.ndarray) -> Classifier:
+        [student] = task.fit(index, [pair], _lessons(teacher, encoder, unlabelled, task.labels[index], settings, seed))
+        return student
+
+    choice, held_out = {}, None
+    if teacher.held_out is not None:
+        kept, held = task.holdout()
+        [deputy] = task.fit(kept, [pair])
+        logits = taught_by(deputy, kept).logits(task.images[held], fixed=True)
+        before, after = (selection_score(each, task.labels[held])[0] for each in (teacher.held_out[0], logits))
+        choice = {"teacher_validation": before, "student_validation": after, "student": after >= before}
+        if not choice["student"]:
+            return teacher._replace(chosen=teacher.chosen | choice)
+        choice["validation"], held_out = after, (logits, task.labels[held])
+    student = taught_by(teacher, task.everything)
+    check_finite(student, f"config.finetune.lr={pair[0]}: the student's training diverged; use smaller learning rates")
+    return student._replace(chosen=teacher.chosen | {"student": True} | choice, held_out=held_out)
+
+
+def train_classifier(
+    encoder: Encoder, images: np.ndarray, labels: np.ndarray, unlabelled: Callable[[], Images], **options: Any
+) -> Classifier:
+    """`finetune`, and then `self_train` on the images that `unlabelled()` returns, if settings.unlabelled says so."""
+    classifier = finetune(encoder, images, labels, **options)
+    if options["settings"].unlabelled == "none":
+        return classifier
+    del options["classes"]
+    return self_train(classifier, encoder, images, labels, unlabelled(), **options)
+
+
+class Unlabelled:
+    """The images of a source, whose labels are not looked at. They are decoded once if they fit into memory_gb."""
+
+    def __init__(self, source: Source, memory_gb: float):
+        self.source, self.fits = source, source.nbytes <= memory_gb * 1e9
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all images, or of their names if they do not fit."""
+        if self.fits:
+            return digest(self.source.arrays())
+        return hashlib.sha256(json.dumps([self.source.names, self.source.shape]).encode()).hexdigest()
+
+    def without(self, indices: Sequence[int] | np.ndarray = ()) -> Images:
+        """All images but those at `indices`."""
+        rest = np.setdiff1d(np.arange(len(self.source)), indices)
+        if self.fits:
+            return self.source.arrays()[rest]
+        part = self.source.take(rest)
+        part.forget_labels()
+        return part
+
+
+def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
+    """The images that --unlabelled names, or else those of config.data, in the encoder's size.
+
+    Raises UserError if neither is given, or the images cannot be found.
+    """
+    if not data and not config.data.name:
+        raise UserError("--unlabelled: missing; config.finetune.unlabelled=all needs it, or the folder of a run")
+    spec = encoder.data(data_of(data, "--unlabelled", config.data) if data else config.data)
+    # The columns of labels may be missing here, and are not needed.
+    source = open_source(dataclasses.replace(spec, labels=(), max_bad_share=1.0, pairs=""))
+    return Unlabelled(source, config.data.memory_gb)
+
+
+def _check(images: np.ndarray, unlabelled: Images) -> None:
+    if not len(unlabelled):
+        raise UserError(
+            "config.finetune.unlabelled=all: there is no image without a label; allowed: at least one, or "
+            "config.finetune.unlabelled=none"
+        )
+    shape = tuple(unlabelled.shape[-3:])
+    if shape != images.shape[1:]:
+        raise UserError(
+            f"unlabelled images: height, width, channels {shape}; allowed: {images.shape[1:]}, as the labelled ones"
+        )
+
+
+def _lessons(
+    teacher: Classifier, encoder: Encoder, unlabelled: Images, labels: np.ndarray, settings: Finetune, seed: int
+) -> Batch:
+    """The student's objective, and what it sees of the images without a label in each step."""
+    targets = _answers(teacher, unlabelled)
+    offset = _alignment(targets, labels) if settings.align else np.zeros(targets.shape[1], np.float32)
+    scalars = settings.unlabelled_weight, settings.temperature, settings.confidence
+    constants = offset, *map(np.float32, scalars)
+    size = min(settings.unlabelled_batch, len(unlabelled))
+
+    def more(step: int) -> tuple[Any, ...]:
+        rows = order(seed, len(unlabelled), size, step)
+        return _take(unlabelled, rows), targets[rows], *constants
+
+    views = resolve_views(settings.augment, 1, encoder.size)
+    strong = resolve_views(settings.strong, 1, views[0].size) if settings.consistency else ()
+    return Batch(_Objective(views, strong), more)
+
+
+def _take(images: Images, rows: np.ndarray) -> np.ndarray:
+    return images.load_many(rows) if isinstance(images, Source) else images[rows]
+
+
+def _answers(teacher: Classifier, unlabelled: Images) -> np.ndarray:
+    """The teacher's logits float32 [M, K]; PIECE images are in memory at a time."""
+    parts = []
+    for start in range(0, len(unlabelled), PIECE):
+        rows = np.arange(start, min(start + PIECE, len(unlabelled)))
+        piece = unlabelled.take(rows).arrays() if isinstance(unlabelled, Source) else unlabelled[rows]
+        parts.append(teacher.logits(piece, fixed=True))
+    return np.concatenate(parts)
+
+
+def _alignment(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What to add to logits [M, K] of a teacher, float32 [K], so that its classes become about as frequent as in the
+    labels: the logarithms of the factors by which it finds them too seldom."""
+    several = labels.ndim == 2
+    wanted = probabilities(log_frequencies(labels, logits.shape[1])[None], several)[0]
+    found = probabilities(logits, several).mean(axis=0)
+    odds = (lambda p: np.log(p) - np.log1p(-p)) if several else np.log
+    return (odds(wanted) - odds(np.clip(found, 1e-6, 1 - 1e-6))).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Objective:
+    """The objective of a `Batch`. strong: for consistency; (): the targets are the teacher's."""
+
+    views: tuple[View, ...]
+    strong: tuple[View, ...]
+
+    def __call__(self, predict: Callable[..., Any], data: tuple[Any, ...], key: jax.Array) -> tuple[jax.Array, Any]:
+        images, labels, weights, unlabelled, targets, offset, share, temperature, confidence = data
+        keys, several = jax.random.split(key, 3), labels.ndim == 2
+        shown = [(self.views, images), (self.strong or self.views, unlabelled)]
+        shown += [(self.views, unlabelled)] * bool(self.strong)
+        parts = [make_views(views)(key, x)[0][0] for (views, x), key in zip(shown, keys)]
+        logits, stats = predict(jnp.concatenate(parts))  # together, so that they share the statistics of BatchNorm
+        own, student, *weak = jnp.split(logits, np.cumsum([len(x) for x in parts])[:-1])
+        supervised = loss_of_labels(own, labels, weights)
+        if self.strong:
+            taught = agreement(student, weak[0] + offset, confidence, several)
+        else:
+            taught = distillation(student, targets + offset, temperature, several)
+        return (1 - share) * supervised + share * taught, (stats, supervised)
+
+
+def distillation(student: jax.Array, teacher: jax.Array, temperature: jax.Array | float, several: bool) -> jax.Array:
+    """Mean cross-entropy, over images, between the teacher's and the student's probabilities.
+
+    Args:
+      student, teacher: logits [B, K]. No gradient flows into the teacher's.
+      temperature: divides both.
+      several: K sigmoids instead of a softmax; the mean is over images and classes.
+
+    Source: SimCLR v2, https://arxiv.org/abs/2006.10029, section 3.
+    """
+    student, teacher = student / temperature, jax.lax.stop_gradient(teacher) / temperature
+    if several:
+        return binary_cross_entropy(student, jax.nn.sigmoid(teacher))
+    return optax.softmax_cross_entropy(student, jax.nn.softmax(teacher)).mean()
+
+
+def agreement(strong: jax.Array, weak: jax.Array, confidence: jax.Array | float, several: bool) -> jax.Array:
+    """Mean over all images of -log softmax(strong)[y], y the class of the largest weak logit; 0 for images for which
+    its probability is less than `confidence`.
+
+    Args:
+      strong, weak: logits [B, K] for two views of the same images. No gradient flows into the weak ones.
+      several: K sigmoids instead of a softmax; yes and no count from `confidence` on, and the mean is over all B K.
+
+    Source: FixMatch, https://arxiv.org/abs/2001.07685, equation 4.
+    """
+    weak = jax.lax.stop_gradient(weak)
+    if several:
+        p = jax.nn.sigmoid(weak)
+        known = jnp.maximum(p, 1 - p) >= confidence
+        return binary_cross_entropy(strong, jnp.where(known, p > 0.5, jnp.nan)) * known.mean()
+    p = jax.nn.softmax(weak)
+    known = p.max(axis=-1) >= confidence
+    return cross_entropy(strong, jnp.where(known, p.argmax(axis=-1), -1)) * known.mean()

@@ -1,0 +1,194 @@
+"""Self-training: its losses, no gradient into the teacher, and images without a label that help."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from scipy.special import expit, log_expit, log_softmax, softmax
+from toy_encoder import toy_encoder, toy_images
+from toy_study import toy_config, toy_run, toy_sources
+
+from ssl_jax import study as studies
+from ssl_jax.config import Augment, Data, Finetune, default, resolve
+from ssl_jax.data.folder import from_array
+from ssl_jax.data.source import Source
+from ssl_jax.errors import UserError
+from ssl_jax.evaluate import finetune, holdout, self_train, selftraining
+
+FLIP = Augment(preset="none", override={"flip": 0.5})
+STRONG = Augment(preset="none", override={"flip": 0.5, "jitter_prob": 1.0, "brightness": 0.4})
+SETTINGS = Finetune(steps=60, epochs=0, batch=16, lr=(0.01,), augment=FLIP, unlabelled="all", strong=STRONG)
+
+
+def soft_by_hand(student, teacher, temperature, several):
+    s, t = student / temperature, teacher / temperature
+    if several:
+        return -np.mean([p * log_expit(z) + (1 - p) * log_expit(-z) for z, p in zip(s.ravel(), expit(t).ravel())])
+    return np.mean([-(softmax(b) * log_softmax(a)).sum() for a, b in zip(s, t, strict=True)])
+
+
+def agreement_by_hand(strong, weak, confidence, several):
+    terms = []
+    if several:
+        for z, p in zip(strong.ravel(), expit(weak).ravel(), strict=True):
+            terms.append(-log_expit(z) if p >= confidence else -log_expit(-z) if 1 - p >= confidence else 0)
+    else:
+        for z, p in zip(strong, softmax(weak, axis=1), strict=True):
+            terms.append(-log_softmax(z)[p.argmax()] if p.max() >= confidence else 0)
+    return np.mean(terms)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "by_hand", "number"),
+    [(selftraining.distillation, soft_by_hand, 0.4), (selftraining.agreement, agreement_by_hand, 0.7)],
+)
+def test_value_and_gradient_equal_loops_and_nothing_reaches_the_teacher(loss, by_hand, number, several):
+    student, teacher = np.random.default_rng(0).normal(size=(2, 6, 4)) * 2
+    with jax.enable_x64(True):
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=3)
+        value, (own, other) = compiled(student, teacher, number, several)
+    np.testing.assert_allclose(value, by_hand(student, teacher, number, several), rtol=1e-12)
+    np.testing.assert_array_equal(other, 0)
+    step, numeric = 1e-5, np.zeros_like(student)
+    for place in np.ndindex(student.shape):
+        up, down = student.copy(), student.copy()
+        up[place] += step
+        down[place] -= step
+        numeric[place] = (by_hand(up, teacher, number, several) - by_hand(down, teacher, number, several)) / (2 * step)
+    np.testing.assert_allclose(own, numeric, rtol=1e-6, atol=1e-9)
+    assert value > 0
+
+
+def taught(settings, *, several=False, count=9, seed=1, pool=None):
+    """(teacher, student) of 9 labelled images and 400 others."""
+    images, labels = toy_images(count, seed=seed + 20)
+    labels = np.eye(3, dtype=np.float32)[labels] if several else labels
+    pool = toy_images(400, seed=5)[0] if pool is None else pool
+    teacher = finetune(toy_encoder(), images, labels, classes=3, settings=settings, seed=seed)
+    return teacher, self_train(teacher, toy_encoder(), images, labels, pool, settings=settings, seed=seed)
+
+
+def accuracy(classifier):
+    images, labels = toy_images(300, seed=7)
+    return (classifier.logits(images).argmax(axis=1) == labels).mean()
+
+
+def same(a, b):
+    leaves = (jax.tree.leaves((made.params, made.stats, made.losses)) for made in (a, b))
+    return all(np.array_equal(x, y) for x, y in zip(*leaves, strict=True))
+
+
+CONSISTENCY = {"consistency": True, "confidence": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "several"),
+    [
+        ({}, False),
+        (CONSISTENCY, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (({}, True), (CONSISTENCY, False))),
+    ],
+)
+def test_images_without_a_label_help_and_a_student_repeats_itself(changes, several):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    pairs = [taught(settings, several=several, seed=seed) for seed in (0, 1, 2)]
+    before, after = np.array([[accuracy(made) for made in pair] for pair in pairs]).T
+    assert (after > before).all() and (after - before).mean() > 0.01, (before, after)
+    student = pairs[1][1]
+    source = from_array(toy_images(400, seed=5)[0], None, [], Data(name="npz"), "here")
+    assert same(student, taught(settings, several=several, pool=source)[1])  # decoded batch by batch, it is the same
+    assert not same(student, taught(settings, several=several, pool=toy_images(400, seed=6)[0])[1])
+
+
+def test_a_share_of_zero_is_no_self_training():
+    settings = dataclasses.replace(SETTINGS, unlabelled_weight=0.0, batch_norm="frozen", augment=Augment(preset="none"))
+    teacher, student = taught(settings)
+    np.testing.assert_allclose(student.params["head"]["w"], teacher.params["head"]["w"], atol=1e-4)
+
+
+def test_teacher_and_student_are_compared_on_the_labels_held_out(monkeypatch):
+    settings = dataclasses.replace(SETTINGS, lr=(1e-3, 0.01))
+    teacher, student = taught(settings, count=30)
+    _, held = holdout(toy_images(30, seed=21)[1], settings.validation, 1)
+    assert student.chosen["student"] and student.chosen["validation"] == student.chosen["student_validation"]
+    assert student.chosen["teacher_validation"] == teacher.chosen["validation"]
+    assert student.held_out[0].shape == (len(held), 3) and not np.array_equal(student.held_out[0], teacher.held_out[0])
+    assert student.chosen["lr"] == teacher.chosen["lr"]
+    # Taught nonsense, the student is worse, and the teacher is kept.
+    answers = selftraining._answers
+    monkeypatch.setattr(selftraining, "_answers", lambda *given: -9 * answers(*given))
+    teacher, kept = taught(dataclasses.replace(settings, unlabelled_weight=0.99), count=30)
+    assert same(teacher, kept) and not kept.chosen["student"]
+    np.testing.assert_array_equal(kept.held_out[0], teacher.held_out[0])
+
+
+def test_alignment_gives_classes_the_shares_of_the_labels():
+    logits = np.random.default_rng(0).normal(size=(2000, 3)) + [2, 0, 0]
+    labels = np.repeat([0, 1, 2], [10, 20, 70])
+    aligned = softmax(logits + selftraining._alignment(logits, labels), axis=1).mean(axis=0)
+    before = softmax(logits, axis=1).mean(axis=0)
+    assert np.abs(aligned - [0.1, 0.2, 0.7]).sum() < 0.3 * np.abs(before - [0.1, 0.2, 0.7]).sum()
+    several = (np.random.default_rng(1).random((100, 3)) < [0.1, 0.2, 0.7]).astype(float)
+    aligned = expit(logits + selftraining._alignment(logits, several)).mean(axis=0)
+    assert np.abs(aligned - several.mean(axis=0)).max() < 0.1
+
+
+def test_mistakes():
+    images = toy_images(5)[0]
+    for pool, message in (
+        (images[:0], "config.finetune.unlabelled=all: there is no image without a label; allowed: at least one"),
+        (images[:, :6], r"unlabelled images: height, width, channels \(6, 8, 1\); allowed: \(8, 8, 1\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            taught(dataclasses.replace(SETTINGS, steps=1), pool=pool)
+
+
+def test_an_arm_of_a_study_learns_from_the_images_that_were_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "_references", lambda *_: [])
+    pools, original = [], selftraining._answers
+    monkeypatch.setattr(
+        selftraining, "_answers", lambda teacher, pool: pools.append(len(pool)) or original(teacher, pool)
+    )
+    good = {"train": {"seed": 1}}
+    arms = {"scratch": {}, "good": good, "both": {**good, "finetune": {"unlabelled": "all"}, "select": "typical"}}
+    tuning = {"steps": 3, "epochs": 0, "lr": (0.01,)}
+    changes = {"arms": arms, "labels": (6, 30), "seeds": 1, "finetune": tuning}
+
+    def lines(**other):
+        return toy_run(toy_config(**{**changes, **other}), tmp_path, part=(1, 1), **sources)[1]
+
+    sources = {}
+    lines(arms={name: arms[name] for name in ("scratch", "good")})
+    again = lines()
+    assert [line.endswith("(reused)") for line in again] == ["both" not in line for line in again]  # keys are as before
+    assert pools == [114, 90]
+    chosen = json.loads((tmp_path / "cells/both/30/0.json").read_text())["chosen"]
+    assert chosen["student"] and "teacher_validation" not in chosen  # a single pair: nothing was held out
+    assert all("(reused)" in line for line in lines())
+    # Another image in the place of one that was never drawn changes the cells of this arm, and no other.
+    train, _ = toy_sources()
+    drawn = [np.load(path)["indices"] for path in tmp_path.glob("cells/*/*/*.npz")]
+    images = train.arrays().copy()
+    images[np.setdiff1d(np.arange(120), np.concatenate(drawn))[0], 0, 0] += 1
+    options = {"labels": train.labels, "classes": train.classes, "array": images}
+    sources["train"] = Source(train.names, train.shape, images.__getitem__, **options)
+    changed = [line for line in lines() if "(reused)" not in line]
+    assert changed and all("both" in line for line in changed) and pools[2:] == [114, 90]
+
+
+def test_the_finetune_command_finds_the_images(tmp_path):
+    images, _ = toy_images(10)
+    np.savez(tmp_path / "more.npz", images=images)
+    config = dataclasses.replace(resolve(default("simclr")), data=Data())
+    found = selftraining.unlabelled_of(toy_encoder(), config, str(tmp_path / "more.npz"))
+    np.testing.assert_array_equal(found.without([1, 3]), np.delete(images, [1, 3], axis=0))
+    on_disk = selftraining.Unlabelled(found.source, memory_gb=0)
+    np.testing.assert_array_equal(on_disk.without([1]).load_many([0, 1]), images[[0, 2]])
+    assert on_disk.digest != found.digest
+    with pytest.raises(UserError, match="--unlabelled: missing; config.finetune.unlabelled=all needs it"):
+        selftraining.unlabelled_of(toy_encoder(), config, "")
+    with pytest.raises(UserError, match="--unlabelled=nowhere: not found"):
+        selftraining.unlabelled_of(toy_encoder(), config, "nowhere")
