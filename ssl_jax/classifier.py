@@ -1,13 +1,11 @@
 """A fine-tuned classifier on disk: classifier.safetensors, with torchvision's names, and classifier.json."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssl_jax import files
-from ssl_jax.data.labelled import Labelled
 from ssl_jax.encoder import rebuild
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import Classifier
@@ -39,37 +37,6 @@ def save_weights(folder: Path, classifier: Classifier) -> None:
     weights["fc.weight"] = np.asarray(classifier.params["head"]["w"]).T
     weights["fc.bias"] = np.asarray(classifier.params["head"]["b"])
     files.write_weights(folder / "classifier.safetensors", weights)
-
-
-def write_test(
-    classifier: Classifier,
-    test: Labelled,
-    classes: list[str],
-    thresholds: Mapping[str, Mapping[str, Any]],
-    folder: Path,
-    title: str,
-) -> dict[str, Any]:
-    """Writes test.csv and, for multi-label data, reliability.png with this title; prints and returns the metrics."""
-    from ssl_jax.evaluate.classification_report import evaluate_on_test, format_report
-    from ssl_jax.evaluation import print_left_out
-    from ssl_jax.outputs import write_predictions
-    from ssl_jax.report.figures import reliability
-
-    scores, groups, multilabel = classifier.logits(test.source.arrays()), test.source.groups, classifier.multilabel
-    write_predictions(folder / "test.csv", test.source, scores, classes, multilabel)
-    result = evaluate_on_test(scores, test.labels, classes, groups=groups, thresholds=thresholds)
-    print_numbers(result)
-    if multilabel:
-        print("\n".join(format_report(result)))
-        print_left_out(result)
-        reliability(result["reliability"], folder / "reliability.png", title=title)
-    return result
-
-
-def print_numbers(values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, float):
-            print(f"  {name:20} {value:.4g}")
 
 
 def save_about(folder: Path, about: dict[str, Any]) -> None:

@@ -166,10 +166,11 @@ def finetune(
 
     unlabelled: images to learn from beside the labelled ones; "": those of the run, if config.finetune.unlabelled=all.
     """
-    from ssl_jax.classifier import begin_classifier, print_numbers, save_about, save_weights, write_test
+    from ssl_jax.classifier import begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds
     from ssl_jax.evaluate.finetuning import loss_curve, still_falling
     from ssl_jax.evaluate.selftraining import train_classifier, unlabelled_of
+    from ssl_jax.outputs import print_numbers, write_test
 
     encoder, config = _load(workdir, step, overrides)
     if unlabelled:

@@ -1,4 +1,4 @@
-"""The files that `ssl-jax predict` and `ssl-jax embed` write. In all of them, `path` says which image it is."""
+"""The files that `predict`, `embed` and `finetune --test` write. In all of them, `path` says which image it is."""
 
 import io
 import json
@@ -10,8 +10,9 @@ import numpy as np
 
 from ssl_jax import files
 from ssl_jax.data import Source
+from ssl_jax.data.labelled import Labelled
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.finetuning import probabilities
+from ssl_jax.evaluate.finetuning import Classifier, probabilities
 
 
 def write_predictions(path: Path, source: Source, scores: np.ndarray, classes: Sequence[str], multilabel: bool) -> None:
@@ -86,3 +87,33 @@ def _write_parquet(path: Path, columns: Mapping[str, Sequence[Any]], features: n
 
 def _dimensions(features: np.ndarray) -> list[str]:
     return [f"e{i}" for i in range(features.shape[1])]
+
+
+def write_test(
+    classifier: Classifier,
+    test: Labelled,
+    classes: list[str],
+    thresholds: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    title: str,
+) -> dict[str, Any]:
+    """Writes test.csv and, for multi-label data, reliability.png with this title; prints and returns the metrics."""
+    from ssl_jax.evaluate.classification_report import evaluate_on_test, format_report
+    from ssl_jax.evaluation import print_left_out
+    from ssl_jax.report.figures import reliability
+
+    scores, groups, multilabel = classifier.logits(test.source.arrays()), test.source.groups, classifier.multilabel
+    write_predictions(folder / "test.csv", test.source, scores, classes, multilabel)
+    result = evaluate_on_test(scores, test.labels, classes, groups=groups, thresholds=thresholds)
+    print_numbers(result)
+    if multilabel:
+        print("\n".join(format_report(result)))
+        print_left_out(result)
+        reliability(result["reliability"], folder / "reliability.png", title=title)
+    return result
+
+
+def print_numbers(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, float):
+            print(f"  {name:20} {value:.4g}")

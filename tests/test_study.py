@@ -56,7 +56,7 @@ def test_outputs_are_complete_and_can_be_recomputed(whole):
 def test_a_finished_study_is_not_run_again(whole, monkeypatch):
     folder, *_ = whole
     before = toy_tables(folder)
-    monkeypatch.setattr(study, "finetune", None)  # calling it would fail
+    monkeypatch.setattr(study, "train_classifier", None)  # calling it would fail
     _, lines, _ = toy_run(toy_config(), folder, mean=[0.5])  # as an encoder says of itself that comes from disk
     assert all("(reused)" in line for line in lines) and toy_tables(folder) == before
 
