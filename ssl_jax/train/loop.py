@@ -85,8 +85,7 @@ def train(training: Training, state: TrainState, checkpoints: Checkpoints, may_s
                 values = {name: value.item() for name, value in jax.device_get(on_device).items()}
                 for hook in hooks:
                     hook.on_metrics(earlier, values)
-            if stop.requested:
-                due += [hook for hook in hooks if hook.at_stop and hook not in due]
+            due += [hook for hook in hooks if stop.requested and hook.at_stop and hook not in due]
             with clock.paused():
                 for hook in due:
                     hook.on_state(step, state)
