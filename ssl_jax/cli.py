@@ -248,10 +248,9 @@ def usage(command: str | None = None) -> str:
     if command in OVERRIDES:
         shown.append("  --config.data.KEY=VALUE changes how the data are read")
     if _takes_options(command):
-        shown.append("  --exclude=FILE leaves out the images that a table lists, such as check.csv: data.exclude")
-    if _takes_options(command):
         from ssl_jax.config import SECTIONS
 
+        shown.append("  --exclude=FILE leaves out the images that a table lists, such as check.csv: data.exclude")
         shown.append(f"\n  --help=SECTION lists options: config, {', '.join(SECTIONS)}, or the name of a method")
     bare = POSITIONAL.get(command, ())
     words = [n.upper() if flags[n][0] is ... or n in ("method", "data") else f"[{n.upper()}]" for n in bare]

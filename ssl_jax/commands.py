@@ -19,7 +19,7 @@ from ssl_jax.data.labelled import Labelled, labelled_part
 from ssl_jax.encoder import Encoder, random_encoder
 from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
 from ssl_jax.run_folder import RunFolder, StudyFolder
-from ssl_jax.settings import data_of, settings_of
+from ssl_jax.settings import data_of, images_only, settings_of
 
 # Options of config.data that a classifier keeps: its images are read as in training.
 READ = ("window", "frontal", "background")
@@ -62,6 +62,7 @@ def evaluate(
     of the .json file.
     """
     from ssl_jax import evaluation
+    from ssl_jax.load import load_with_settings
 
     if protocol not in evaluation.PROTOCOLS:
         raise unknown("--protocol", protocol, evaluation.PROTOCOLS)
@@ -70,7 +71,7 @@ def evaluate(
     if seeds < 1:
         raise UserError(f"--seeds={seeds}: allowed: 1 or more")
     folder = Path(workdir)
-    (encoder, config), own = _load(workdir, step, overrides), settings_of(folder, ())
+    (encoder, config), own = load_with_settings(workdir, step, overrides), settings_of(folder, ())
     train, held_out, description = _train_and_test(encoder, config, data, test)
     specs = _data_spec(encoder, config, data), data_of(test, "--test", config.data) if test else None
     usual = evaluation.conditions(own, protocol, _data_spec(encoder, own, ""), None)
@@ -170,9 +171,10 @@ def finetune(
     from ssl_jax.evaluate.classification_report import choose_thresholds
     from ssl_jax.evaluate.finetuning import loss_curve, still_falling
     from ssl_jax.evaluate.selftraining import train_classifier, unlabelled_of
+    from ssl_jax.load import load_with_settings
     from ssl_jax.outputs import print_numbers, write_test
 
-    encoder, config = _load(workdir, step, overrides)
+    encoder, config = load_with_settings(workdir, step, overrides)
     if unlabelled:
         config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, unlabelled="all"))
     folder = Path(out)
@@ -239,11 +241,12 @@ def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) ->
 def embed(workdir: str, data: str, out: str, step: int | str = "", overrides: Sequence[str] = ()) -> None:
     """Writes the embeddings of images, their paths and, where the data have them, their labels: see
     `outputs.write_embeddings`."""
+    from ssl_jax.load import load_with_settings
     from ssl_jax.outputs import write_embeddings
 
     path = Path(out)
     _require_ending(path, "--out", (".npz", ".csv", ".parquet"))
-    encoder, config = _load(workdir, step, overrides)
+    encoder, config = load_with_settings(workdir, step, overrides)
     source, labels = _open_readable(encoder, data, config, labelled=True)
     features, classes = encoder.embed(source.arrays()), source.classes
     write_embeddings(path, source.names, features, labels, classes)
@@ -403,20 +406,6 @@ def _print_lines(lines: Iterable[str]) -> None:
         print(line, flush=True)
 
 
-def _load(workdir: str, step: int | str, overrides: Sequence[str]) -> tuple[Encoder, Config]:
-    """The encoder of a run or a classifier, and the settings that its images are read with, with overrides.
-
-    step: of a checkpoint, or "latest"; "": the finished encoder.
-    """
-    from ssl_jax.load import load_encoder
-
-    if step not in ("", "latest") and not str(step).isdecimal():
-        raise UserError(f"--step={step}: allowed: the step of a checkpoint, or latest")
-    number: Any = step if step == "latest" else int(step) if step != "" else None
-    encoder = load_encoder(workdir, number)
-    return encoder, settings_of(Path(workdir), overrides, encoder.about.get("read"))
-
-
 def _other_step(encoder: Encoder, folder: Path) -> int:
     """The step of an encoder that is not the one which the run has exported; else 0."""
     exported = files.read_json(RunFolder(folder).encoder / "encoder.json").get("step")
@@ -462,11 +451,10 @@ def _open_readable(
 ) -> tuple[Source, np.ndarray | None]:
     """All images that can be read, however few, and with `labelled` their labels, if there are any; the source logs the
     other images."""
-    spec = dataclasses.replace(encoder.data(data_of(data, "--data", config.data)), max_bad_share=1.0)
-    # The label columns of the training data may be missing here, and are not needed.
-    unlabelled = dataclasses.replace(spec, labels=())
+    spec = encoder.data(data_of(data, "--data", config.data))
+    unlabelled = images_only(spec)
     try:
-        source = open_source(spec if labelled else unlabelled, "all")
+        source = open_source(dataclasses.replace(unlabelled, labels=spec.labels) if labelled else unlabelled, "all")
     except UserError as error:
         if not str(error).startswith("config.data.labels"):
             raise

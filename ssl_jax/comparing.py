@@ -245,12 +245,7 @@ def _curves(records: Mapping[str, RunRecord]) -> str:
     """A chart for each metric that a run has logged, by epoch, with a line for each run."""
     charts = ""
     for metric in CURVES:
-        series = {}
-        for name, record in records.items():
-            kept = [line for lines in (record.steps, record.checks) for line in lines if metric in line]
-            if kept and record.steps:
-                per_step = record.steps[-1]["epoch"] / record.steps[-1]["step"]
-                series[name] = [line["step"] * per_step for line in kept], [line[metric] for line in kept]
+        series = {name: curve for name, record in records.items() if (curve := record.curve(metric))[0]}
         if series:
             word = words.of(metric)
             figure = f"<figcaption>{word.title}</figcaption>{plots.curves(series, word)}<small>{word.meaning}</small>"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from ssl_jax.errors import DamagedError, UserError
 from ssl_jax.files import read_json
 from ssl_jax.models import resolve_conv, resolve_model
 from ssl_jax.run_folder import RunFolder
+from ssl_jax.settings import settings_of
 from ssl_jax.train import init_state, set_up
 from ssl_jax.train.memory import with_decisions
 from ssl_jax.train.step import encoder_of
@@ -41,6 +43,18 @@ def load_encoder(path: str | Path, step: int | Literal["latest"] | None = None) 
         allowed = f"allowed: latest, {', '.join(map(str, steps))}" if steps else "it has no checkpoints"
         raise UserError(f"step={step}: not in {path}; {allowed}")
     return encoder.load_encoder(path) if number == exported else _from_checkpoint(run, int(number))
+
+
+def load_with_settings(workdir: str, step: int | str, overrides: Sequence[str]) -> tuple[Encoder, Config]:
+    """The encoder of a run or a classifier, and the settings that its images are read with, with overrides.
+
+    step: of a checkpoint, or "latest"; "": the finished encoder.
+    """
+    if step not in ("", "latest") and not str(step).isdecimal():
+        raise UserError(f"--step={step}: allowed: the step of a checkpoint, or latest")
+    number: Any = step if step == "latest" else int(step) if step != "" else None
+    encoder = load_encoder(workdir, number)
+    return encoder, settings_of(Path(workdir), overrides, encoder.about.get("read"))
 
 
 def _from_checkpoint(run: RunFolder, step: int) -> Encoder:

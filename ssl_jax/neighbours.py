@@ -21,8 +21,13 @@ def nearest(queries: np.ndarray, features: np.ndarray, k: int) -> tuple[np.ndarr
     if not 1 <= k <= len(features):
         raise UserError(f"k={k}: there are {len(features)} embeddings; allowed: 1 to {len(features)}")
     search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(normalized(features))
-    distance, index = search.kneighbors(normalized(queries))
-    return index, (1 - np.square(distance) / 2).astype(np.float32)
+    apart, index = search.kneighbors(normalized(queries))
+    return index, (1 - np.square(apart) / 2).astype(np.float32)
+
+
+def distance(similarity: np.ndarray) -> np.ndarray:
+    """Euclidean distances of vectors of length 1 with these cosine similarities."""
+    return np.sqrt(np.maximum(2 - 2 * similarity, 0))
 
 
 def nearest_others(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

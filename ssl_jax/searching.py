@@ -15,12 +15,12 @@ from ssl_jax.data.folder import decode
 from ssl_jax.data.source import check_is_file
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UnreadableError, UserError
-from ssl_jax.load import load_encoder
+from ssl_jax.load import load_with_settings
 from ssl_jax.neighbours import nearest
 from ssl_jax.progress import counting
 from ssl_jax.report.page import note, page
 from ssl_jax.report.tiles import STYLE, grid, tile
-from ssl_jax.settings import TABLES, data_of, settings_of
+from ssl_jax.settings import TABLES, data_of, images_only
 
 SHOWN = 100  # queries on the page; the table holds all
 COLUMNS = ("query", "rank", "path", "similarity", "file")
@@ -37,8 +37,7 @@ def search(
     path = Path(out)
     if path.suffix != ".html":
         raise UserError(f"--out={out}: unknown ending {path.suffix!r}; allowed: .html")
-    encoder = load_encoder(workdir)
-    config = settings_of(Path(workdir), overrides, encoder.about.get("read"))
+    encoder, config = load_with_settings(workdir, "", overrides)
     asked = _queries(encoder, config, query)
     source, keys = _open(encoder, config, data, "--data")
     index, features = _embed(encoder, source, "images")
@@ -97,8 +96,7 @@ def _queries(encoder: Encoder, config: Config, query: str) -> _Queries:
 
 def _open(encoder: Encoder, config: Config, text: str, flag: str) -> tuple[Source, list[str]]:
     """All images of `text`, labelled or not, and their keys."""
-    spec = encoder.data(data_of(text, flag, config.data))
-    spec = dataclasses.replace(spec, labels=(), split="all", max_bad_share=1.0)
+    spec = dataclasses.replace(images_only(encoder.data(data_of(text, flag, config.data))), split="all")
     source = open_source(spec)
     return source, [key_of(spec, n, source.paths[i] if source.paths else "") for i, n in enumerate(source.names)]
 

@@ -14,7 +14,7 @@ import numpy as np
 from ssl_jax.data import Source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.neighbours import nearest, nearest_others, normalized
+from ssl_jax.neighbours import distance, nearest, nearest_others, normalized
 from ssl_jax.progress import counting
 
 Strategy = Literal["typical", "coverage", "kcenter", "uncertain", "margin", "random"]
@@ -191,7 +191,7 @@ def _by_typicality(features: np.ndarray, members: np.ndarray, seed: int) -> np.n
         return members
     with _threads(len(members) ** 2 * features.shape[1]):
         _, similarity = nearest_others(features[members], min(NEIGHBOURS, len(members) - 1))
-    order = np.argsort(_distance(similarity).mean(axis=1), kind="stable")
+    order = np.argsort(distance(similarity).mean(axis=1), kind="stable")
     return np.concatenate([members[order], rest])
 
 
@@ -343,25 +343,20 @@ def expected(features: np.ndarray, chosen: np.ndarray, have: Sequence[int] | np.
 def _expected(features: np.ndarray, chosen: np.ndarray, have: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     sample = rng.permutation(len(features))[: 10 * CHUNK]
     _, similarity = nearest(features[sample[:CHUNK]], features, min(2, len(features)))
-    limit = max(float(np.median(_distance(similarity[:, -1]))) / 2, ROUNDING)
+    limit = max(float(np.median(distance(similarity[:, -1]))) / 2, ROUNDING)
     others = np.setdiff1d(np.arange(len(features)), have)
 
     def measure(selection: np.ndarray) -> tuple[float, float]:
         labelled = features[np.concatenate([selection, have])]
-        distance = _distance(nearest(features[sample], labelled, 1)[1])
+        apart = distance(nearest(features[sample], labelled, 1)[1])
         if len(labelled) < 2:
-            return float(distance.mean()), 0.0
-        near = _distance(nearest_others(labelled, 1)[1][: len(selection)])
-        return float(distance.mean()), float((near <= limit).sum())
+            return float(apart.mean()), 0.0
+        near = distance(nearest_others(labelled, 1)[1][: len(selection)])
+        return float(apart.mean()), float((near <= limit).sum())
 
     drawn = [measure(rng.choice(others, len(chosen), replace=False)) for _ in range(5)]
     numbers = zip(("coverage", "near_duplicates"), measure(chosen), np.mean(drawn, axis=0).tolist(), strict=True)
     return {name: {"chosen": mine, "random": random} for name, mine, random in numbers}
-
-
-def _distance(similarity: np.ndarray) -> np.ndarray:
-    """Euclidean distances of vectors of length 1 with these cosine similarities."""
-    return np.sqrt(np.maximum(2 - 2 * similarity, 0))
 
 
 def _chunks(indices: np.ndarray) -> list[np.ndarray]:

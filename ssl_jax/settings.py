@@ -46,6 +46,11 @@ def data_of(text: str, flag: str, like: Data) -> Data:
     return dataclasses.replace(like, name=name, path=place, split="train", limit=0, pairs="")
 
 
+def images_only(data: Data) -> Data:
+    """The same images without their labels, whose columns may be missing, and however few of them can be read."""
+    return dataclasses.replace(data, labels=(), max_bad_share=1.0, pairs="")
+
+
 def _is_chexpert(folder: Path) -> bool:
     """Whether a folder has CheXpert's layout, judged by the header of train.csv: other data have such a file, too."""
     table = folder / "train.csv"

@@ -16,6 +16,7 @@ from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source
 from ssl_jax.data.folder import decode
 from ssl_jax.data.labelled import labelled_indices
+from ssl_jax.data.source import printable
 from ssl_jax.encoder import Encoder, load_encoder
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.evaluate.finetuning import probabilities
@@ -23,7 +24,7 @@ from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.selection import BY_DOUBT, STRATEGIES, embed, expected
 from ssl_jax.selection import select as best_of
-from ssl_jax.settings import data_of, settings_of
+from ssl_jax.settings import data_of, images_only, settings_of
 
 PAGE_SIZE = 512  # px; longest side of the pictures on the page
 Head = Callable[[np.ndarray], np.ndarray]  # embeddings [N, D] -> logits or probabilities [N, K]
@@ -64,7 +65,7 @@ def select(
         _check_classes(known, have, strategy)
     features, readable = embed(encoder, source)
     source = source.take(readable)
-    places, features, groups = _together(known, encoder, source, spec, features)
+    places, features, groups = _together(known, encoder, source, features)
     left = len(source) - int((places < len(source)).sum())
     _check_count(labels, left)
     if strategy in BY_DOUBT and not head and known:
@@ -132,9 +133,7 @@ def _probabilities(logits: Head, multilabel: bool, features: np.ndarray) -> np.n
 
 def _open_pool(encoder: Encoder, config: Config, data: str) -> tuple[Source, Data]:
     """The images to choose from, without their labels: the part that is for training."""
-    spec = encoder.data(data_of(data, "--data", config.data) if data else config.data)
-    # The columns of labels may be missing here, and are not needed.
-    spec = dataclasses.replace(spec, labels=(), max_bad_share=1.0, pairs="")
+    spec = images_only(encoder.data(data_of(data, "--data", config.data) if data else config.data))
     source = open_source(spec)
     source.forget_labels()
     if source.groups is not None and len(source) > 1 and len(np.unique(source.groups)) == 1:
@@ -153,7 +152,7 @@ def _open_labelled(have: str, encoder: Encoder, config: Config, offered: Sequenc
         source = open_source(spec, "all")
     except UserError as error:  # a file that is not there
         raise UserError(f"--have={have}: {error}") from error
-    labels, paths = source.labels_as(source.classes, f"--have={have}"), _paths(source, spec)
+    labels, paths = source.labels_as(source.classes, f"--have={have}"), _paths(source)
     for name in source.classes if offered else ():
         if name not in offered:
             raise unknown(f"--have={have}: class", name, offered)
@@ -186,7 +185,7 @@ def _check_classes(known: Labelled | None, have: str, strategy: str) -> None:
 
 
 def _together(
-    known: Labelled | None, encoder: Encoder, pool: Source, data: Data, features: np.ndarray
+    known: Labelled | None, encoder: Encoder, pool: Source, features: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """(places, embeddings, groups): the pool and, after it, the labelled images that are not in it.
 
@@ -194,7 +193,7 @@ def _together(
     """
     if known is None:
         return np.zeros(0, np.int64), features, pool.groups
-    places = _places(known, pool, _paths(pool, data))
+    places = _places(known, pool, _paths(pool))
     new = np.flatnonzero(places < 0)
     places[new] = len(features) + np.arange(len(new))
     if len(new):
@@ -219,11 +218,9 @@ def _places(known: Labelled, pool: Source, paths: list[str] | None) -> np.ndarra
     return found
 
 
-def _paths(source: Source, data: Data) -> list[str] | None:
+def _paths(source: Source) -> list[str] | None:
     """The absolute path of each image; None if images are no files."""
-    path = Path(data.path).expanduser().absolute()
-    root = {"folder": path, "chexpert": path, "csv": path.parent}.get(data.name)
-    return None if root is None else [os.path.normpath(os.path.join(root, name)) for name in source.names]  # noqa: PTH118
+    return [os.path.abspath(path) for path in source.paths] or None  # noqa: PTH100
 
 
 # What it writes and prints.
@@ -231,12 +228,12 @@ def _paths(source: Source, data: Data) -> list[str] | None:
 
 def _paths_of(chosen: Source, data: Data, out: Path) -> list[str]:
     """The absolute paths of the chosen images. Images that are no files are written as PNG, beside `out`."""
-    paths = _paths(chosen, data)
+    paths = _paths(chosen)
     if paths is None:
         native = open_source(dataclasses.replace(data, size=0, channels=0))
         paths = _write_images(out.with_suffix(""), chosen.names, native)
     for name, path in zip(chosen.names, paths, strict=True):
-        if not Path(path).is_file():  # its bytes are not UTF-8
+        if printable(path) != path:  # its bytes are not UTF-8
             raise UserError(f"{name!r}: cannot be listed in a table; rename it")
     return paths
 

@@ -9,7 +9,7 @@ from PIL import Image
 from planted import picture, plant
 from toy_encoder import toy_encoder
 
-from ssl_jax import cli
+from ssl_jax import cli, load
 from ssl_jax.check import command, copies, labels
 from ssl_jax.config import Data
 from ssl_jax.data import open_source
@@ -46,7 +46,7 @@ def checked(tmp_path_factory):
     Image.fromarray(colours).save(root / ODD["odd kind"])
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "load_encoder", lambda workdir: toy_encoder(size=32))
+        patch.setattr(load, "load_encoder", lambda workdir, step: toy_encoder(size=32))
         result = command.check(str(root), workdir=str(root), out=str(out))
     return root, planted, out, result
 

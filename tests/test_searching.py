@@ -9,7 +9,7 @@ from PIL import Image
 from planted import picture
 from toy_encoder import toy_encoder
 
-from ssl_jax import cli, searching
+from ssl_jax import cli, load, searching
 
 SIZE = 8
 
@@ -17,7 +17,7 @@ SIZE = 8
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """A folder of 12 pictures, and one that cannot be read."""
-    monkeypatch.setattr(searching, "load_encoder", lambda workdir: toy_encoder(size=SIZE))
+    monkeypatch.setattr(load, "load_encoder", lambda workdir, step: toy_encoder(size=SIZE))
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     (tmp_path / "data").mkdir()

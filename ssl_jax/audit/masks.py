@@ -14,12 +14,7 @@ from ssl_jax.data.table import read_table
 from ssl_jax.errors import UnreadableError, UserError, visible
 
 LESION = "lesion"  # the class of a mask or box that names none
-CORNERS = (
-    "left",
-    "top",
-    "right",
-    "bottom",
-)  # of a box, beside the image; "class" may follow
+CORNERS = ("left", "top", "right", "bottom")  # columns of a box, beside the image; "class" may follow
 Masks = Callable[[int], dict[str, np.ndarray]]  # index of an image -> class -> float32 [H, W] in [0, 1]
 
 

@@ -86,9 +86,8 @@ def view_sheet(
     axes.axis("off")
     figure.set_size_inches(1.3 * x + (1.6 if names else 0.2), 1.3 * height + 1)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph .* missing", UserWarning
-        )  # drawn as boxes: the font lacks some scripts
+        # The font lacks some scripts, whose letters are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         save(figure, out, dpi=110, bbox_inches="tight", facecolor="white")
 
 

@@ -19,9 +19,9 @@ from ssl_jax.data.csv import paths_of
 from ssl_jax.data.table import read_table
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import NoPartError, UserError
-from ssl_jax.load import load_encoder
+from ssl_jax.load import load_with_settings
 from ssl_jax.progress import counting
-from ssl_jax.settings import data_of, settings_of
+from ssl_jax.settings import data_of
 
 COLUMNS = ("path", "problem", "other path", "score", "note", "file")
 
@@ -37,9 +37,9 @@ def check(
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out={out}: is a file; allowed: a folder")
-    encoder = load_encoder(workdir) if workdir else None
-    if encoder:
-        config = settings_of(Path(workdir), overrides, encoder.about.get("read"))
+    encoder: Encoder | None = None
+    if workdir:
+        encoder, config = load_with_settings(workdir, "", overrides)
     else:
         config = resolve(override(default(), overrides))
     specs, sources = _open(config, encoder, data, test)

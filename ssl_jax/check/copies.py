@@ -8,7 +8,7 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.data.folder import decode
 from ssl_jax.errors import UnreadableError
-from ssl_jax.neighbours import nearest_others, normalized
+from ssl_jax.neighbours import distance, nearest_others, normalized
 
 NEIGHBOURS = 10
 CHANCE = 1e-4  # share of images that chance may bring as close to another as a copy
@@ -62,22 +62,19 @@ def near(small: np.ndarray, features: np.ndarray | None) -> list[Pair]:
     pairs: dict[tuple[int, int], float] = {}
     pixels = described(small)
     index, similarity = nearest_others(pixels, count)
-    _add(pairs, index, _distance(similarity), _distance(_cropped(small, pixels, index, similarity)))
+    _add(pairs, index, similarity, _cropped(small, pixels, index, similarity))
     if features is not None:
         index, similarity = nearest_others(features - features.mean(axis=0), count)
-        _add(pairs, index, _distance(similarity), _distance(similarity))
+        _add(pairs, index, similarity, similarity)
     return [(i, j, cosine) for (i, j), cosine in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))]
 
 
-def _distance(cosine: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(2 - 2 * cosine.astype(np.float64), 0))
-
-
-def _add(pairs: dict[tuple[int, int], float], index: np.ndarray, distance: np.ndarray, best: np.ndarray) -> None:
-    """Adds the pairs that are closer than chance, with their cosine similarity. best: the distances to judge by."""
-    for i, rank in np.argwhere(by_chance(distance, best) < CHANCE).tolist():
+def _add(pairs: dict[tuple[int, int], float], index: np.ndarray, similarity: np.ndarray, best: np.ndarray) -> None:
+    """Adds the pairs that are closer than chance, with their cosine similarity. best: the similarities to judge by."""
+    apart, closest = (distance(each.astype(np.float64)) for each in (similarity, best))
+    for i, rank in np.argwhere(by_chance(apart, closest) < CHANCE).tolist():
         j = int(index[i, rank])
-        pair, cosine = (min(i, j), max(i, j)), 1 - float(best[i, rank]) ** 2 / 2
+        pair, cosine = (min(i, j), max(i, j)), 1 - float(closest[i, rank]) ** 2 / 2
         pairs[pair] = max(cosine, pairs.get(pair, -1))
 
 
@@ -115,19 +112,19 @@ def _cropped(small: np.ndarray, pixels: np.ndarray, index: np.ndarray, similarit
     return best.reshape(similarity.shape)
 
 
-def by_chance(distance: np.ndarray, best: np.ndarray | None = None) -> np.ndarray:
+def by_chance(distances: np.ndarray, best: np.ndarray | None = None) -> np.ndarray:
     """How probably the nearest of k neighbours would be as close as each of the others is, float [N, k - 1].
 
-    distance [N, k]: from each image to its k nearest neighbours, sorted. If images lie evenly around a point in m
+    distances [N, k]: from each image to its k nearest neighbours, sorted. If images lie evenly around a point in m
     dimensions, the k - 1 nearer ones fall within a share r of the k-th distance with probability r^m each, so at least
     one does with at most (k - 1) r^m. m is the median of its local estimates, which copies do not move.
-    best [N, k]: what is judged instead of `distance`, if something is known to be closer than it looks.
+    best [N, k]: what is judged instead of `distances`, if something is known to be closer than it looks.
     Source: Levina and Bickel, Maximum likelihood estimation of intrinsic dimension, NIPS 2004, equation 8.
     """
 
     def logs(values: np.ndarray) -> np.ndarray:
-        share = np.maximum(values[:, :-1], 1e-9) / np.maximum(distance[:, -1:], 1e-9)
+        share = np.maximum(values[:, :-1], 1e-9) / np.maximum(distances[:, -1:], 1e-9)
         return -np.log(np.clip(share, 1e-9, 1 - 1e-9))
 
-    dimension = np.median(1 / logs(distance).mean(axis=1))
-    return (distance.shape[1] - 1) * np.exp(-dimension * logs(distance if best is None else best))
+    dimension = np.median(1 / logs(distances).mean(axis=1))
+    return (distances.shape[1] - 1) * np.exp(-dimension * logs(distances if best is None else best))

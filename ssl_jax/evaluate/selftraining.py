@@ -30,7 +30,7 @@ from ssl_jax.evaluate.finetuning import (
 from ssl_jax.evaluate.references import digest
 from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
-from ssl_jax.settings import data_of
+from ssl_jax.settings import data_of, images_only
 
 PIECE = 4_096  # images that the teacher is shown at a time
 Images = np.ndarray | Source
@@ -140,9 +140,7 @@ def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
     if not data and not config.data.name:
         raise UserError("--unlabelled: missing; config.finetune.unlabelled=all needs it, or the folder of a run")
     spec = encoder.data(data_of(data, "--unlabelled", config.data) if data else config.data)
-    # The columns of labels may be missing here, and are not needed.
-    source = open_source(dataclasses.replace(spec, labels=(), max_bad_share=1.0, pairs=""))
-    return Unlabelled(source, config.data.memory_gb)
+    return Unlabelled(open_source(images_only(spec)), config.data.memory_gb)
 
 
 def _check(images: np.ndarray, unlabelled: Images) -> None:

@@ -287,7 +287,7 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
     wide = jnp.promote_types(kernel.dtype, jnp.float32)  # summed in float32 also under bfloat16
     if (k, stride, padding) == (3, 1, 1) and height % 2 == width % 2 == 0 and c >= 48:
         return _winograd_gradient(x, dy, wide).astype(kernel.dtype)
-    chunks = _chunks(len(x), height * width * k * k * c * x.dtype.itemsize, at_least=2)
+    chunks = _patch_chunks(x, kernel, stride, padding, at_least=2)
     parts, dparts = _cut(x, chunks), _cut(dy, chunks)
 
     def step(i, total):
@@ -371,10 +371,10 @@ def _chunks(images: int, bytes_per_image: int, at_least: int = 1, limit: int = 0
     return next(n for n in range(-(-images // most), images + 1) if images % n == 0)
 
 
-def _patch_chunks(x, kernel, stride, padding) -> int:
+def _patch_chunks(x, kernel, stride, padding, at_least: int = 1) -> int:
     k, _, c, _ = kernel.shape
     height, width = (_out(n, k, stride, padding) for n in x.shape[1:3])
-    return _chunks(len(x), height * width * k * k * c * x.dtype.itemsize)
+    return _chunks(len(x), height * width * k * k * c * x.dtype.itemsize, at_least)
 
 
 def _cut(x, chunks):

@@ -23,6 +23,14 @@ class RunRecord(NamedTuple):
     evaluations: list[dict[str, Any]]
     finished: bool
 
+    def curve(self, metric: str) -> tuple[list[float], list[Any]]:
+        """(epochs, values) of a metric. Lines that have no epoch get theirs from the step. Empty before the first."""
+        lines = [line for lines in (self.steps, self.checks, self.timing) for line in lines if metric in line]
+        if not self.steps:
+            return [], []
+        per_step = self.steps[-1]["epoch"] / self.steps[-1]["step"]
+        return [line["step"] * per_step for line in lines], [line[metric] for line in lines]
+
 
 def read_run(folder: RunFolder) -> RunRecord:
     """Raises UserError if there is no config.json."""

@@ -1,6 +1,6 @@
 """How a run went, in HTML: what it did, whether its encoder is healthy, its numbers and curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any, NamedTuple
 
@@ -115,21 +115,18 @@ def _tiles(run: RunRecord) -> str:
 
 
 def _curves(run: RunRecord) -> str:
-    """A chart for each metric, by epoch. Lines that have no epoch get theirs from the step."""
-    per_step = run.steps[-1]["epoch"] / run.steps[-1]["step"]
+    """A chart for each metric, by epoch."""
     common = list(words.COMMON)
     own = [key for key in run.steps[-1] if key not in (*common, *NO_CURVE)]  # what only this method reports
     place = common.index("grad_norm")
-    charts = (_chart(run, metric, per_step) for metric in [*common[:place], *own, *common[place:]])
+    charts = (_chart(run, metric) for metric in [*common[:place], *own, *common[place:]])
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _chart(run: RunRecord, metric: str, per_step: float) -> str:
-    kept: Sequence[Mapping[str, Any]] = [
-        line for lines in (run.steps, run.checks, run.timing) for line in lines if metric in line
-    ]
-    if not kept:
+def _chart(run: RunRecord, metric: str) -> str:
+    epochs, values = run.curve(metric)
+    if not epochs:
         return ""
     word = words.of(metric)
-    curve = plots.curve([line["step"] * per_step for line in kept], [line[metric] for line in kept], word)
+    curve = plots.curve(epochs, values, word)
     return f"<figure><figcaption>{escape(word.title)}</figcaption>{curve}<small>{escape(word.meaning)}</small></figure>"
