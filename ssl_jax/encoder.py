@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,23 +56,34 @@ class Encoder(NamedTuple):
         for start in range(0, count, full):
             part = as_images(images, slice(start, start + full), self.size, self.channels)
             padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
-            parts.append(np.asarray(_embed(self.network, self.params, self.stats, padded))[: len(part)])
+            parts.append(np.asarray(_compiled()(self.network, self.params, self.stats, padded))[: len(part)])
         return np.concatenate(parts)
 
     @property
     def width(self) -> int:
         """D, the number of dimensions of an embedding."""
         image = jax.ShapeDtypeStruct((1, self.size, self.size, self.channels), np.uint8)
-        return _embed.eval_shape(self.network, self.params, self.stats, image).shape[1]
+        return jax.eval_shape(functools.partial(_embed, self.network), self.params, self.stats, image).shape[1]
 
     def data(self, data: Data) -> Data:
         """`data` with the size and channels that this encoder expects."""
         return dataclasses.replace(data, size=self.size, channels=self.channels)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _embed(network, params, stats, images):
     return network.apply(params, stats, center_view(images, images.shape[1]), train=False)[0]
+
+
+@functools.cache
+def _compiled() -> Callable[..., jax.Array]:
+    """`_embed` under jit. On a CPU without YNNPACK, whose products are slower here than XLA's other ones: benchmarks/.
+    (Training is faster with it.)"""
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(1.0).compile()
+    except Exception:  # another platform, or a version of XLA that does not know it
+        options = {}
+    return jax.jit(_embed, static_argnums=0, compiler_options=options)
 
 
 # Equal networks must be the same object, so that jit compiles each only once per process.

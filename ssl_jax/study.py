@@ -47,7 +47,7 @@ from ssl_jax.selection import embed, select
 FROM = "from"  # the key of an arm that names a run, whose encoder it takes
 SELECT = "select"  # the key of an arm that draws its labels in another way than config.study.draw
 DRAWN = ("stratified", "random")  # draws that need no encoder; all others are strategies of `selection`
-VERSION = 3  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
+VERSION = 4  # of the computation in a cell; raise it when a change to the code changes a cell's numbers
 SHORT = {"top1": "top-1", "macro_auc": "macro AUC"}  # names of scores in the log
 
 
