@@ -1,9 +1,12 @@
 # The newest Python that there is: from 3.12 on, pip finds newer and faster versions of JAX.
 PYTHON ?= $(shell for v in 3.13 3.12 3.11; do python$$v -c pass 2>/dev/null && echo python$$v && exit; done; echo python3)
+# One of another version, which pip finds another JAX for: the first of these that runs.
+OTHER ?= $(shell for p in python3.13 $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.13.*/bin/python python3.11; do \
+	$$p -c 'import sys; sys.exit("$(PYTHON)" == "python%d.%d" % sys.version_info[:2])' 2>/dev/null && echo $$p && exit; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-8 check lint docs bench-gpu clean
+.PHONY: demo test test-slow test-8 test-other test-some check lint docs bench-gpu clean
 
 demo: $(VENV)/installed  ## pretrain on Fashion-MNIST without labels, then compare few-label accuracy with training from scratch
 	@BIN=$(BIN) scripts/find_fashion_mnist.sh
@@ -21,6 +24,13 @@ test-slow: $(VENV)/installed-test  ## those that take long and seldom find what 
 test-8: $(VENV)/installed-test
 	TEST_DEVICES=8 SSL_JAX_METHODS=simclr,moco,swav,mae,instance_discrimination \
 		$(BIN)/python -m pytest -m slow ssl_jax/testing/test_contract.py -k 'many_devices_agree and 8'
+
+test-other:  ## with another version of Python and JAX, if there is one: the tests of what JAX computes
+	$(if $(OTHER),$(MAKE) test-some VENV=.venv-other PYTHON=$(OTHER),@echo "no Python beside $(PYTHON)")
+
+test-some: $(VENV)/installed-test
+	SSL_JAX_METHODS=simclr,moco,dino,mae $(BIN)/python -m pytest ssl_jax/testing ssl_jax/losses tests/test_losses*.py \
+		tests/test_models*.py tests/test_train.py tests/test_checkpoint.py tests/test_evaluate*.py
 
 check: lint  ## lint, types, all tests
 	$(MAKE) test ALL=1

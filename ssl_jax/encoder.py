@@ -56,7 +56,7 @@ class Encoder(NamedTuple):
         for start in range(0, count, full):
             part = as_images(images, slice(start, start + full), self.size, self.channels)
             padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
-            parts.append(np.asarray(_compiled()(self.network, self.params, self.stats, padded))[: len(part)])
+            parts.append(np.asarray(compiled_embed()(self.network, self.params, self.stats, padded))[: len(part)])
         return np.concatenate(parts)
 
     @property
@@ -75,7 +75,7 @@ def _embed(network, params, stats, images):
 
 
 @functools.cache
-def _compiled() -> Callable[..., jax.Array]:
+def compiled_embed() -> Callable[..., jax.Array]:
     """`_embed` under jit. On a CPU without YNNPACK, whose products are slower here than XLA's other ones: benchmarks/.
     (Training is faster with it.)"""
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
