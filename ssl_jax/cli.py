@@ -70,14 +70,17 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         },
     ),
     "sweep": (
-        "short runs over settings, such as views and learning rates, to see which are best; resumable like a run",
+        "try settings, such as views and learning rates, in short runs that are scored alike",
         {
             "method": ("", METHOD),
             "data": ("", f"images to train on: {DATA}"),
             "workdir": (..., "sweep folder to create, continue or extend"),
             "over": (..., 'options and their values: "augment.preset=natural,light;optim.lr=0.03,0.1"'),
             "labels": ("", f"the labelled images to judge by (default: the run's own kNN, or RankMe): {DATA}"),
-            "search": ("grid", "grid (all), random (--trials of them) or halving (the best third of short runs goes on)"),
+            "search": (
+                "grid",
+                "grid (all), random (--trials of them) or halving (the best third of short runs goes on)",
+            ),
             "trials": (0, "random, halving: number of combinations to draw; 0: all"),
             "seed": (0, "of the draw of combinations and of the folds of the labels"),
             **LENGTH,

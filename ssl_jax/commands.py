@@ -138,7 +138,9 @@ def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) 
             print(f"report: {write_report(folder.path)}")
 
 
-def sweep(config: Config, workdir: str, over: str, cells: str = "", dry_run: bool = False, **more: Any) -> dict[str, Any]:
+def sweep(
+    config: Config, workdir: str, over: str, cells: str = "", dry_run: bool = False, **more: Any
+) -> dict[str, Any]:
     """See `ssl_jax.sweep.command`. cells: "K/N" runs the K-th of N shares of the trials."""
     from ssl_jax.sweep import command
 

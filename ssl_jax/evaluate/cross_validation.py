@@ -1,5 +1,6 @@
 """How well a logistic regression learns from few labels, where none can be spared for a test: cross-validation."""
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,8 +31,6 @@ def folds(labels: np.ndarray, seed: int = 0, groups: np.ndarray | None = None) -
         unit = "images" if groups is None else "groups"
         raise UserError(f"labels: no class has two {unit}; allowed: at least two of one class, to test on the second")
     splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(count, shuffle=True, random_state=seed)
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a class has fewer images than there are folds
         splits = list(splitter.split(np.zeros(len(labels)), kind, groups=groups))

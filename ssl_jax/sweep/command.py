@@ -286,7 +286,8 @@ def dry_run(
     parts = grid.rungs(count) if search == "halving" else [1]
     yield f"sweep     {count} trials: {', '.join(trial.name for trial in made.trials)}"
     if len(parts) > 1:
-        yield f"rungs     with {', '.join(f'1/{part}' for part in parts[:-1])} and all of the steps; the best third goes on"
+        shares = ", ".join(f"1/{part}" for part in parts[:-1])
+        yield f"rungs     with {shares} and all of the steps; the best third goes on"
     yield f"score     {made.judge.meaning}"
     first = made.trials[0]
     yield f"\n{first.name}, of whole length:"

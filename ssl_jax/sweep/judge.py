@@ -40,6 +40,8 @@ class ByLabels:
         except UserError as error:
             raise UserError(f"{self.where}: {error}") from error
         self.classes = len(source.classes)
+        if self.labels.ndim == 2 and np.isnan(self._validated(np.zeros((len(self.labels), 1)))).all():
+            raise UserError(f"{self.where}: no class has positive and negative images in a fold; label more of both")
         self.title = "top-1" if self.labels.ndim == 1 else "macro AUC"
         self.meaning = (
             f"{self.title} of a logistic regression on the embedding: mean over {len(self.splits)} folds of "
@@ -110,5 +112,3 @@ class ByRun:
 
 def _numbers(*values: float) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else float(value) for name, value in zip(SCORES, values, strict=True)}
-
-

@@ -34,7 +34,10 @@ def write(folder: Path, rows: Sequence[Row], keys: Sequence[str], judge: ByLabel
         command = command_for(resolve(from_json(files.read_json(folder / "trials" / best["trial"] / "config.json"))))
         found |= {"best": best["trial"], "within": like, "command": command}
         lines += _about(scored, best, like)
-        lines += [f"the best is a finished run: {folder / 'trials' / best['trial']}", f"its settings at length: {command}"]
+        lines += [
+            f"the best is a finished run: {folder / 'trials' / best['trial']}",
+            f"its settings at length: {command}",
+        ]
     if failed := len(rows) - len(scored):
         lines.append(f"{failed} of {len(rows)} trials failed, and are tried again only if their folders are removed")
     print("\n".join([*lines, f"table: {folder / 'sweep.csv'}"]), flush=True)
@@ -92,7 +95,9 @@ def _print(rows: Sequence[Row], keys: Sequence[str]) -> None:
     table = Table(*[Column(escape(head), overflow="fold") for head in heads], box=None, pad_edge=False)
     for row in rows:
         score = NONE if row["score"] is None else _number(row["score"], row["error"])
-        state = row["reason"] if row["state"] == "failed" else "" if row["part"] == 1 else f"1/{row['part']} of the steps"
+        state = (
+            row["reason"] if row["state"] == "failed" else "" if row["part"] == 1 else f"1/{row['part']} of the steps"
+        )
         values = [NONE if row["values"][key] is None else row["values"][key] for key in keys]
         cells = [*values, score, str(row["steps"]), str(row["seconds"]), state]
         table.add_row(*map(escape, cells))
