@@ -51,7 +51,8 @@ class Sweep:
         self.judged = files.json_digest({"version": VERSION, "inputs": self.judge.inputs})
         self.asked = {"over": over, "search": search, "trials": count, "seed": seed, "labels": labels}
         self._check_folder()
-        self.names, self.told = self._names(), set[str]()  # told: trials of the workers whose score has been printed
+        self.names = {identity(to_json(trial.config)): trial.name for trial in self._there()}
+        self.told = set[str]()  # names of trials whose score a worker found and this process has printed
         self.trials = [self._placed(trial) for trial in chosen]
         for trial in self.trials:
             self._check(trial)
@@ -81,18 +82,13 @@ class Sweep:
             self.other = config.data, open_source(config.data)
         return self.other[1]
 
-    def _runs(self) -> list[Path]:
-        return sorted(path.parent for path in (self.folder / "trials").glob("*/config.json"))
-
-    def _names(self) -> dict[str, str]:
-        """What each run in this folder computes -> the name of its folder."""
-        found = {}
-        for path in self._runs():
-            try:
-                found[identity(to_json(resolve(from_json(RunFolder(path).read_config()))))] = path.name
-            except UserError:  # damaged, or with a method that is not installed
-                continue
-        return found
+    def _there(self) -> Iterator[Trial]:
+        """The trials that have a run folder, those of earlier commands, too."""
+        for path in sorted((self.folder / "trials").glob("*/config.json")):
+            with contextlib.suppress(UserError):  # damaged, or with a method that is not installed any more
+                trial = Trial(path.parent.name, {}, resolve(from_json(RunFolder(path.parent).read_config())))
+                saved = self._saved(trial)
+                yield trial._replace(values=saved.get("values", {}), part=saved.get("part", 1))
 
     def _placed(self, trial: Trial) -> Trial:
         """The trial under the name of a run that has its config already, even if it was a trial of other values."""
@@ -224,11 +220,7 @@ class Sweep:
         Earlier trials are scored again if they were judged by something else.
         """
         known = {trial.name: trial for rung in self.rungs() for trial in rung}
-        for name in [path.name for path in self._runs() if path.name not in known]:
-            run = RunFolder(self.folder / "trials" / name)
-            earlier = Trial(name, {}, resolve(from_json(run.read_config())))
-            saved = self._saved(earlier)
-            known[name] = earlier._replace(values=saved.get("values", {}), part=saved.get("part", 1))
+        known = {trial.name: trial for trial in self._there()} | known
         found = []
         for trial in known.values():
             result = self.result(trial) or (self.run(trial) if self.run_of(trial).finished() else None)
