@@ -167,25 +167,27 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 # Scores.
 
 
-def independent(features, labels, splits, classes):
+def independent(features, labels, splits):
     """The same with scikit-learn's own pipeline."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     def model(strength):
         return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=MAX_ITER))
 
-    scores = []
-    for train, test in splits:
+    def score(train, test):
         kept, held = (train[part] for part in holdout(labels[train], 0.2, 0, None))
         each = []
         for strength in STRENGTHS:
             logits = model(strength).fit(features[kept], labels[kept]).decision_function(features[held])
             each.append((*selection_score(logits, labels[held]), -strength))
         chosen = model(-max(each)[2]).fit(features[train], labels[train])
-        scores.append(chosen.score(features[test], labels[test]))
-    return np.array(scores)
+        return chosen.score(features[test], labels[test])
+
+    with threadpool_limits(1):
+        return np.array([score(*split) for split in splits])
 
 
 def test_the_score_is_that_of_scikit_learn(whole):
@@ -197,13 +199,13 @@ def test_the_score_is_that_of_scikit_learn(whole):
     assert all(np.bincount(labels[test]).tolist() == [2, 2, 2, 2] for _, test in splits) and len(splits) == 5
     rows = table(whole)
     assert len(rows) == 4 and [float(row["score"]) for row in rows] == sorted(float(r["score"]) for r in rows)[::-1]
-    for row in rows:
+    for row in rows[:2]:
         encoder = load_encoder(whole / "trials" / row["trial"])
         images = open_source(encoder.data(data_of(FEW, "--labels", tiny_config("simclr").data))).arrays()
-        expected = independent(encoder.embed(images), labels, splits, 4)
+        expected = independent(encoder.embed(images), labels, splits)
         assert float(row["score"]) == pytest.approx(expected.mean())
         assert float(row["standard_error"]) == pytest.approx(expected.std(ddof=1) / np.sqrt(5))
-        assert float(row["raw_pixels"]) == pytest.approx(independent(pixels(images), labels, splits, 4).mean())
+        assert float(row["raw_pixels"]) == pytest.approx(independent(pixels(images), labels, splits).mean())
 
 
 def test_groups_are_in_one_fold_and_rare_classes_are_spread():
@@ -324,7 +326,7 @@ def test_halving_trains_the_best_third_anew_for_longer(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(command, "fit", fit)
     monkeypatch.setattr(RunFolder, "exported", lambda self, steps=None: (self.encoder / "encoder.json").exists())
-    score = {f"{lr}": abs(lr - 0.5) for lr in np.arange(1, 10) / 10}  # the best are 0.9 and, by order, 0.1
+    score = {f"0.{i}": round(abs(i - 5.2), 1) for i in range(1, 10)}  # the best are 0.1, 0.9 and 0.2
 
     def scored(self, config, run, encoder):
         return {**dict.fromkeys(command.SCORES), "score": score[str(config.optim.lr)]}
@@ -354,7 +356,7 @@ def test_halving_trains_the_best_third_anew_for_longer(tmp_path, monkeypatch, ca
 def test_killed_in_the_middle_of_a_trial_it_ends_the_same(tmp_path):
     over = "optim.lr=0.05,0.1"
     for number in (signal.SIGKILL, signal.SIGTERM):
-        process = forked.Python(SLOWLY, *arguments(tmp_path / "a", over, steps=40))
+        process = forked.Python(SLOWLY, *arguments(tmp_path / "a", over, steps=30))
         second = RunFolder(tmp_path / "a" / "trials" / "optim.lr=0.1")
         before = len(read_lines(second.metrics))
         end = time.monotonic() + 100
@@ -362,9 +364,9 @@ def test_killed_in_the_middle_of_a_trial_it_ends_the_same(tmp_path):
             time.sleep(0.01)
         process.send_signal(number)
         assert process.wait() == (75 if number == signal.SIGTERM else -number)
-    assert 5 <= len(read_lines(second.metrics)) < 40 and not (tmp_path / "a" / "sweep.csv").exists()
+    assert 5 <= len(read_lines(second.metrics)) < 30 and not (tmp_path / "a" / "sweep.csv").exists()
     for folder in ("a", "b"):
-        assert sweep(tmp_path / folder, over, steps=40) == 0
+        assert sweep(tmp_path / folder, over, steps=30) == 0
     assert table(tmp_path / "a") == table(tmp_path / "b")
     for path in (tmp_path / "a" / "trials").glob("*/encoder/encoder.safetensors"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
@@ -374,7 +376,7 @@ def test_two_workers_write_the_same_table(whole, tmp_path, capsys):
     over = "optim.lr=0.01,0.1;train.seed=0,1"
     assert sweep(tmp_path / "a", over, f"--labels={FEW}", "--workers=2") == 0
     told = capsys.readouterr().out
-    assert table(tmp_path / "a") == table(whole) and told.count(": top-1 ") == 4
+    assert table(tmp_path / "a") == table(whole) and told.count(" steps, ") == 4
     logs = [(tmp_path / "a" / "workers" / f"{k}.log").read_text() for k in (1, 2)]
     assert all(log.count("top-1") == 2 for log in logs)
 

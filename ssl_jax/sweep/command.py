@@ -67,7 +67,7 @@ class Sweep:
             rung = [self._placed(grid.shorter(t, part, len(self.source_of(t.config)))) for t in chosen]
             yield rung
             scores = [(self.result(trial) or {}).get("score") for trial in rung]
-            best = sorted((i for i, score in enumerate(scores) if score is not None), key=lambda i: -scores[i])
+            best = [i for _, i in sorted((-score, i) for i, score in enumerate(scores) if score is not None)]
             chosen = [chosen[i] for i in sorted(best[: -(-len(rung) // grid.ETA)])]  # those that failed never go on
             if not chosen:
                 return
@@ -123,12 +123,12 @@ class Sweep:
                     raise UserError(f"{run.path}: {holds}; allowed: the same config, or another --workdir")
             return
         source = self.source_of(trial.config)
-        if isinstance(self.judge, ByRun):
-            self.judge.check(trial.config, len(source))
         try:
             set_up(trial.config, source)
         except UserError as error:
             raise UserError(f"--over: {trial.name}: {error}") from error
+        if isinstance(self.judge, ByRun):
+            self.judge.check(trial.config, len(source))
 
     # Scores.
 
@@ -176,7 +176,8 @@ class Sweep:
         for number, rung in enumerate(self.rungs(), 1):
             todo = [trial for trial in rung if self.result(trial) is None]
             if self.search == "halving":
-                print(f"rung {number}: {len(rung)} trials with 1/{rung[0].part} of the steps", flush=True)
+                steps = f"1/{rung[0].part} of the steps" if rung[0].part > 1 else "all steps"
+                print(f"rung {number}: {len(rung)} with {steps}", flush=True)
             if part and todo:
                 k, n = part
                 self._run_each(rung[k - 1 :: n], skip_busy=True)

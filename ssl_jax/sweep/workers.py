@@ -39,13 +39,15 @@ class Workers:
                 while received:
                     number, stopped = received.pop(0), True
                     for process in processes:
-                        process.send_signal(number)
+                        if process.poll() is None:
+                            process.send_signal(number)
                     print(f"{signal.Signals(number).name}: waiting for the workers to save", flush=True)
                 time.sleep(PAUSE)
                 tell()
         finally:
-            for process in processes:  # all have ended, unless something went wrong here
-                process.terminate()
+            for process in processes:
+                if process.poll() is None:  # something went wrong here
+                    process.terminate()
             interrupts.leave_to_run(False)
             interrupts.restore(previous)
         self._check([process.returncode for process in processes], stopped or bool(received))
