@@ -3,19 +3,23 @@
 import csv
 import dataclasses
 import json
+import os
 import shlex
+import shutil
 import signal
+import threading
 import time
 
 import forked
 import numpy as np
 import pytest
 
-from ssl_jax import cli
+from ssl_jax import checkpoint, cli
 from ssl_jax.config import resolve
 from ssl_jax.config_file import load_config
 from ssl_jax.data import open_source
 from ssl_jax.encoder import load_encoder
+from ssl_jax.errors import UserError
 from ssl_jax.evaluate.cross_validation import cross_validated, folds, mean_and_error
 from ssl_jax.evaluate.references import MAX_ITER, STRENGTHS, pixels
 from ssl_jax.evaluate.scores import selection_score
@@ -24,6 +28,7 @@ from ssl_jax.files import read_lines, write_json
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.settings import data_of
 from ssl_jax.sweep import command, grid
+from ssl_jax.sweep.workers import Workers
 from ssl_jax.testing.tiny import tiny_config
 from ssl_jax.train import hooks
 
@@ -267,8 +272,6 @@ def test_a_trial_is_an_ordinary_run_and_the_best_has_a_command(whole, capsys, mo
 
 def test_another_call_extends_the_table(whole, tmp_path, capsys):
     """Trials are known by what they compute, whatever the values were that led to them."""
-    import shutil
-
     folder = shutil.copytree(whole, tmp_path / "a")
     assert sweep(folder, "optim.lr=0.1,0.3", f"--labels={FEW}") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
@@ -293,8 +296,6 @@ def test_another_call_extends_the_table(whole, tmp_path, capsys):
 
 
 def test_a_failed_trial_is_noted_and_not_tried_again(tmp_path, capsys):
-    import shutil
-
     over = "optim.lr=0.1,1e38"
     assert sweep(tmp_path / "a", over, "--config.optim.lr_batch=0") == 0
     assert "1 of 2 trials failed" in capsys.readouterr().out
@@ -372,20 +373,44 @@ def test_killed_in_the_middle_of_a_trial_it_ends_the_same(tmp_path):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
 
 
-def test_two_workers_write_the_same_table(whole, tmp_path, capsys):
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers that need not import anything first."""
+
+    def start(self, k):
+        argv = ["sweep", *self.argv, "--workers=1", f"--cells={k}/{self.count}"]
+        started.append(forked.Python(SLOWLY, *argv))
+        return started[-1]
+
+    started = []
+    monkeypatch.setattr(Workers, "_start", start)
+    return started
+
+
+def test_two_workers_write_the_same_table(whole, tmp_path, capsys, forked_workers):
     over = "optim.lr=0.01,0.1;train.seed=0,1"
     assert sweep(tmp_path / "a", over, f"--labels={FEW}", "--workers=2") == 0
     told = capsys.readouterr().out
     assert table(tmp_path / "a") == table(whole) and told.count(" steps, ") == 4
-    logs = [(tmp_path / "a" / "workers" / f"{k}.log").read_text() for k in (1, 2)]
-    assert all(log.count("top-1") == 2 for log in logs)
+    assert all(process.communicate()[0].count("top-1") == 2 for process in forked_workers)
 
 
-def test_a_worker_that_fails_is_told_in_one_line(tmp_path, capsys, monkeypatch):
-    from ssl_jax.sweep import workers
+def test_a_signal_ends_all_workers_which_save(tmp_path, forked_workers):
+    runs = [RunFolder(tmp_path / "a" / "trials" / f"train.seed={seed}") for seed in (0, 1)]
 
-    crew = workers.Workers(["--help=nothing"], 2, tmp_path / "logs")
-    with pytest.raises(
-        command.UserError, match=r"worker 1 of 2 ended with code 2: --help='nothing': unknown; .*1.log\)"
-    ):
+    def interrupt():
+        while not all(len(read_lines(run.metrics)) > 2 for run in runs):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        sweep(tmp_path / "a", "train.seed=0,1", "--workers=2", steps=300)
+    assert ended.value.code == 75 and [process.returncode for process in forked_workers] == [75, 75]
+    assert all(checkpoint.steps(run.checkpoints) for run in runs) and not (tmp_path / "a" / "sweep.csv").exists()
+
+
+def test_a_worker_that_fails_is_told_in_one_line(tmp_path):
+    crew = Workers(["--help=nothing"], 2, tmp_path / "logs")
+    with pytest.raises(UserError, match=r"worker 1 of 2 ended with code 2: --help='nothing': unknown; .*1.log\)"):
         crew.run(lambda: None)
