@@ -230,7 +230,7 @@ def test_groups_are_in_one_fold_and_rare_classes_are_spread():
 def test_without_labels_at_hand_a_run_is_judged_by_its_own_metrics(tmp_path, capsys):
     np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (96, 16, 16, 1), np.uint8))
     for data, metric, words in (
-        ("synthetic:n=96", "knn_accuracy", "with the labels of all 96 labelled images"),
+        ("synthetic:n=96", "knn_accuracy", "It takes the labels of all 96 labelled images"),
         (str(tmp_path / "images.npz"), "rank_me", "a higher rank need not be a better encoder"),
     ):
         folder = tmp_path / metric
@@ -405,7 +405,7 @@ def test_a_signal_ends_all_workers_which_save(tmp_path, forked_workers):
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(SystemExit) as ended:
-        sweep(tmp_path / "a", "train.seed=0,1", "--workers=2", steps=300)
+        sweep(tmp_path / "a", "train.seed=0,1", "--workers=2", steps=1000)
     assert ended.value.code == 75 and [process.returncode for process in forked_workers] == [75, 75]
     assert all(checkpoint.steps(run.checkpoints) for run in runs) and not (tmp_path / "a" / "sweep.csv").exists()
 

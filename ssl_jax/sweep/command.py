@@ -103,7 +103,7 @@ class Sweep:
         taken = folder.exists() and (not folder.is_dir() or any(p.name[0] != "." for p in folder.iterdir()))
         before = files.read_json(folder / "sweep.json", AGAIN) if taken else {}
         if not before:
-            if taken:
+            if taken and not (folder / "trials").is_dir():
                 raise UserError(f"{where}: not empty and not the folder of a sweep; allowed: a new folder")
             return
         self.keys = list(dict.fromkeys([*before["keys"], *self.keys]))

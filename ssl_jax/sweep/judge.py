@@ -85,9 +85,10 @@ class ByRun:
                 "images and give --labels"
             )
         else:
+            error = ", ± its standard error over the images that are classified" * (self.metric == "knn_accuracy")
             self.meaning = (
-                f"{self.title} as the run measures it at its end, with the labels of all {self.known} labelled images; "
-                "if you have only some of them, give these as --labels"
+                f"{self.title} as the run measures it at its end{error}. It takes the labels of all {self.known} "
+                "labelled images; if you have only some of them, give these as --labels"
             )
 
     def check(self, config: Config, images: int) -> None:

@@ -91,8 +91,9 @@ def _print(rows: Sequence[Row], keys: Sequence[str]) -> None:
     from rich.table import Column, Table
 
     title = rows[0]["score_of"] if rows else "score"
-    heads = [*keys, title, "steps", "seconds", ""]
-    table = Table(*[Column(escape(head), overflow="fold") for head in heads], box=None, pad_edge=False)
+    columns = [Column(escape(key), overflow="fold") for key in keys]
+    columns += [Column(head, no_wrap=True) for head in (title, "steps", "seconds")]
+    table = Table(*columns, Column(overflow="fold"), box=None, pad_edge=False)
     for row in rows:
         score = NONE if row["score"] is None else _number(row["score"], row["error"])
         state = (
