@@ -13,12 +13,13 @@ import time
 import forked
 import numpy as np
 import pytest
+from PIL import Image
 
 from ssl_jax import checkpoint, cli
 from ssl_jax.config import resolve
 from ssl_jax.config_file import load_config
 from ssl_jax.data import open_source
-from ssl_jax.encoder import load_encoder
+from ssl_jax.encoder import load_encoder, random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.cross_validation import cross_validated, folds, mean_and_error
 from ssl_jax.evaluate.references import MAX_ITER, STRENGTHS, pixels
@@ -28,6 +29,7 @@ from ssl_jax.files import read_lines, write_json
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.settings import data_of
 from ssl_jax.sweep import command, grid
+from ssl_jax.sweep.judge import ByLabels
 from ssl_jax.sweep.workers import Workers
 from ssl_jax.testing.tiny import tiny_config
 from ssl_jax.train import hooks
@@ -225,6 +227,29 @@ def test_groups_are_in_one_fold_and_rare_classes_are_spread():
     features = several + rng.normal(0, 0.1, several.shape)
     assert cross_validated(features, several, splits, classes=2).tolist() == [1] * 5
     assert abs(mean_and_error(cross_validated(rng.normal(size=(60, 2)), several, splits, classes=2))[0] - 0.5) < 0.2
+
+
+def test_several_labels_per_image_and_patients(tmp_path):
+    """The macro AUC is nearly 1 for pixels that show the classes, and no patient is on both sides."""
+    rng, rows = np.random.default_rng(0), ["path,patient,A,B"]
+    for i in range(60):
+        a, b = rng.integers(0, 2, 2)
+        image = rng.integers(0, 60, (8, 8)).astype(np.uint8)
+        image[:4] += np.uint8(150 * a)
+        image[4:] += np.uint8(150 * b)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,p{i // 3},{a},{'' if i % 7 == 0 else b}")
+    (tmp_path / "few.csv").write_text("\n".join(rows))
+    config = tiny_config("simclr", model__name="ssl_jax.testing.model")
+    like = dataclasses.replace(config.data, labels=("A", "B"), group="patient", channels=1)
+    judge = ByLabels(str(tmp_path / "few.csv"), like, seed=0)
+    assert (judge.title, len(judge.splits), len(judge.labels)) == ("macro AUC", 5, 60)
+    assert not any(set(judge.groups[train]) & set(judge.groups[test]) for train, test in judge.splits)
+    found = judge.score(config, RunFolder(tmp_path), random_encoder(config.model, 8, 1, 0))
+    assert found["pixels"] > 0.99 and 0.9 < found["score"] <= 1 and found["error"] < 0.1
+    (tmp_path / "few.csv").write_text("\n".join(row.replace(",1", ",0") for row in rows))
+    with pytest.raises(UserError, match="no class has positive and negative images in a fold"):
+        ByLabels(str(tmp_path / "few.csv"), like, seed=0)
 
 
 def test_without_labels_at_hand_a_run_is_judged_by_its_own_metrics(tmp_path, capsys):
