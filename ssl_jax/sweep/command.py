@@ -227,7 +227,8 @@ class Sweep:
             result = self.result(trial) or (self.run(trial) if self.run_of(trial).finished() else None)
             if result:
                 values = {key: table.value(trial, key) for key in self.keys}
-                found.append({**result, "trial": trial.name, "values": values, "part": trial.part})
+                row = {key: each for key, each in result.items() if key not in ("run", "judge")}
+                found.append({**row, "trial": trial.name, "values": values, "part": trial.part})
         return sorted(found, key=lambda row: (row["score"] is None, row["part"], -(row["score"] or 0), row["trial"]))
 
 
