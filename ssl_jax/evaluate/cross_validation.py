@@ -73,8 +73,8 @@ def cross_validated(
 def mean_and_error(scores: np.ndarray) -> tuple[float, float]:
     """(mean, standard error of the mean) of the scores of folds, without those that are nan.
 
-    >>> mean_and_error(np.array([0.5, 0.7, np.nan]))
-    (0.6, 0.1)
+    >>> mean_and_error(np.array([0.5, 1.0, np.nan]))
+    (0.75, 0.25)
     """
     known = scores[~np.isnan(scores)]
     if len(known) < 2:
