@@ -24,6 +24,13 @@ JSON = (False, "end the output with one line of JSON, for programs")
 DRY_RUN = (False, "say what this would read, need and write, after a few steps; write nothing")
 QUIET = (False, "print nothing but warnings and errors")
 MASKS = "folder of masks (IMAGE/CLASS.png or IMAGE.png) or table of boxes (path,left,top,right,bottom,class)"
+LENGTH = {
+    "epochs": ("", "length of the run: train.duration"),
+    "steps": ("", "the same, in steps"),
+    "batch": ("", "images per step: train.batch"),
+    "size": ("", "side to which images are resized, in px: data.size"),
+    "model": ("", "architecture: model.name"),
+}
 
 # command: (summary, {flag: (default, help)}); the default ... marks a required flag
 COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
@@ -33,11 +40,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "method": ("", METHOD),
             "data": ("", f"images to train on: {DATA}"),
             "workdir": (..., "run folder to create or continue"),
-            "epochs": ("", "length of the run: train.duration"),
-            "steps": ("", "the same, in steps"),
-            "batch": ("", "images per step: train.batch"),
-            "size": ("", "side to which images are resized, in px: data.size"),
-            "model": ("", "architecture: model.name"),
+            **LENGTH,
             "config": ("", CONFIG),
             "cluster": (False, "join the other hosts of a TPU pod; SLURM, Open MPI and GKE need no flag"),
             "dry_run": DRY_RUN,
@@ -64,6 +67,28 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "workdir": (..., "study folder to create or continue"),
             "cells": ("", "K/N: run only the K-th of N parts; 0/N: only pretrain"),
             "dry_run": DRY_RUN,
+        },
+    ),
+    "sweep": (
+        "try settings, such as views and learning rates, in short runs that are scored alike",
+        {
+            "method": ("", METHOD),
+            "data": ("", f"images to train on: {DATA}"),
+            "workdir": (..., "sweep folder to create, continue or extend"),
+            "over": (..., 'options and their values: "augment.preset=natural,light;optim.lr=0.03,0.1"'),
+            "labels": ("", f"the labelled images to judge by (default: the run's own kNN, or RankMe): {DATA}"),
+            "search": (
+                "grid",
+                "grid (all), random (--trials of them) or halving (the best third of short runs goes on)",
+            ),
+            "trials": (0, "random, halving: number of combinations to draw; 0: all"),
+            "seed": (0, "of the draw of combinations and of the folds of the labels"),
+            **LENGTH,
+            "config": ("", CONFIG),
+            "cells": ("", "K/N: run only the K-th of N shares, without the table"),
+            "workers": (1, "processes that share the trials, each with its share of the GPUs"),
+            "dry_run": DRY_RUN,
+            "json": JSON,
         },
     ),
     "finetune": (
@@ -206,7 +231,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
 }
 # The flags whose names may be left out: ssl-jax pretrain METHOD DATA. With --config, a method is not expected.
 POSITIONAL: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("pretrain", "views"), ("method", "data")),
+    **dict.fromkeys(("pretrain", "views", "sweep"), ("method", "data")),
     **dict.fromkeys(("evaluate", "finetune", "predict", "embed", "select"), ("workdir", "data")),
     "study": ("config", "data"),
     "plan": ("config",),
@@ -227,7 +252,7 @@ SHORT = {
     "size": "data.size={}",
     "model": "model.name={}",
 }
-REQUEUED = ("pretrain", "study")  # a signal ends them with exit code 75, and the same command goes on
+REQUEUED = ("pretrain", "study", "sweep")  # a signal ends them with exit code 75, and the same command goes on
 
 
 def usage(command: str | None = None) -> str:
@@ -416,6 +441,8 @@ def run(command: str, argv: Sequence[str]) -> None:
             values["overrides"] = overrides
         elif command != "audit" and "config" in values or values.get("config"):
             values["config"] = _config_of(command, values, overrides)
+            if command == "sweep":  # whose workers get the same arguments
+                values["argv"] = argv
         elif overrides:
             raise UserError(f"{overrides[0]}: `ssl-jax {command}` has no config options")
         work: Callable[..., Any] = getattr(commands, command)

@@ -138,6 +138,21 @@ def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) 
             print(f"report: {write_report(folder.path)}")
 
 
+def sweep(
+    config: Config, workdir: str, over: str, cells: str = "", dry_run: bool = False, **more: Any
+) -> dict[str, Any]:
+    """See `ssl_jax.sweep.command`. cells: "K/N" runs the K-th of N shares of the trials."""
+    from ssl_jax.sweep import command
+
+    part = _parse_part(cells)
+    if part and not part[0]:
+        raise UserError(f"--cells={cells}: allowed: K/N with K from 1 to N")
+    if dry_run:
+        _print_lines(command.dry_run(config, workdir, over, **more))
+        return {}
+    return command.sweep(config, workdir, over, part=part, **more)
+
+
 def _parse_part(cells: str) -> tuple[int, int] | None:
     if not cells:
         return None

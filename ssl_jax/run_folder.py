@@ -137,10 +137,7 @@ class RunFolder(Folder):
             saved = new
             write_json(self.config, new)
         if saved:
-            # The config of an older version lacks newer keys: they take their defaults.
-            saved = json.loads(json.dumps(to_json(resolve(from_json(saved)))))
-            moved = _follow(saved, new)
-            changed = [key for key in differences(saved, new) if not key.startswith(FREE_KEYS)]
+            changed, moved = compared(saved, new)
             if changed and self.begun():
                 raise UserError(
                     f"--workdir={self.path}: holds a run of another config ({'; '.join(changed)}); "
@@ -260,6 +257,15 @@ class StudyFolder(Folder):
     def exists(self) -> bool:
         """Whether this is the folder of a study rather than of a run."""
         return self.about.is_file() or bool(self.pretrainings())
+
+
+def compared(saved: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(the options in which a saved config and a new one differ, a line about each file that has been moved). Options
+    that change nothing of what is computed (FREE_KEYS) may differ."""
+    # The config of an older version lacks newer keys: they take their defaults.
+    before = json.loads(json.dumps(to_json(resolve(from_json(saved)))))
+    moved = _follow(before, new)
+    return [key for key in differences(before, new) if not key.startswith(FREE_KEYS)], moved
 
 
 def _follow(saved: dict[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ LAYERS = [
     {"load", "testing", "audit", "phantom"},
     {"report"},
     {"study", "plan", "evaluation", "dry_runs", "sklearn", "check", "searching", "comparing", "to_label"},
+    {"sweep"},
     {"outputs"},
     {"commands"},
     {"cli"},
