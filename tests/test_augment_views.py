@@ -240,7 +240,7 @@ def test_resolve_fills_sizes_and_overrides():
     [
         (
             Augment("naturall"),
-            "config.augment.preset='naturall': unknown; did you mean 'natural'? available: chest_xray",
+            "config.augment.preset='naturall': unknown; did you mean 'natural'? available: auto, chest_xray",
         ),
         (Augment("none", {"blurr": 1}), "config.augment='blurr': unknown; did you mean 'blur'?"),
         (Augment("none", {"flip": 1.5}), "config.augment.flip=1.5: allowed: 0 to 1"),
