@@ -47,8 +47,8 @@ def npm(packages: Path, name: str) -> Path:
     """The folder of a package of npm, downloaded once."""
     folder = packages / name
     if not folder.exists():
-        made = subprocess.run(["npm", "pack", "--silent", name], cwd=packages, check=True, capture_output=True, text=True)
-        archive = packages / made.stdout.strip().splitlines()[-1]
+        subprocess.run(["npm", "pack", "--silent", name], cwd=packages, check=True, stdout=subprocess.DEVNULL)
+        [archive] = packages.glob(f"{name}-*.tgz")
         with tarfile.open(archive) as tar:
             tar.extractall(folder, [m for m in tar if "/64/" in m.name or m.name.endswith("emoji.json")], filter="data")
         archive.unlink()
@@ -77,8 +77,8 @@ def icons(themes: list[Path]) -> Iterator[Picture]:
     """Icons of 48 px by context."""
     for theme in themes:
         for path in sorted(theme.glob("usr/share/icons/**/*.png")):
-            folders = path.parts[-3:-1]
-            context = next((CONTEXT_OF.get(name, name) for name in folders if CONTEXT_OF.get(name, name) in CONTEXTS), "")
+            folders = [CONTEXT_OF.get(name, name) for name in path.parts[-3:-1]]
+            context = next((name for name in folders if name in CONTEXTS), "")
             if context and {"48", "48x48"} & set(folders) and not path.is_symlink():
                 yield context, path.stem, path
 
@@ -122,7 +122,7 @@ def measure(run: Path, draws: int = 5) -> None:
     train, test = open_source(config.data), open_source(config.data, "test")
     images, labels, shown = train.arrays(), np.asarray(train.labels), test.arrays()
     untrained = random_encoder(model_of(encoder.about), encoder.size, encoder.channels, 0)
-    embedded = {name: [each.embed(x) for x in (images, shown)] for name, each in (("random", untrained), ("own", encoder))}
+    random, own = ([each.embed(x) for x in (images, shown)] for each in (untrained, encoder))
     settings = dataclasses.replace(config.finetune, lr=(1e-3,), pixels=True)
     for count in (50, 200):
         hits: dict[str, list[float]] = {}
@@ -130,12 +130,12 @@ def measure(run: Path, draws: int = 5) -> None:
             rows, options = nested_subset(labels, count, seed), {"classes": len(train.classes), "seed": seed}
             made = finetune(encoder, images[rows], labels[rows], settings=settings, **options)
             raw = made.pixels.scores(pixels(shown))
-            probe = {k: linear_probe(a[rows], labels[rows], **options).scores(b) for k, (a, b) in embedded.items()}
+            nothing, probe = (linear_probe(a[rows], labels[rows], **options).scores(b) for a, b in (random, own))
             logits = {
                 "raw pixels": raw,
-                "random encoder, linear": probe["random"],
-                "encoder, linear": probe["own"],
-                "encoder and pixels, linear": probe["own"] + raw,
+                "random encoder, linear": nothing,
+                "encoder, linear": probe,
+                "encoder and pixels, linear": probe + raw,
                 "fine-tuned": made._replace(pixels=None).logits(shown),
                 "fine-tuned, with pixels": made.logits(shown),
             }

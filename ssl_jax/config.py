@@ -265,7 +265,7 @@ class Finetune:
     strong: Augment = option(Augment(preset="small"), "consistency: strong views; same keys as config.augment")
 
     def inputs(self) -> dict[str, Any]:
-        """The options that a classifier depends on: `pixels`, and those from `unlabelled` on, only where they are on."""
+        """The options that a classifier depends on: `pixels` and those from `unlabelled` on only where they are on."""
         options = dataclasses.asdict(self)
         used = list(options) if self.unlabelled != "none" else itertools.takewhile("unlabelled".__ne__, options)
         return {key: options[key] for key in used if key != "pixels" or self.pixels}

@@ -28,7 +28,8 @@ def test_logits_are_the_mean_of_the_network_and_a_regression_on_pixels():
     alone, both = _made(ALONE, images, labels), _made(BOTH, images, labels)
     raw = 2 * both.logits(test) - alone.logits(test)
     assert both.pixels.strength in STRENGTHS
-    x, mean, std = images.reshape(60, -1) / 255, images.reshape(60, -1).mean(0) / 255, images.reshape(60, -1).std(0) / 255
+    x = images.reshape(60, -1) / 255
+    mean, std = x.mean(axis=0), x.std(axis=0)
     model = LogisticRegression(C=both.pixels.strength, max_iter=1000).fit((x - mean) / std, labels)
     wanted = model.predict_proba((test.reshape(40, -1) / 255 - mean) / std)
     shares = np.exp(raw) / np.exp(raw).sum(axis=1, keepdims=True)
