@@ -37,8 +37,8 @@ Scores = dict[str, dict[str, float]]  # reference -> metric -> value
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
-    """The pixels of images [N, H, W, C], uint8 or float32 in [0, 1], as float32 [N, D] in [0, 1]; of larger images, after
-    they are reduced to SIDE px a side."""
+    """Pixels float32 [N, D] in [0, 1] of images [N, H, W, C], uint8 or float32 in [0, 1]; larger ones are first reduced
+    to SIDE px a side."""
     side = min(SIDE, *images.shape[1:3])
     parts = [np.asarray(_reduced(images[i : i + 256], side)) for i in range(0, len(images), 256)]
     return np.concatenate(parts).reshape(len(images), -1)
