@@ -123,7 +123,7 @@ def measure(run: Path, draws: int = 5) -> None:
     images, labels, shown = train.arrays(), np.asarray(train.labels), test.arrays()
     untrained = random_encoder(model_of(encoder.about), encoder.size, encoder.channels, 0)
     random, own = ([each.embed(x) for x in (images, shown)] for each in (untrained, encoder))
-    settings = dataclasses.replace(config.finetune, lr=(1e-3,), pixels=True)
+    settings = dataclasses.replace(config.finetune, pixels=True)
     for count in (50, 200):
         hits: dict[str, list[float]] = {}
         for seed in range(draws):
