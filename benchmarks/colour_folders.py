@@ -1,7 +1,8 @@
 """Small folders of colour pictures in classes, built from packages of Debian and npm; and what few labels give there.
 
     python benchmarks/colour_folders.py build DIR            needs apt-get, dpkg and npm; a minute, 600 MB of downloads
-    python benchmarks/colour_folders.py measure RUN          what the encoder of a run folder gives at 50 and 200 labels
+    python benchmarks/colour_folders.py measure RUN          what the encoder of a run folder gives at 50 and 200 labels;
+                                                             --config.finetune.KEY=VALUE may follow
 
 Each folder has the parts train/ and test/, about half of the pictures each. Pictures of one name (an emoji in two
 styles, an icon in several themes) are in the same part. Exact copies are left out.
@@ -115,10 +116,10 @@ def write(folder: Path, pictures: Iterator[Picture]) -> None:
     print(f"{folder.name}: {counts['train']} + {counts['test']} pictures, {len(kept)} classes: {', '.join(kept)}")
 
 
-def measure(run: Path, draws: int = 5) -> None:
+def measure(run: Path, *overrides: str, draws: int = 5) -> None:
     """Prints top-1 on the test part, in %, and the paired difference to raw pixels: means and halves of the 95 %
     intervals over stratified draws of labels from the training part."""
-    encoder, config = load_with_settings(str(run), "", ())
+    encoder, config = load_with_settings(str(run), "", overrides)
     train, test = open_source(config.data), open_source(config.data, "test")
     images, labels, shown = train.arrays(), np.asarray(train.labels), test.arrays()
     untrained = random_encoder(model_of(encoder.about), encoder.size, encoder.channels, 0)
@@ -148,4 +149,4 @@ def measure(run: Path, draws: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    {"build": build, "measure": measure}[sys.argv[1]](Path(sys.argv[2]).absolute())
+    {"build": build, "measure": measure}[sys.argv[1]](Path(sys.argv[2]).absolute(), *sys.argv[3:])
