@@ -1,14 +1,16 @@
 """Small folders of colour pictures in classes, built from packages of Debian and npm; and what few labels give there.
 
     python benchmarks/colour_folders.py build DIR            needs apt-get, dpkg and npm; a minute, 600 MB of downloads
-    python benchmarks/colour_folders.py measure RUN          what the encoder of a run folder gives at 50 and 200 labels;
+    python benchmarks/colour_folders.py measure RUN          what the encoder of a run gives at 50 and 200 labels;
                                                              --config.finetune.KEY=VALUE may follow
+    python benchmarks/colour_folders.py chosen RUN           the same on labels that `ssl-jax select` chooses, by seed
 
 Each folder has the parts train/ and test/, about half of the pictures each. Pictures of one name (an emoji in two
 styles, an icon in several themes) are in the same part. Exact copies are left out.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -18,6 +20,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +28,7 @@ from ssl_jax.data import open_source
 from ssl_jax.encoder import model_of, random_encoder
 from ssl_jax.evaluate import finetune, interval, linear_probe, nested_subset, paired, pixels
 from ssl_jax.load import load_with_settings
+from ssl_jax.selection import select
 
 SMALLEST = 25  # pictures: smaller classes are left out
 LARGEST = 100_000  # bytes: larger files are left out
@@ -116,9 +120,9 @@ def write(folder: Path, pictures: Iterator[Picture]) -> None:
     print(f"{folder.name}: {counts['train']} + {counts['test']} pictures, {len(kept)} classes: {', '.join(kept)}")
 
 
-def measure(run: Path, *overrides: str, draws: int = 5) -> None:
+def measure(run: Path, *overrides: str, chosen: bool = False, draws: int = 5) -> None:
     """Prints top-1 on the test part, in %, and the paired difference to raw pixels: means and halves of the 95 %
-    intervals over stratified draws of labels from the training part."""
+    intervals over draws of labels from the training part, stratified or as `ssl-jax select` chooses them."""
     encoder, config = load_with_settings(str(run), "", overrides)
     train, test = open_source(config.data), open_source(config.data, "test")
     images, labels, shown = train.arrays(), np.asarray(train.labels), test.arrays()
@@ -128,7 +132,8 @@ def measure(run: Path, *overrides: str, draws: int = 5) -> None:
     for count in (50, 200):
         hits: dict[str, list[float]] = {}
         for seed in range(draws):
-            rows, options = nested_subset(labels, count, seed), {"classes": len(train.classes), "seed": seed}
+            rows = select(own[0], count, seed=seed) if chosen else nested_subset(labels, count, seed)
+            options: Any = {"classes": len(train.classes), "seed": seed}
             made = finetune(encoder, images[rows], labels[rows], settings=settings, **options)
             raw = made.pixels.scores(pixels(shown))
             nothing, probe = (linear_probe(a[rows], labels[rows], **options).scores(b) for a, b in (random, own))
@@ -149,4 +154,5 @@ def measure(run: Path, *overrides: str, draws: int = 5) -> None:
 
 
 if __name__ == "__main__":
-    {"build": build, "measure": measure}[sys.argv[1]](Path(sys.argv[2]).absolute(), *sys.argv[3:])
+    commands = {"build": build, "measure": measure, "chosen": functools.partial(measure, chosen=True)}
+    commands[sys.argv[1]](Path(sys.argv[2]).absolute(), *sys.argv[3:])

@@ -1,7 +1,6 @@
 """SimCLR for a few thousand small pictures on a CPU, and a classifier beside which raw pixels vote.
 
     ssl-jax pretrain --config=small DIR --size=32 --epochs=100 --workdir=runs/a
-    ssl-jax pretrain --config=small:colour DIR --size=32 --epochs=100 --workdir=runs/a      the views keep the hue
 
 What it gives on emoji and icons, and how long it takes: benchmarks/colour.md.
 """
@@ -9,9 +8,8 @@ What it gives on emoji and icons, and how long it takes: benchmarks/colour.md.
 from ssl_jax.config import default
 
 
-def get_config(views="small"):
+def get_config():
     config = default("simclr")
-    config.augment.preset = views
     config.train.batch = 128  # twice the steps of 256 in the same time
     # As in study_fashion_mnist, where they were chosen on training images held out; not tuned again here.
     config.method.update({"temperature": 0.3, "hidden": 256, "out": 64})

@@ -33,9 +33,6 @@ _SMALL = View(
     gray=0.2,
 )
 
-# Ours, for labels that depend on colour: `small` without what changes the hue.
-_COLOUR = replace(_SMALL, saturation=0.2, hue=0.0, gray=0.0)
-
 # Ours, for one channel: `small` without colour. Crops below a quarter would lose a 28 px garment.
 _GRAYSCALE = View(crop_scale=(0.25, 1.0), flip=0.5, jitter_prob=0.8, brightness=0.4, contrast=0.4)
 
@@ -70,7 +67,6 @@ PRESETS: dict[str, tuple[View, View]] = {
     # The second view is the one that is solarized and hardly blurred (BYOL, table 6).
     "natural": (replace(_BYOL, blur=1.0), replace(_BYOL, blur=0.1, solarize=0.2)),
     "small": (_SMALL, _SMALL),
-    "colour": (_COLOUR, _COLOUR),
     "grayscale": (_GRAYSCALE, _GRAYSCALE),
     "chest_xray": (_CHEST_XRAY, _CHEST_XRAY),
     "light": (_LIGHT, _LIGHT),
