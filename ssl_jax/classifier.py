@@ -66,8 +66,8 @@ def load_classifier(path: str | Path) -> Classifier:
     encoder = rebuild({key: about[key] for key in OF_ENCODER if key in about}, weights)
     params = {"encoder": encoder.params, "head": {"w": weights["fc.weight"].T, "b": weights["fc.bias"]}}
     multilabel = about.get("multilabel", False)
-    made = Classifier(encoder, params, encoder.stats, about["chosen"], multilabel=multilabel, about=about)
+    loaded = Classifier(encoder, params, encoder.stats, about["chosen"], multilabel=multilabel, about=about)
     if "head.pixels.weight" not in weights:
-        return made
+        return loaded
     beside = Probe(weights["head.pixels.weight"].T, weights["head.pixels.bias"], strength=np.nan, validation=np.nan)
-    return made._replace(pixels=beside)
+    return loaded._replace(pixels=beside)
