@@ -9,6 +9,7 @@ from ssl_jax import files
 from ssl_jax.encoder import rebuild
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import Classifier
+from ssl_jax.evaluate.linear import Probe
 
 # What `ssl-jax finetune` writes, in this order, before classifier.json. Without that, it is what a killed one left.
 PARTS = ("classifier.safetensors", "test.csv", "reliability.png")
@@ -29,13 +30,18 @@ def begin_classifier(folder: Path, flag: str) -> None:
 
 
 def save_weights(folder: Path, classifier: Classifier) -> None:
-    """Writes classifier.safetensors. Raises UserError if a weight is not finite."""
+    """Writes classifier.safetensors. Raises UserError if a weight is not finite.
+
+    The regression on raw pixels is head.pixels; whoever reads an encoder leaves out what is called fc or head.
+    """
     from ssl_jax.models import to_torch
 
     weights = to_torch(classifier.params["encoder"], classifier.stats)
     # torchvision's names for the classification layer.
     weights["fc.weight"] = np.asarray(classifier.params["head"]["w"]).T
     weights["fc.bias"] = np.asarray(classifier.params["head"]["b"])
+    if classifier.pixels:
+        weights["head.pixels.weight"], weights["head.pixels.bias"] = classifier.pixels.weights.T, classifier.pixels.bias
     files.write_weights(folder / "classifier.safetensors", weights)
 
 
@@ -60,4 +66,8 @@ def load_classifier(path: str | Path) -> Classifier:
     encoder = rebuild({key: about[key] for key in OF_ENCODER if key in about}, weights)
     params = {"encoder": encoder.params, "head": {"w": weights["fc.weight"].T, "b": weights["fc.bias"]}}
     multilabel = about.get("multilabel", False)
-    return Classifier(encoder, params, encoder.stats, about["chosen"], multilabel=multilabel, about=about)
+    loaded = Classifier(encoder, params, encoder.stats, about["chosen"], multilabel=multilabel, about=about)
+    if "head.pixels.weight" not in weights:
+        return loaded
+    beside = Probe(weights["head.pixels.weight"].T, weights["head.pixels.bias"], strength=np.nan, validation=np.nan)
+    return loaded._replace(pixels=beside)

@@ -316,7 +316,7 @@ def select(
 def views(config: Config, out: str, images: int = 6, masks: str = "") -> None:
     from ssl_jax.audit.command import kind
     from ssl_jax.audit.masks import find_lesions, open_masks
-    from ssl_jax.augment import resolve_views
+    from ssl_jax.augment import preset_of, resolve_views
     from ssl_jax.augment.sheet import view_sheet
 
     count, seed = max(1, images), config.train.seed
@@ -328,8 +328,9 @@ def views(config: Config, out: str, images: int = 6, masks: str = "") -> None:
         indices = list(dict.fromkeys(lesion.image for lesion in lesions))
         outlines = [{e.name: e.mask for e in lesions if e.image == i} for i in indices]
     # Every method draws its views from these two; methods with a single view use the first.
-    specs = resolve_views(config.augment, 2, min(source.shape[:2]))
-    title = f"{kind(config.data)}images, preset {config.augment.preset}{', changed' * bool(config.augment.changes())}"
+    size = min(source.shape[:2])
+    specs, preset = resolve_views(config.augment, 2, size), preset_of(config.augment.preset, size)
+    title = f"{kind(config.data)}images, preset {preset}{', changed' * bool(config.augment.changes())}"
     names = [source.names[i] for i in indices]
     view_sheet(source.load_many(indices), specs, Path(out), seed=seed, names=names, outlines=outlines, title=title)
     print(f"views: {out}")

@@ -109,7 +109,7 @@ class Augment:
     """A preset and what differs from it. In a config file: config.augment.blur=0.5 (all views),
     config.augment.second.blur=0.1 (only the second view), config.augment.local.size=96 (only the local views)."""
 
-    preset: str = option("natural", "a name in ssl_jax.augment.PRESETS")
+    preset: str = option("auto", "a name in ssl_jax.augment.PRESETS; auto: small up to 64 px, else natural")
     override: Mapping[str, Any] = option(dict)
     second: Mapping[str, Any] = option(dict)
     local: Mapping[str, Any] = option(dict)
@@ -250,6 +250,7 @@ class Finetune:
         0.9, "multi-label: each class's threshold reaches this sensitivity on the held-out labels", above=0, max=1
     )
     augment: Augment = option(Augment(preset="light"), "views of the images; same keys as config.augment")
+    pixels: bool = option(False, "a logistic regression on raw pixels votes, too: the mean of both logits")
     unlabelled: Literal["none", "all"] = option(
         "none", "all: also learn from the images without a label, a study's other training images or the run's own"
     )
@@ -264,10 +265,10 @@ class Finetune:
     strong: Augment = option(Augment(preset="small"), "consistency: strong views; same keys as config.augment")
 
     def inputs(self) -> dict[str, Any]:
-        """The options that a classifier depends on: those from `unlabelled` on only if it is not "none"."""
+        """The options that a classifier depends on: `pixels` and those from `unlabelled` on only where they are on."""
         options = dataclasses.asdict(self)
         used = list(options) if self.unlabelled != "none" else itertools.takewhile("unlabelled".__ne__, options)
-        return {key: options[key] for key in used}
+        return {key: options[key] for key in used if key != "pixels" or self.pixels}
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,8 @@ def _print(result: Mapping[str, Any], beside: Sequence[Mapping[str, Mapping[str,
     margin = over_pixels([each[metric] for each in result["per_seed"]], theirs)
     spread = "" if np.isnan(margin.half) else f" ± {margin.half:.4f}"
     print(f"the encoder is {margin.words}: {margin.difference:+.4f}{spread} against {margin.name}")
+    if margin.words.startswith("not") and not result["conditions"]["settings"].get("pixels"):
+        print("what may help: a longer pretraining, other views, or that pixels vote: --config.finetune.pixels=True")
     if result["loss"] and still_falling(result["loss"]):
         print("fine-tuning was probably too short: its loss still fell; try more --config.finetune.steps")
 

@@ -219,6 +219,13 @@ def test_asymmetric_preset():
     assert "solarize" not in first and second["solarize"].mean() == pytest.approx(0.2, abs=0.03)
 
 
+def test_the_usual_views_follow_the_size_of_the_images():
+    for size, name in ((28, "small"), (64, "small"), (65, "natural"), (224, "natural")):
+        assert resolve_views(Augment(), 2, size) == resolve_views(Augment(name), 2, size)
+    changed = Augment(override={"hue": 0.0, "size": 96})
+    assert resolve_views(changed, 1, 32)[0] == replace(PRESETS["small"][0], hue=0.0, size=96)
+
+
 def test_resolve_fills_sizes_and_overrides():
     augment = Augment("natural", {"blur": 0.5, "hue": 0.0}, {"blur": 0.1, "size": 48})
     one, two, three = resolve_views(augment, 3, 64)
@@ -233,7 +240,7 @@ def test_resolve_fills_sizes_and_overrides():
     [
         (
             Augment("naturall"),
-            "config.augment.preset='naturall': unknown; did you mean 'natural'? available: chest_xray",
+            "config.augment.preset='naturall': unknown; did you mean 'natural'? available: auto, chest_xray",
         ),
         (Augment("none", {"blurr": 1}), "config.augment='blurr': unknown; did you mean 'blur'?"),
         (Augment("none", {"flip": 1.5}), "config.augment.flip=1.5: allowed: 0 to 1"),

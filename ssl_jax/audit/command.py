@@ -32,7 +32,7 @@ def lesions(config: Config, masks: str, out: str, images: int) -> list[Row]:
     from ssl_jax.audit.figures import lesion_curves
     from ssl_jax.audit.lesions import audit, verdict
     from ssl_jax.audit.masks import find_lesions, open_masks
-    from ssl_jax.augment import resolve_views
+    from ssl_jax.augment import preset_of, resolve_views
 
     folder = _folder(out)
     source = open_source(config.data)
@@ -48,7 +48,7 @@ def lesions(config: Config, masks: str, out: str, images: int) -> list[Row]:
     with console.status("") as status:
         rows = audit(source.load_many(indices)[places], found, views, seed, status.update)
     changes = ", ".join(f"{key}={value}" for key, value in config.augment.changes().items())
-    name = config.augment.preset + (f" with {changes}" if changes else "")
+    name = preset_of(config.augment.preset, min(source.shape[:2])) + (f" with {changes}" if changes else "")
     title = f"What transforms do to {len(found)} {kind(config.data)}lesions. Config ({name}) {verdict(rows)}"
     _write(folder / "lesions.csv", rows)
     lesion_curves(rows, folder / "lesions.png", title)

@@ -1,6 +1,6 @@
 """From raw uint8 images to random views, inside the compiled step: `ops`, `presets`, `views`."""
 
-from ssl_jax.augment.presets import PRESETS
+from ssl_jax.augment.presets import PRESETS, preset_of
 from ssl_jax.augment.views import (
     FACTORS,
     appearance,
@@ -20,6 +20,7 @@ __all__ = [
     "draw",
     "geometry",
     "make_views",
+    "preset_of",
     "render",
     "resolve_views",
 ]

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 from ssl_jax.config import View
 
+SMALL_UP_TO = 64  # px: the largest images for which auto means small: CIFAR-10 has 32, STL-10 96
+
 # BYOL (arXiv 2006.07733, appendix B and table 6), also used by Barlow Twins and MoCo v3; torchvision's blur in px.
 _BYOL = View(
     crop_scale=(0.08, 1.0),
@@ -71,3 +73,11 @@ PRESETS: dict[str, tuple[View, View]] = {
     "transformation": (_FLIP, _WARPED),
     "none": (View(), View()),
 }
+
+
+def preset_of(name: str, size: int) -> str:
+    """The name of a preset; "auto" means `small` for images of up to SMALL_UP_TO px a side, `natural` for larger ones.
+
+    Cut out of a small image, a twelfth of its area is a few pixels, and a blur leaves nothing of it.
+    """
+    return name if name != "auto" else "small" if size <= SMALL_UP_TO else "natural"

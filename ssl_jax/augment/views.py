@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from ssl_jax import fields
 from ssl_jax.augment import ops
-from ssl_jax.augment.presets import PRESETS
+from ssl_jax.augment.presets import PRESETS, preset_of
 from ssl_jax.config import Augment, View
 from ssl_jax.errors import UserError, unknown
 
@@ -45,8 +45,9 @@ def resolve_views(augment: Augment, count: int, size: int, local: bool = False) 
     From the third on, views are like the first. local: whether the method accepts local views, which are smaller.
     Raises UserError for an unknown preset or key, and for a value out of range.
     """
-    if augment.preset not in PRESETS:
-        raise unknown("config.augment.preset", augment.preset, PRESETS)
+    preset = preset_of(augment.preset, size)
+    if preset not in PRESETS:
+        raise unknown("config.augment.preset", preset, ["auto", *PRESETS])
     options = [f.name for f in dataclasses.fields(View)]
     for path, changes in (("", augment.override), (".second", augment.second), (".local", augment.local)):
         for key in changes:
@@ -62,7 +63,7 @@ def resolve_views(augment: Augment, count: int, size: int, local: bool = False) 
         if v >= count:
             path, changes = ".local", {"size": round((augment.override.get("size") or size) * 96 / 224)}
             changes |= {**LOCAL, **augment.local}
-        view = dataclasses.replace(PRESETS[augment.preset][v == 1], **{**augment.override, **changes})
+        view = dataclasses.replace(PRESETS[preset][v == 1], **{**augment.override, **changes})
         view = dataclasses.replace(view, size=view.size or size)
         _check(view, f"config.augment{path}")
         views.append(view)

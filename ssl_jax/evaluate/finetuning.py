@@ -15,10 +15,11 @@ import optax
 
 from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.config import Finetune, View
-from ssl_jax.data.images import as_pixels
+from ssl_jax.data.images import as_images, as_pixels
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.linear import Probe, linear_probe
+from ssl_jax.evaluate.references import pixels, regression
 from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.evaluate.subsets import holdout
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
@@ -27,6 +28,7 @@ from ssl_jax.transforms import matrices
 
 FALLING, FITTED = 0.05, 0.15  # parts of the loss of guessing: see `still_falling`
 WARMUP = 0.05  # share of the steps over which the learning rate rises
+PIECE = 1_024  # images whose pixels are read at a time
 
 
 class Classifier(NamedTuple):
@@ -41,6 +43,7 @@ class Classifier(NamedTuple):
               looks at no image. 1: nothing has been learnt
     multilabel: whether an image can have several of the K classes, or none
     about:    the content of classifier.json, if it was loaded: "classes" (their names), "thresholds", "test", ...
+    pixels:   the regression on raw pixels that votes beside the network (settings.pixels); None: there is none
     """
 
     encoder: Encoder
@@ -51,6 +54,7 @@ class Classifier(NamedTuple):
     losses: np.ndarray | None = None
     multilabel: bool = False
     about: Mapping[str, Any] = MappingProxyType({})
+    pixels: Probe | None = None
 
     @property
     def fitted_encoder(self) -> Encoder:
@@ -67,9 +71,17 @@ class Classifier(NamedTuple):
         return self.fitted_encoder.embed(images, batch)
 
     def logits(self, images: Any, batch: int = 256, fixed: bool = False) -> np.ndarray:
-        """Logits float32 [N, K]: of a softmax, or of K sigmoids if it is multi-label. fixed: as of `Encoder.embed`."""
+        """Logits float32 [N, K]: of a softmax, or of K sigmoids if it is multi-label. fixed: as of `Encoder.embed`.
+
+        With a regression on raw pixels, the mean of its logits and the network's.
+        """
         head = self.params["head"]
-        return self.fitted_encoder.embed(images, batch, fixed) @ np.asarray(head["w"]) + np.asarray(head["b"])
+        own = self.fitted_encoder.embed(images, batch, fixed) @ np.asarray(head["w"]) + np.asarray(head["b"])
+        if self.pixels is None or not len(own):
+            return own
+        shape, starts = (self.encoder.size, self.encoder.channels), range(0, len(own), PIECE)
+        parts = [pixels(as_images(images, slice(start, start + PIECE), *shape)) for start in starts]
+        return (own + self.pixels.scores(np.concatenate(parts))) / 2
 
     def predict(self, images: Any, batch: int = 256) -> np.ndarray:
         """Probabilities float64 [N, K], of images as `Encoder.embed` takes them.
@@ -148,6 +160,7 @@ class Task(NamedTuple):
     groups: np.ndarray | None
     classes: int
     features: np.ndarray | None  # of the images, if the head starts from a probe
+    pixels: np.ndarray | None  # of the images, if a regression on them votes
     weights: np.ndarray | None  # of the classes
     settings: Finetune
     seed: int
@@ -164,11 +177,20 @@ class Task(NamedTuple):
         self, index: np.ndarray, pairs: Sequence[tuple[float, float]], batch: Batch | None = None
     ) -> Iterator[Classifier]:
         """A classifier for each pair (lr, backbone_ratio), trained on the images at `index`."""
-        head = self._initial_head(index)
+        head, beside = self._initial_head(index), self._beside(index)
         for lr, ratio in pairs:
             params, stats, losses = _train(self, index, head, lr, ratio, batch)
-            chosen = {"lr": lr, "backbone_ratio": ratio}
-            yield Classifier(self.encoder, params, stats, chosen, losses=losses, multilabel=self.labels.ndim == 2)
+            told: Any = {"losses": losses, "multilabel": self.labels.ndim == 2, "pixels": beside}
+            yield Classifier(self.encoder, params, stats, {"lr": lr, "backbone_ratio": ratio}, **told)
+
+    def _beside(self, index: np.ndarray) -> Probe | None:
+        raw = self.pixels
+        return None if raw is None else regression(raw[index], self.labels[index], **self._options(index))
+
+    def _options(self, index: np.ndarray) -> dict[str, Any]:
+        """Of a regression on the images at `index`."""
+        groups, weights = None if self.groups is None else self.groups[index], self.settings.class_weights
+        return {"classes": self.classes, "seed": self.seed, "groups": groups, "class_weights": weights}
 
     def _initial_head(self, index: np.ndarray) -> dict[str, np.ndarray]:
         if self.features is None:
@@ -176,9 +198,7 @@ class Task(NamedTuple):
                 "w": np.zeros((self.encoder.width, self.classes), np.float32),
                 "b": np.zeros(self.classes, np.float32),
             }
-        groups = None if self.groups is None else self.groups[index]
-        options: Any = {"seed": self.seed, "groups": groups, "class_weights": self.settings.class_weights}
-        probe = linear_probe(self.features[index], self.labels[index], classes=self.classes, **options)
+        probe = linear_probe(self.features[index], self.labels[index], **self._options(index))
         return {"w": probe.weights, "b": probe.bias}
 
 
@@ -198,7 +218,8 @@ def task_of(
     labels = labels.astype(np.int32 if labels.ndim == 1 else np.float32)
     weights = balance(labels, classes) if settings.class_weights == "balanced" else None
     features = encoder.embed(images, fixed=True) if settings.head == "probe" else None
-    return Task(encoder, images, labels, groups, classes, features, weights, settings, seed)
+    raw = pixels(images) if settings.pixels else None
+    return Task(encoder, images, labels, groups, classes, features, raw, weights, settings, seed)
 
 
 def check_finite(classifier: Classifier, problem: str) -> None:

@@ -24,7 +24,7 @@ from ssl_jax.config import Eval
 from ssl_jax.encoder import Encoder, model_of, random_encoder
 from ssl_jax.errors import DamagedError
 from ssl_jax.evaluate.knn import log_odds
-from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.linear import Probe, linear_probe
 from ssl_jax.evaluate.scores import log_frequencies, metrics, paired
 from ssl_jax.files import read_json, write_json
 
@@ -37,7 +37,8 @@ Scores = dict[str, dict[str, float]]  # reference -> metric -> value
 
 
 def pixels(images: np.ndarray) -> np.ndarray:
-    """The pixels of images uint8 [N, H, W, C], larger ones reduced to SIDE px a side, as float32 [N, D] in [0, 1]."""
+    """Pixels float32 [N, D] in [0, 1] of images [N, H, W, C], uint8 or float32 in [0, 1]; larger ones are first reduced
+    to SIDE px a side."""
     side = min(SIDE, *images.shape[1:3])
     parts = [np.asarray(_reduced(images[i : i + 256], side)) for i in range(0, len(images), 256)]
     return np.concatenate(parts).reshape(len(images), -1)
@@ -45,12 +46,17 @@ def pixels(images: np.ndarray) -> np.ndarray:
 
 def _reduced(images: np.ndarray, side: int) -> np.ndarray:
     if images.shape[1:3] == (side, side):
-        return images.astype(np.float32) / 255
+        return images.astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
     padded = np.pad(images, [(0, 256 - len(images)), (0, 0), (0, 0), (0, 0)])  # one shape, one compilation
     return np.asarray(_center(padded, side))[: len(images)]
 
 
 _center = jax.jit(center_view, static_argnums=1)
+
+
+def regression(features: np.ndarray, labels: np.ndarray, **options: Any) -> Probe:
+    """The logistic regression of the references: `linear_probe` with three strengths and few iterations."""
+    return linear_probe(features, labels, grid=STRENGTHS, max_iter=MAX_ITER, **options)
 
 
 def untrained(encoder: Encoder) -> Encoder:
@@ -120,8 +126,7 @@ class References:
             embed, test = self._embedded(name)
             features = embed(images)
             options: Any = {"classes": classes, "seed": seed, "groups": groups}
-            probe = linear_probe(features, labels, grid=STRENGTHS, max_iter=MAX_ITER, **options)
-            scores[f"{name}, linear"] = probe.scores(test)
+            scores[f"{name}, linear"] = regression(features, labels, **options).scores(test)
             # All pixels are positive: without their mean, all images point the same way.
             centre = features.mean(axis=0) if name == PIXELS else 0
             near = features - centre, test - centre

@@ -1,6 +1,7 @@
 """What a train step needs of a device's memory, what is free, and the largest micro-batch that fits."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ssl_jax import parallel
+from ssl_jax.augment import preset_of
 from ssl_jax.config import Config
 from ssl_jax.data import Source
 from ssl_jax.errors import UserError
@@ -78,7 +80,13 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
             print(f"model {chosen}, by the size of the images and this machine (config.model.name)", flush=True)
         return chosen
 
-    conv, data = (lambda: resolve_conv(config.model.conv)), (lambda: measures(source))
+    def data():
+        if config.augment.preset == "auto":
+            chosen = preset_of("auto", min(source.shape[:2]))
+            print(f"views {chosen}, by the size of the images (config.augment.preset)", flush=True)
+        return measures(source)
+
+    conv = functools.partial(resolve_conv, config.model.conv)
     return {"conv": conv, "model": model, "micro_batch": micro_batch, "data": data}
 
 
