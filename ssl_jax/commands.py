@@ -51,6 +51,7 @@ def evaluate(
     seeds: int = 1,
     data: str = "",
     test: str = "",
+    unlabelled: str = "",
     step: int | str = "",
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -60,8 +61,11 @@ def evaluate(
     On other data or with other settings than the run's own, the names end with the data and a hash of what differs; of
     a checkpoint that is not the finished run's last (step: its number, or "latest"), with its step. Returns the content
     of the .json file.
+
+    unlabelled: images to learn from as well, for protocols that do so; "": the training images that were not drawn.
     """
     from ssl_jax import evaluation
+    from ssl_jax.evaluate.selftraining import unlabelled_of
     from ssl_jax.load import load_with_settings
 
     if protocol not in evaluation.PROTOCOLS:
@@ -72,14 +76,23 @@ def evaluate(
         raise UserError(f"--seeds={seeds}: allowed: 1 or more")
     folder = Path(workdir)
     (encoder, config), own = load_with_settings(workdir, step, overrides), settings_of(folder, ())
+    others = None
+    if unlabelled:
+        if protocol == "finetune":
+            config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, unlabelled="all"))
+        if not evaluation.learns_from_others(config, protocol):
+            raise UserError(f"--unlabelled={unlabelled}: not used by --protocol={protocol}; allowed: finetune, propagate")
+        others = unlabelled_of(encoder, config, unlabelled)
     train, held_out, description = _train_and_test(encoder, config, data, test)
     specs = _data_spec(encoder, config, data), data_of(test, "--test", config.data) if test else None
     usual = evaluation.conditions(own, protocol, _data_spec(encoder, own, ""), None)
-    conditions = evaluation.conditions(config, protocol, *specs, step=_other_step(encoder, folder) if step else 0)
+    beside: Any = {"step": _other_step(encoder, folder) if step else 0}
+    beside["unlabelled"] = data_of(unlabelled, "--unlabelled", config.data) if unlabelled else None
+    conditions = evaluation.conditions(config, protocol, *specs, **beside)
     name = f"{protocol}-{labels or 'all'}{evaluation.suffix(usual, conditions)}"
     about = {"test": description, "conditions": conditions}
     options: Any = {"labels": labels, "seeds": seeds, "about": about, "path": RunFolder(folder).evaluation / name}
-    return evaluation.evaluate(encoder, config, protocol, train, held_out, **options)
+    return evaluation.evaluate(encoder, config, protocol, train, held_out, **options, others=others)
 
 
 def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) -> None:

@@ -33,9 +33,10 @@ from ssl_jax.encoder import Encoder, load_encoder, model_of
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import loss_curve
 from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.propagation import spread_probe
 from ssl_jax.evaluate.references import RANDOM, References, digest
 from ssl_jax.evaluate.scores import metrics
-from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
+from ssl_jax.evaluate.selftraining import Images, Unlabelled, by_piece, train_classifier
 from ssl_jax.evaluate.subsets import nested_subset
 from ssl_jax.files import read_json, read_npz, remove_leftovers, write_json, write_npz
 from ssl_jax.models import resolve_model
@@ -306,14 +307,16 @@ class _Evaluator:
         self.unlabelled = Unlabelled(train, config.data.memory_gb)
         self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
         self.shared_inputs = {"test": digest(images, labels), "classes": self.classes, "protocol": self.protocol}
-        self.test_features: dict[str, np.ndarray] = {}  # by the encoder's digest
+        self.features: dict[tuple[str, str], np.ndarray] = {}  # by the encoder's digest, and of which images
 
     def key(self, cell: CellId, encoder_digest: str, indices: np.ndarray, examples: Examples) -> str:
         """A hash of everything that the cell depends on."""
         labels = digest(indices, *(array for array in examples if array is not None))
-        settings = None if self.protocol == "linear" else self.settings[cell.arm].inputs()
-        own = {"labels": labels, "seed": cell.seed, "settings": settings, "encoder": encoder_digest}
-        if settings and "unlabelled" in settings:
+        settings = self.settings[cell.arm].inputs()
+        if self.protocol == "linear":
+            settings = {"unlabelled": "all"} if "unlabelled" in settings else {}
+        own = {"labels": labels, "seed": cell.seed, "settings": settings or None, "encoder": encoder_digest}
+        if "unlabelled" in settings:
             own["unlabelled"] = self.unlabelled.digest
         inputs = {"version": VERSION, **self.shared_inputs, **own}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -323,14 +326,16 @@ class _Evaluator:
     ) -> tuple[Cell, np.ndarray]:
         start = time.monotonic()
         options: Any = {"classes": len(self.classes), "seed": cell.seed, "groups": examples.groups}
-        chosen: dict[str, Any]
         result: dict[str, Any] = {}
         if self.protocol == "linear":
-            if encoder_digest not in self.test_features:
-                self.test_features[encoder_digest] = encoder.embed(self.images, fixed=True)
-            probe = linear_probe(encoder.embed(examples.images, fixed=True), examples.labels, **options)
-            scores = probe.scores(self.test_features[encoder_digest])
-            chosen = {"strength": probe.strength, "validation": probe.validation}
+            known = encoder.embed(examples.images, fixed=True), examples.labels
+            if self.settings[cell.arm].unlabelled == "none":
+                probe = linear_probe(*known, **options)
+            else:
+                everything = self._embedded("train", encoder, encoder_digest, self.unlabelled.without())
+                probe = spread_probe(*known, np.delete(everything, indices, axis=0), **options)
+            scores = probe.scores(self._embedded("test", encoder, encoder_digest, self.images))
+            chosen: dict[str, Any] = {"strength": probe.strength, "validation": probe.validation}
         else:
             settings = self.settings[cell.arm]
             known, others = (encoder, examples.images, examples.labels), lambda: self.unlabelled.without(indices)
@@ -339,6 +344,13 @@ class _Evaluator:
             result["loss"] = loss_curve(classifier)
         result |= {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
         return {**cell._asdict(), **result, "seconds": round(time.monotonic() - start, 1)}, scores
+
+
+    def _embedded(self, part: str, encoder: Encoder, encoder_digest: str, images: Images) -> np.ndarray:
+        """Embeddings [N, D] of the images of a part, computed once for each encoder."""
+        if (encoder_digest, part) not in self.features:
+            self.features[encoder_digest, part] = by_piece(encoder, images)
+        return self.features[encoder_digest, part]
 
 
 def _settings(config: Config, scratch: bool) -> Finetune:

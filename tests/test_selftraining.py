@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from scipy.special import expit, log_expit, log_softmax, softmax
+from scipy.special import expit, log_expit, log_softmax, logit, softmax
 from toy_encoder import toy_encoder, toy_images
 from toy_study import toy_config, toy_run, toy_sources
 
@@ -15,7 +15,8 @@ from ssl_jax.config import Augment, Data, Finetune, default, resolve
 from ssl_jax.data.folder import from_array
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate import finetune, holdout, self_train, selftraining
+from ssl_jax.evaluate import finetune, holdout, propagate, self_train, selftraining
+from ssl_jax.evaluate.selftraining import train_classifier
 
 FLIP = Augment(preset="none", override={"flip": 0.5})
 STRONG = Augment(preset="none", override={"flip": 0.5, "jitter_prob": 1.0, "brightness": 0.4})
@@ -68,7 +69,7 @@ def taught(settings, *, several=False, count=9, seed=1, pool=None):
     labels = np.eye(3, dtype=np.float32)[labels] if several else labels
     pool = toy_images(400, seed=5)[0] if pool is None else pool
     teacher = finetune(toy_encoder(), images, labels, classes=3, settings=settings, seed=seed)
-    return teacher, self_train(teacher, toy_encoder(), images, labels, pool, settings=settings, seed=seed)
+    return teacher, self_train(teacher, toy_encoder(), images, labels, pool, classes=3, settings=settings, seed=seed)
 
 
 def accuracy(classifier):
@@ -89,6 +90,7 @@ CONSISTENCY = {"consistency": True, "confidence": 0.8}
     [
         ({}, False),
         (CONSISTENCY, True),
+        ({"teacher": "propagated"}, False),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (({}, True), (CONSISTENCY, False))),
     ],
 )
@@ -118,11 +120,34 @@ def test_teacher_and_student_are_compared_on_the_labels_held_out(monkeypatch):
     assert student.held_out[0].shape == (len(held), 3) and not np.array_equal(student.held_out[0], teacher.held_out[0])
     assert student.chosen["lr"] == teacher.chosen["lr"]
     # Taught nonsense, the student is worse, and the teacher is kept.
-    answers = selftraining._answers
-    monkeypatch.setattr(selftraining, "_answers", lambda *given: -9 * answers(*given))
+    answers = selftraining.by_piece
+    monkeypatch.setattr(selftraining, "by_piece", lambda *given: -9 * answers(*given))
     teacher, kept = taught(dataclasses.replace(settings, unlabelled_weight=0.99), count=30)
     assert same(teacher, kept) and not kept.chosen["student"]
     np.testing.assert_array_equal(kept.held_out[0], teacher.held_out[0])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_labels_spread_over_the_graph_teach_without_a_classifier(several, monkeypatch):
+    """With learning rates to choose, there is a classifier to compare with; with one, none is trained."""
+    settings = dataclasses.replace(SETTINGS, steps=6, teacher="propagated")
+    (images, labels), (pool, _) = toy_images(9), toy_images(60, seed=5)
+    labels = np.eye(3, dtype=np.float32)[labels] if several else labels
+    embedded = toy_encoder().embed(np.concatenate([images, pool]))
+    unknown = np.full((60, *labels.shape[1:]), np.nan if several else -1, labels.dtype)
+    shares = np.clip(propagate(embedded, np.concatenate([labels, unknown]), 3)[9:], 1e-6, 1 - 1e-6)
+    seen, original = [], selftraining._lessons
+    monkeypatch.setattr(selftraining, "_lessons", lambda targets, *more: seen.append(targets) or original(targets, *more))
+    options = {"classes": 3, "settings": settings, "seed": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(selftraining, "finetune", None)
+        student = train_classifier(toy_encoder(), images, labels, lambda: pool, **options)
+    np.testing.assert_allclose(seen[0], (logit if several else np.log)(shares), rtol=1e-3)
+    assert student.chosen == {"lr": 0.01, "backbone_ratio": 1.0, "student": True} and len(seen) == 1
+    options["settings"] = dataclasses.replace(settings, lr=(1e-3, 0.01))
+    chosen = train_classifier(toy_encoder(), images, labels, lambda: pool, **options).chosen
+    assert {"teacher_validation", "student_validation", "trials"} <= set(chosen)
+    assert len(seen) == (3 if chosen["student"] else 2)
 
 
 def test_alignment_gives_classes_the_shares_of_the_labels():
@@ -148,9 +173,9 @@ def test_mistakes():
 
 def test_an_arm_of_a_study_learns_from_the_images_that_were_not_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "_references", lambda *_: [])
-    pools, original = [], selftraining._answers
+    pools, original = [], selftraining.by_piece
     monkeypatch.setattr(
-        selftraining, "_answers", lambda teacher, pool: pools.append(len(pool)) or original(teacher, pool)
+        selftraining, "by_piece", lambda teacher, pool: pools.append(len(pool)) or original(teacher, pool)
     )
     good = {"train": {"seed": 1}}
     arms = {"scratch": {}, "good": good, "both": {**good, "finetune": {"unlabelled": "all"}, "select": "typical"}}

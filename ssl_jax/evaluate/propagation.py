@@ -3,6 +3,7 @@
 import numpy as np
 
 from ssl_jax.errors import UserError
+from ssl_jax.evaluate.linear import Probe, linear_probe
 from ssl_jax.neighbours import nearest_others
 
 NEIGHBOURS = 20
@@ -39,6 +40,29 @@ def propagate(
         present, absent = spread[:, :classes], spread[:, classes:]
         return _shares(np.stack([present, absent], axis=-1))[..., 0]
     return _shares(spread)
+
+
+def spread(known: np.ndarray, labels: np.ndarray, others: np.ndarray, classes: int) -> np.ndarray:
+    """`propagate` from the embeddings [N, D] of labelled images to those of others [M, D]: float32 [N + M, classes]."""
+    rest = np.full((len(others), *labels.shape[1:]), -1 if labels.ndim == 1 else np.nan, labels.dtype)
+    features = np.concatenate([known, others])
+    return propagate(features, np.concatenate([labels, rest]), classes, k=min(NEIGHBOURS, len(features) - 1))
+
+
+def spread_probe(
+    known: np.ndarray,
+    labels: np.ndarray,
+    others: np.ndarray,
+    *,
+    classes: int,
+    seed: int,
+    groups: np.ndarray | None = None,
+) -> Probe:
+    """A `linear_probe` of labelled embeddings [N, D] and of others [M, D], which get the labels that `spread` gives
+    them; with several labels per image, its probabilities. groups: of all [N + M], the labelled ones first."""
+    shares = spread(known, labels, others, classes)
+    labels = shares if labels.ndim == 2 else shares.argmax(axis=1)
+    return linear_probe(np.concatenate([known, others]), labels, classes=classes, seed=seed, groups=groups)
 
 
 def _graph(features: np.ndarray, k: int):

@@ -1,4 +1,4 @@
-"""Self-training: a classifier that was trained on few labels teaches a student on images without any."""
+"""Self-training: a student learns what few labels say of images without any, by a classifier or over a graph."""
 
 import dataclasses
 import functools
@@ -27,28 +27,32 @@ from ssl_jax.evaluate.finetuning import (
     probabilities,
     task_of,
 )
+from ssl_jax.evaluate.propagation import spread
 from ssl_jax.evaluate.references import digest
 from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.settings import data_of, images_only
 
 PIECE = 4_096  # images that the teacher is shown at a time
+ALMOST_NEVER = 1e-6  # the smallest probability that a teacher gives
 Images = np.ndarray | Source
 
 
 def self_train(
-    teacher: Classifier,
+    teacher: Classifier | None,
     encoder: Encoder,
     images: np.ndarray,
     labels: np.ndarray,
     unlabelled: Images,
     *,
+    classes: int,
     settings: Finetune,
     seed: int,
     groups: np.ndarray | None = None,
 ) -> Classifier:
     """A student of `teacher`, which `finetune` trained on the same images uint8 [N, H, W, C] and labels, with the same
-    settings and seed; or the teacher, if that is better.
+    settings and seed; or the teacher, if that is better. None: there is none to compare with, as it takes none to teach
+    (settings.teacher="propagated") and no learning rate was to be chosen.
 
     unlabelled: images uint8 [M, H, W, C] without labels, or a source of such images, which is decoded batch by batch.
     Some of the labelled ones may be among them.
@@ -70,23 +74,34 @@ def self_train(
     student is kept unless it has fewer hits, or a smaller mean AUC. No other label takes part in a choice. The student
     is then trained on all labels.
 
+    With settings.teacher="propagated", the probabilities are those of the labels spread over the graph of the nearest
+    neighbours in the embedding of `encoder` (`propagate`).
+
     The teacher looks at each image once, without its gradient. The same seed gives the same student.
 
     Raises UserError if there are no images without a label, if they have another shape, or if training diverges.
     """
-    classes = len(teacher.params["head"]["b"])
     task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups)
     _check(task.images, unlabelled)
-    pair = teacher.chosen["lr"], teacher.chosen["backbone_ratio"]
+    propagated = settings.teacher == "propagated"
+    features = by_piece(encoder, unlabelled) if propagated else None
+    pair = settings.lr[0], settings.backbone_ratio[0]
+    if teacher is not None:
+        pair = teacher.chosen["lr"], teacher.chosen["backbone_ratio"]
 
-    def taught_by(teacher: Classifier, index: np.ndarray) -> Classifier:
-        [student] = task.fit(index, [pair], _lessons(teacher, encoder, unlabelled, task.labels[index], settings, seed))
+    def taught_by(teacher: Classifier | None, index: np.ndarray) -> Classifier:
+        if features is None:
+            targets = by_piece(teacher, unlabelled)
+        else:
+            known = encoder.embed(task.images[index], fixed=True)
+            targets = _logits(spread(known, task.labels[index], features, classes)[len(index) :], task.labels.ndim == 2)
+        [student] = task.fit(index, [pair], _lessons(targets, encoder, unlabelled, task.labels[index], settings, seed))
         return student
 
-    choice, held_out = {}, None
-    if teacher.held_out is not None:
+    choice, held_out, chosen = {}, None, {} if teacher is None else teacher.chosen
+    if teacher is not None and teacher.held_out is not None:
         kept, held = task.holdout()
-        [deputy] = task.fit(kept, [pair])
+        [deputy] = [None] if propagated else task.fit(kept, [pair])
         logits = taught_by(deputy, kept).logits(task.images[held], fixed=True)
         before, after = (selection_score(each, task.labels[held])[0] for each in (teacher.held_out[0], logits))
         choice = {"teacher_validation": before, "student_validation": after, "student": after >= before}
@@ -95,18 +110,20 @@ def self_train(
         choice["validation"], held_out = after, (logits, task.labels[held])
     student = taught_by(teacher, task.everything)
     check_finite(student, f"config.finetune.lr={pair[0]}: the student's training diverged; use smaller learning rates")
-    return student._replace(chosen=teacher.chosen | {"student": True} | choice, held_out=held_out)
+    return student._replace(chosen=student.chosen | chosen | {"student": True} | choice, held_out=held_out)
 
 
 def train_classifier(
     encoder: Encoder, images: np.ndarray, labels: np.ndarray, unlabelled: Callable[[], Images], **options: Any
 ) -> Classifier:
     """`finetune`, and then `self_train` on the images that `unlabelled()` returns, if settings.unlabelled says so."""
-    classifier = finetune(encoder, images, labels, **options)
-    if options["settings"].unlabelled == "none":
-        return classifier
-    del options["classes"]
-    return self_train(classifier, encoder, images, labels, unlabelled(), **options)
+    settings: Finetune = options["settings"]
+    if settings.unlabelled == "none":
+        return finetune(encoder, images, labels, **options)
+    nothing_to_choose = len(settings.lr) == len(settings.backbone_ratio) == 1
+    untaught = settings.teacher == "propagated" and nothing_to_choose
+    teacher = None if untaught else finetune(encoder, images, labels, **options)
+    return self_train(teacher, encoder, images, labels, unlabelled(), **options)
 
 
 class Unlabelled:
@@ -157,10 +174,12 @@ def _check(images: np.ndarray, unlabelled: Images) -> None:
 
 
 def _lessons(
-    teacher: Classifier, encoder: Encoder, unlabelled: Images, labels: np.ndarray, settings: Finetune, seed: int
+    targets: np.ndarray, encoder: Encoder, unlabelled: Images, labels: np.ndarray, settings: Finetune, seed: int
 ) -> Batch:
-    """The student's objective, and what it sees of the images without a label in each step."""
-    targets = _answers(teacher, unlabelled)
+    """The student's objective, and what it sees of the images without a label in each step.
+
+    targets: a teacher's logits float32 [M, K] of the M images without a label.
+    """
     offset = _alignment(targets, labels) if settings.align else np.zeros(targets.shape[1], np.float32)
     scalars = settings.unlabelled_weight, settings.temperature, settings.confidence
     constants = offset, *map(np.float32, scalars)
@@ -179,14 +198,20 @@ def _take(images: Images, rows: np.ndarray) -> np.ndarray:
     return images.load_many(rows) if isinstance(images, Source) else images[rows]
 
 
-def _answers(teacher: Classifier, unlabelled: Images) -> np.ndarray:
-    """The teacher's logits float32 [M, K]; PIECE images are in memory at a time."""
-    parts = []
+def by_piece(model: Classifier | Encoder, unlabelled: Images) -> np.ndarray:
+    """A teacher's logits float32 [M, K], or an encoder's embeddings [M, D]; PIECE images are in memory at a time."""
+    ask, parts = model.logits if isinstance(model, Classifier) else model.embed, []
     for start in range(0, len(unlabelled), PIECE):
         rows = np.arange(start, min(start + PIECE, len(unlabelled)))
         piece = unlabelled.take(rows).arrays() if isinstance(unlabelled, Source) else unlabelled[rows]
-        parts.append(teacher.logits(piece, fixed=True))
+        parts.append(ask(piece, fixed=True))
     return np.concatenate(parts)
+
+
+def _logits(shares: np.ndarray, several: bool) -> np.ndarray:
+    """Logits float32 [M, K] of probabilities [M, K], at least ALMOST_NEVER each."""
+    p = np.clip(shares, ALMOST_NEVER, 1 - ALMOST_NEVER)
+    return (np.log(p) - np.log1p(-p) if several else np.log(p)).astype(np.float32)
 
 
 def _alignment(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
