@@ -31,20 +31,24 @@ def soft_by_hand(student, teacher, temperature, several):
 
 
 def agreement_by_hand(strong, weak, confidence, several):
-    terms = []
+    terms, limits = [], np.broadcast_to(confidence, strong.shape)
     if several:
-        for z, p in zip(strong.ravel(), expit(weak).ravel(), strict=True):
-            terms.append(-log_expit(z) if p >= confidence else -log_expit(-z) if 1 - p >= confidence else 0)
+        for z, p, limit in zip(strong.ravel(), expit(weak).ravel(), limits.ravel(), strict=True):
+            terms.append(-log_expit(z) if p >= limit else -log_expit(-z) if 1 - p >= limit else 0)
     else:
-        for z, p in zip(strong, softmax(weak, axis=1), strict=True):
-            terms.append(-log_softmax(z)[p.argmax()] if p.max() >= confidence else 0)
+        for z, p, limit in zip(strong, softmax(weak, axis=1), limits, strict=True):
+            terms.append(-log_softmax(z)[p.argmax()] if p.max() >= limit[p.argmax()] else 0)
     return np.mean(terms)
 
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize(
     ("loss", "by_hand", "number"),
-    [(selftraining.distillation, soft_by_hand, 0.4), (selftraining.agreement, agreement_by_hand, 0.7)],
+    [
+        (selftraining.distillation, soft_by_hand, 0.4),
+        (selftraining.agreement, agreement_by_hand, 0.7),
+        (selftraining.agreement, agreement_by_hand, np.array([0.95, 0.6, 0.7, 0.5])),
+    ],
 )
 def test_value_and_gradient_equal_loops_and_nothing_reaches_the_teacher(loss, by_hand, number, several):
     student, teacher = np.random.default_rng(0).normal(size=(2, 6, 4)) * 2
@@ -159,6 +163,15 @@ def test_alignment_gives_classes_the_shares_of_the_labels():
     several = (np.random.default_rng(1).random((100, 3)) < [0.1, 0.2, 0.7]).astype(float)
     aligned = expit(logits + selftraining._alignment(logits, several)).mean(axis=0)
     assert np.abs(aligned - several.mean(axis=0)).max() < 0.1
+
+
+def test_less_is_asked_of_classes_of_which_the_teacher_is_seldom_sure():
+    sure, unsure = 5 * np.eye(3), np.eye(3)  # probabilities of 0.987 and 0.576
+    logits = np.concatenate([sure[[0] * 8 + [1] * 4], unsure[[0, 1, 2, 2]]])
+    np.testing.assert_allclose(selftraining.thresholds(logits, 0.9, False), [0.9, 0.9 / 3, 0], rtol=1e-6)
+    np.testing.assert_allclose(selftraining.thresholds(unsure, 0.9, False), 0.9, rtol=1e-6)  # equally seldom
+    several = np.array([[9, -9, 0], [9, 0, 0], [-9, 0, 0], [-9, 9, 9]])
+    np.testing.assert_allclose(selftraining.thresholds(several, 0.9, True), [0.9, 0.9 / 3, 0.9 / 7], rtol=1e-6)
 
 
 def test_mistakes():

@@ -64,7 +64,8 @@ def self_train(
                    (SimCLR v2, https://arxiv.org/abs/2006.10029, section 3)
       consistency  cross-entropy between the student's own answer to a weak view, if its probability is at least
                    settings.confidence, and its probabilities for a strong view (FixMatch,
-                   https://arxiv.org/abs/2001.07685, section 2)
+                   https://arxiv.org/abs/2001.07685, section 2). Of classes of which the teacher is sure less often,
+                   less is asked (FlexMatch, https://arxiv.org/abs/2110.08263, equations 5 to 8)
 
     With several labels per image, each class has a sigmoid for itself. With settings.align, probabilities are first
     scaled so that classes are as frequent as among the labels (ReMixMatch, https://arxiv.org/abs/1911.09785, section
@@ -181,8 +182,8 @@ def _lessons(
     targets: a teacher's logits float32 [M, K] of the M images without a label.
     """
     offset = _alignment(targets, labels) if settings.align else np.zeros(targets.shape[1], np.float32)
-    scalars = settings.unlabelled_weight, settings.temperature, settings.confidence
-    constants = offset, *map(np.float32, scalars)
+    limits = thresholds(targets, settings.confidence, labels.ndim == 2)
+    constants = offset, limits, *map(np.float32, (settings.unlabelled_weight, settings.temperature))
     size = min(settings.unlabelled_batch, len(unlabelled))
 
     def more(step: int) -> tuple[Any, ...]:
@@ -214,6 +215,24 @@ def _logits(shares: np.ndarray, several: bool) -> np.ndarray:
     return (np.log(p) - np.log1p(-p) if several else np.log(p)).astype(np.float32)
 
 
+def thresholds(logits: np.ndarray, confidence: float, several: bool) -> np.ndarray:
+    """The probability from which on an answer counts, float32 [K], from a teacher's logits [M, K].
+
+    It is `confidence` for the class of which the teacher is sure most often. For one of which it is sure b times as
+    often, it is b / (2 - b) of that, so that classes that are harder to learn are not left out. With several labels per
+    image, a class is sure if it is certainly present or certainly absent.
+
+    Source: FlexMatch, https://arxiv.org/abs/2110.08263, equations 5, 7 and 12, with one teacher for all steps.
+    """
+    p = probabilities(logits, several)
+    if several:
+        sure = (np.maximum(p, 1 - p) >= confidence).sum(axis=0)
+    else:
+        sure = np.bincount(p.argmax(axis=1)[p.max(axis=1) >= confidence], minlength=p.shape[1])
+    often = sure / sure.max() if sure.any() else np.ones(len(sure))
+    return np.float32(confidence * often / (2 - often))
+
+
 def _alignment(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """What to add to logits [M, K] of a teacher, float32 [K], so that its classes become about as frequent as in the
     labels: the logarithms of the factors by which it finds them too seldom."""
@@ -232,7 +251,7 @@ class _Objective:
     strong: tuple[View, ...]
 
     def __call__(self, predict: Callable[..., Any], data: tuple[Any, ...], key: jax.Array) -> tuple[jax.Array, Any]:
-        images, labels, weights, unlabelled, targets, offset, share, temperature, confidence = data
+        images, labels, weights, unlabelled, targets, offset, confidence, share, temperature = data
         keys, several = jax.random.split(key, 3), labels.ndim == 2
         shown = [(self.views, images), (self.strong or self.views, unlabelled)]
         shown += [(self.views, unlabelled)] * bool(self.strong)
@@ -269,6 +288,7 @@ def agreement(strong: jax.Array, weak: jax.Array, confidence: jax.Array | float,
 
     Args:
       strong, weak: logits [B, K] for two views of the same images. No gradient flows into the weak ones.
+      confidence: of all classes, or [K], of each.
       several: K sigmoids instead of a softmax; yes and no count from `confidence` on, and the mean is over all B K.
 
     Source: FixMatch, https://arxiv.org/abs/2001.07685, equation 4.
@@ -279,5 +299,5 @@ def agreement(strong: jax.Array, weak: jax.Array, confidence: jax.Array | float,
         known = jnp.maximum(p, 1 - p) >= confidence
         return binary_cross_entropy(strong, jnp.where(known, p > 0.5, jnp.nan)) * known.mean()
     p = jax.nn.softmax(weak)
-    known = p.max(axis=-1) >= confidence
+    known = p.max(axis=-1) >= jnp.broadcast_to(confidence, p.shape[-1])[p.argmax(axis=-1)]
     return cross_entropy(strong, jnp.where(known, p.argmax(axis=-1), -1)) * known.mean()
