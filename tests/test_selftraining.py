@@ -123,6 +123,8 @@ def test_teacher_and_student_are_compared_on_the_labels_held_out(monkeypatch):
     assert student.chosen["teacher_validation"] == teacher.chosen["validation"]
     assert student.held_out[0].shape == (len(held), 3) and not np.array_equal(student.held_out[0], teacher.held_out[0])
     assert student.chosen["lr"] == teacher.chosen["lr"]
+    # It stops where a student without these labels was best on them.
+    assert len(student.losses) == round(student.chosen["stop"] * settings.steps)
     # Taught nonsense, the student is worse, and the teacher is kept.
     answers = selftraining.by_piece
     monkeypatch.setattr(selftraining, "by_piece", lambda *given: -9 * answers(*given))
@@ -152,6 +154,18 @@ def test_labels_spread_over_the_graph_teach_without_a_classifier(several, monkey
     chosen = train_classifier(toy_encoder(), images, labels, lambda: pool, **options).chosen
     assert {"teacher_validation", "student_validation", "trials"} <= set(chosen)
     assert len(seen) == (3 if chosen["student"] else 2)
+
+
+def test_a_student_stops_where_it_was_best_on_the_labels_held_out(monkeypatch):
+    settings = dataclasses.replace(SETTINGS, steps=8, lr=(1e-3, 0.01))
+    images, labels = toy_images(30, seed=21)
+    options = {"classes": 3, "settings": settings, "seed": 1}
+    teacher = finetune(toy_encoder(), images, labels, **options)
+    scores = iter([(0.2, 0.0), (0.3, 0.1), (0.3, 0.2), (0.3, 0.1), (0.1, 0.0)])  # of four students and of the teacher
+    monkeypatch.setattr(selftraining, "selection_score", lambda *_: next(scores))
+    student = self_train(teacher, toy_encoder(), images, labels, toy_images(40, seed=5)[0], **options)
+    assert student.chosen["stop"] == 0.75 and len(student.losses) == 6
+    assert (student.chosen["validation"], student.chosen["teacher_validation"]) == (0.3, 0.1)
 
 
 def test_alignment_gives_classes_the_shares_of_the_labels():

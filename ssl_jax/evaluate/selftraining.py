@@ -34,6 +34,7 @@ from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.settings import data_of, images_only
 
 PIECE = 4_096  # images that the teacher is shown at a time
+STOPS = (0.25, 0.5, 0.75, 1.0)  # shares of its steps after which a student may stop
 ALMOST_NEVER = 1e-6  # the smallest probability that a teacher gives
 Images = np.ndarray | Source
 
@@ -72,7 +73,8 @@ def self_train(
     3.1), by factors that come from the teacher.
 
     If `finetune` held labels out to choose by, a teacher and a student without these are compared on them, and the
-    student is kept unless it has fewer hits, or a smaller mean AUC. No other label takes part in a choice. The student
+    student is kept unless it has fewer hits, or a smaller mean AUC. They also say when it stops: after the share of its
+    steps, one of STOPS, at which it has the best `selection_score`. No other label takes part in a choice. The student
     is then trained on all labels.
 
     With settings.teacher="propagated", the probabilities are those of the labels spread over the graph of the nearest
@@ -90,26 +92,30 @@ def self_train(
     if teacher is not None:
         pair = teacher.chosen["lr"], teacher.chosen["backbone_ratio"]
 
-    def taught_by(teacher: Classifier | None, index: np.ndarray) -> Classifier:
+    def taught_by(teacher: Classifier | None, index: np.ndarray, stops: Sequence[float]) -> list[Classifier]:
         if features is None:
             targets = by_piece(teacher, unlabelled)
         else:
             known = encoder.embed(task.images[index], fixed=True)
             targets = _logits(spread(known, task.labels[index], features, classes)[len(index) :], task.labels.ndim == 2)
-        [student] = task.fit(index, [pair], _lessons(targets, encoder, unlabelled, task.labels[index], settings, seed))
-        return student
+        lessons = _lessons(targets, encoder, unlabelled, task.labels[index], settings, seed)
+        return list(task.fit(index, [pair], lessons, stops))
 
-    choice, held_out, chosen = {}, None, {} if teacher is None else teacher.chosen
+    choice, held_out, stop = dict[str, Any](), None, STOPS[-1]
+    chosen = {} if teacher is None else teacher.chosen
     if teacher is not None and teacher.held_out is not None:
         kept, held = task.holdout()
         [deputy] = [None] if propagated else task.fit(kept, [pair])
-        logits = taught_by(deputy, kept).logits(task.images[held], fixed=True)
-        before, after = (selection_score(each, task.labels[held])[0] for each in (teacher.held_out[0], logits))
+        answers = [made.logits(task.images[held], fixed=True) for made in taught_by(deputy, kept, STOPS)]
+        scores = [selection_score(each, task.labels[held]) for each in answers]
+        best = max(range(len(STOPS)), key=lambda i: (scores[i], i))  # the last of equals
+        before, (after, _) = selection_score(teacher.held_out[0], task.labels[held])[0], scores[best]
         choice = {"teacher_validation": before, "student_validation": after, "student": after >= before}
         if not choice["student"]:
-            return teacher._replace(chosen=teacher.chosen | choice)
-        choice["validation"], held_out = after, (logits, task.labels[held])
-    student = taught_by(teacher, task.everything)
+            return teacher._replace(chosen=chosen | choice)
+        stop, held_out = STOPS[best], (answers[best], task.labels[held])
+        choice |= {"validation": after, "stop": stop}
+    [student] = taught_by(teacher, task.everything, (stop,))
     check_finite(student, f"config.finetune.lr={pair[0]}: the student's training diverged; use smaller learning rates")
     return student._replace(chosen=student.chosen | chosen | {"student": True} | choice, held_out=held_out)
 
