@@ -1,21 +1,30 @@
-"""Which images to label: the same encoder on labels drawn at random, stratified, and chosen by its embedding.
+"""Which images to label, and what to do with all others: the same encoder, with few labels.
 
-ssl-jax pretrain --config=study_fashion_mnist:demo --workdir=runs/fashion
-ssl-jax study --config=study_select:runs/fashion --workdir=runs/select
+ssl-jax pretrain --config=study_fashion_mnist --workdir=runs/fashion
+ssl-jax study --config=study_select:runs/fashion --workdir=runs/select             2 CPU cores, about an hour
+ssl-jax study --config=study_select:runs/fashion,linear --workdir=runs/linear      frozen embeddings: minutes
 
-On a run of your own, whose images have labels: --config=study_select:RUN --data=DIR. Frozen embeddings, logistic
-regression: it takes minutes.
+On a run of your own, whose images have labels: --config=study_select:RUN --data=DIR.
 """
 
 from ssl_jax.config import default
 
+DRAWS = ("random", "stratified", "typical", "coverage", "kcenter")
 
-def get_config(run="runs/fashion"):
+
+def get_config(what="runs/fashion"):
+    run, _, protocol = what.partition(",")
     config = default("simclr")
     config.data.name = "fashion_mnist"
-    draws = ("random", "stratified", "typical", "coverage", "kcenter")
-    config.study.arms = {draw: {"from": run, "select": draw} for draw in draws}
+    self_trained = {"finetune": {"unlabelled": "all"}}
+    arms = {"random": {"select": "random"}, "typical": {"select": "typical"}}
+    arms |= {"self-trained": {**arms["random"], **self_trained}, "both": {**arms["typical"], **self_trained}}
+    if protocol == "linear":
+        arms |= {draw: {"select": draw} for draw in DRAWS if draw not in arms}
+    config.study.arms = {arm: {"from": run, **changes} for arm, changes in arms.items()}
     config.study.baseline = "random"
-    config.study.protocol = "linear"
-    config.study.labels = (20, 50, 100, 250)
+    config.study.protocol = protocol or "finetune"
+    config.study.labels = (20, 50, 250)
+    # As in study_fashion_mnist.
+    config.finetune.update({"batch": 64, "steps": 300, "epochs": 75, "lr": (1e-3,), "backbone_ratio": (1.0,)})
     return config

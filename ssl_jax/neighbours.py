@@ -11,6 +11,20 @@ def normalized(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
+def evened(features: np.ndarray) -> np.ndarray:
+    """Embeddings float32 [N, D], centred, in which the standard deviation s of each principal component has become
+    sqrt(s): half of a whitening, so that the few directions in which most images differ do not decide alone who is
+    whose neighbour. Directions without variance become zero.
+
+    Source: whitening before neighbours are looked for, Jegou and Chum, ECCV 2012; that half of it is better, our own
+    measurement (benchmarks/few_labels.md).
+    """
+    centred = np.asarray(features, np.float64) - np.mean(features, axis=0, dtype=np.float64)
+    variance, axes = np.linalg.eigh(centred.T @ centred / max(len(centred), 1))
+    used = variance > 1e-8 * max(variance.max(), 1e-24)
+    return (centred @ axes * np.where(used, np.maximum(variance, 1e-32) ** -0.25, 0)).astype(np.float32)
+
+
 def nearest(queries: np.ndarray, features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """(indices int64 [M, k] into features, cosine similarities float32 [M, k]) of queries [M, D], nearest first.
 

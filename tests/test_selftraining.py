@@ -17,6 +17,7 @@ from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import finetune, holdout, propagate, self_train, selftraining
 from ssl_jax.evaluate.selftraining import train_classifier
+from ssl_jax.neighbours import evened
 
 FLIP = Augment(preset="none", override={"flip": 0.5})
 STRONG = Augment(preset="none", override={"flip": 0.5, "jitter_prob": 1.0, "brightness": 0.4})
@@ -141,7 +142,7 @@ def test_labels_spread_over_the_graph_teach_without_a_classifier(several, monkey
     labels = np.eye(3, dtype=np.float32)[labels] if several else labels
     embedded = toy_encoder().embed(np.concatenate([images, pool]))
     unknown = np.full((60, *labels.shape[1:]), np.nan if several else -1, labels.dtype)
-    shares = np.clip(propagate(embedded, np.concatenate([labels, unknown]), 3)[9:], 1e-6, 1 - 1e-6)
+    shares = np.clip(propagate(evened(embedded), np.concatenate([labels, unknown]), 3)[9:], 1e-6, 1 - 1e-6)
     seen, original = [], selftraining._lessons
     monkeypatch.setattr(selftraining, "_lessons", lambda targets, *more: seen.append(targets) or original(targets, *more))
     options = {"classes": 3, "settings": settings, "seed": 0}

@@ -4,7 +4,7 @@ import numpy as np
 
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import Probe, linear_probe
-from ssl_jax.neighbours import nearest_others
+from ssl_jax.neighbours import evened, nearest_others
 
 NEIGHBOURS = 20
 POWER = 3  # of the cosine similarities that are the weights of the graph (arXiv 1904.04717, section 4)
@@ -43,9 +43,12 @@ def propagate(
 
 
 def spread(known: np.ndarray, labels: np.ndarray, others: np.ndarray, classes: int) -> np.ndarray:
-    """`propagate` from the embeddings [N, D] of labelled images to those of others [M, D]: float32 [N + M, classes]."""
+    """`propagate` from the embeddings [N, D] of labelled images to those of others [M, D]: float32 [N + M, classes].
+
+    Neighbours are those of `evened` embeddings.
+    """
     rest = np.full((len(others), *labels.shape[1:]), -1 if labels.ndim == 1 else np.nan, labels.dtype)
-    features = np.concatenate([known, others])
+    features = evened(np.concatenate([known, others]))
     return propagate(features, np.concatenate([labels, rest]), classes, k=min(NEIGHBOURS, len(features) - 1))
 
 
