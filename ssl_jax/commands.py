@@ -62,7 +62,7 @@ def evaluate(
     a checkpoint that is not the finished run's last (step: its number, or "latest"), with its step. Returns the content
     of the .json file.
 
-    unlabelled: images to learn from as well, for protocols that do so; "": the training images that were not drawn.
+    unlabelled: images to learn from as well, for protocols that do so; "": all training images.
     """
     from ssl_jax import evaluation
     from ssl_jax.evaluate.selftraining import unlabelled_of
@@ -207,9 +207,9 @@ def finetune(
     print(f"fine-tuning on {len(train.labels)} labelled images, classes: {', '.join(classes)}", flush=True)
     options: Any = {"classes": len(classes), "settings": config.finetune, "seed": seed, "groups": train.source.groups}
     if others is not None:
-        print(f"then on {len(others.source)} images without a label, taught by the classifier", flush=True)
+        print(f"then on {len(others.images)} images without a label, taught by the classifier", flush=True)
     known = encoder, train.source.arrays(), train.labels
-    classifier = train_classifier(*known, lambda: others.without(), **options)
+    classifier = train_classifier(*known, others, **options)
     about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}
     about |= {"chosen": classifier.chosen, "multilabel": source.multilabel, "data": data, "test_data": test}
     about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}
@@ -218,7 +218,7 @@ def finetune(
     save_weights(folder, classifier)
     print_numbers(about["chosen"])
     if others is not None:
-        about |= {"unlabelled": unlabelled, "unlabelled_images": len(others.source)}
+        about |= {"unlabelled": unlabelled, "unlabelled_images": len(others.images)}
         print("the student is used" if classifier.chosen["student"] else "the teacher is used: its student is worse")
     about["loss"] = loss_curve(classifier)
     if reason := still_falling(about["loss"]):

@@ -2,7 +2,6 @@
 conditions."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import re
@@ -22,7 +21,7 @@ from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.propagation import spread_probe
 from ssl_jax.evaluate.references import RANDOM, References, over_pixels
 from ssl_jax.evaluate.scores import interval, metrics
-from ssl_jax.evaluate.selftraining import Unlabelled, by_piece, train_classifier
+from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 from ssl_jax.evaluate.subsets import nested_subset, without_positive
 from ssl_jax.report.tables import main_metric
 
@@ -56,7 +55,7 @@ def evaluate(
     """Writes path.json and path.npz, prints the means, and returns what path.json holds.
 
     labels: drawn from `train` for each seed; 0: all. about: what the file says of its conditions. others: images
-    without a label, for protocols that learn from such; None: those of `train` that were not drawn.
+    without a label, for protocols that learn from such; None: those of `train`, whose labels they do not look at.
     """
     classes, count = train.source.classes, len(train.labels)
     every = np.arange(count)
@@ -113,7 +112,7 @@ def _scores(
     classes = len(train.source.classes)
     if protocol != "finetune":
         features, test_features = encoder.embed(images), encoder.embed(test_images)
-    pool = by_piece(encoder, others.without()) if others is not None and protocol == "propagate" else None
+    pool, pool_groups = Unlabelled(images) if others is None else others, None if others else all_groups
     scores, curves = [], []
     for seed, rows in enumerate(draws):
         groups = None if all_groups is None else all_groups[rows]
@@ -125,15 +124,13 @@ def _scores(
             probe = linear_probe(features[rows], labels[rows], classes=classes, seed=seed, groups=groups)
             scores.append(probe.scores(test_features))
         elif protocol == "propagate":
-            rest = np.setdiff1d(np.arange(len(labels)), rows)
-            both = None if groups is None or pool is not None else np.concatenate([groups, all_groups[rest]])
-            known, unknown = (features[rows], labels[rows]), features[rest] if pool is None else pool
-            probe = spread_probe(*known, unknown, classes=classes, seed=seed, groups=both)
+            both = None if groups is None or pool_groups is None else np.concatenate([groups, pool_groups])
+            known = features[rows], labels[rows]
+            probe = spread_probe(*known, pool.neighbourhood(encoder), classes=classes, seed=seed, groups=both)
             scores.append(probe.scores(test_features))
         else:
             options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
-            rest = others.without if others is not None else functools.partial(np.delete, images, rows, axis=0)
-            classifier = train_classifier(encoder, images[rows], labels[rows], rest, **options)
+            classifier = train_classifier(encoder, images[rows], labels[rows], pool, **options)
             scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))
     return scores, np.mean(curves, axis=0).tolist() if curves else None

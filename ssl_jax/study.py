@@ -36,7 +36,7 @@ from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.propagation import spread_probe
 from ssl_jax.evaluate.references import RANDOM, References, digest
 from ssl_jax.evaluate.scores import metrics
-from ssl_jax.evaluate.selftraining import Images, Unlabelled, by_piece, train_classifier
+from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 from ssl_jax.evaluate.subsets import nested_subset
 from ssl_jax.files import read_json, read_npz, remove_leftovers, write_json, write_npz
 from ssl_jax.models import resolve_model
@@ -239,7 +239,7 @@ def run_study(
         path = StudyFolder(workdir).cell(*cell_id)
         cell = _load(path, key, log)
         if cell is None:
-            cell, scores = evaluator.run(cell_id, encoder, encoder_digest, examples, indices)
+            cell, scores = evaluator.run(cell_id, encoder, encoder_digest, examples)
             _save(path, cell | {"key": key}, scores, indices)
             note, cell = progress.add(cell["seconds"]), read_json(path)  # as a later run will read it
         else:
@@ -304,10 +304,10 @@ class _Evaluator:
         self, config: Config, arms: Mapping[str, Config], train: Source, images: np.ndarray, labels: np.ndarray
     ):
         self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, train.classes
-        self.unlabelled = Unlabelled(train, config.data.memory_gb)
+        self.unlabelled, self.groups = Unlabelled(train, config.data.memory_gb), train.groups
         self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
         self.shared_inputs = {"test": digest(images, labels), "classes": self.classes, "protocol": self.protocol}
-        self.features: dict[tuple[str, str], np.ndarray] = {}  # by the encoder's digest, and of which images
+        self.test_features: dict[str, np.ndarray] = {}  # by the encoder's digest
 
     def key(self, cell: CellId, encoder_digest: str, indices: np.ndarray, examples: Examples) -> str:
         """A hash of everything that the cell depends on."""
@@ -322,7 +322,7 @@ class _Evaluator:
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def run(
-        self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples, indices: np.ndarray
+        self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples
     ) -> tuple[Cell, np.ndarray]:
         start = time.monotonic()
         options: Any = {"classes": len(self.classes), "seed": cell.seed, "groups": examples.groups}
@@ -332,25 +332,21 @@ class _Evaluator:
             if self.settings[cell.arm].unlabelled == "none":
                 probe = linear_probe(*known, **options)
             else:
-                everything = self._embedded("train", encoder, encoder_digest, self.unlabelled.without())
-                probe = spread_probe(*known, np.delete(everything, indices, axis=0), **options)
-            scores = probe.scores(self._embedded("test", encoder, encoder_digest, self.images))
+                pool, groups = self.unlabelled.neighbourhood(encoder), self.groups
+                both = {"groups": None if groups is None else np.concatenate([examples.groups, groups])}
+                probe = spread_probe(*known, pool, **options | both)
+            if encoder_digest not in self.test_features:
+                self.test_features[encoder_digest] = encoder.embed(self.images, fixed=True)
+            scores = probe.scores(self.test_features[encoder_digest])
             chosen: dict[str, Any] = {"strength": probe.strength, "validation": probe.validation}
         else:
             settings = self.settings[cell.arm]
-            known, others = (encoder, examples.images, examples.labels), lambda: self.unlabelled.without(indices)
-            classifier = train_classifier(*known, others, settings=settings, **options)
+            given = encoder, examples.images, examples.labels, self.unlabelled
+            classifier = train_classifier(*given, settings=settings, **options)
             scores, chosen = classifier.logits(self.images, fixed=True), classifier.chosen
             result["loss"] = loss_curve(classifier)
         result |= {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}
         return {**cell._asdict(), **result, "seconds": round(time.monotonic() - start, 1)}, scores
-
-
-    def _embedded(self, part: str, encoder: Encoder, encoder_digest: str, images: Images) -> np.ndarray:
-        """Embeddings [N, D] of the images of a part, computed once for each encoder."""
-        if (encoder_digest, part) not in self.features:
-            self.features[encoder_digest, part] = by_piece(encoder, images)
-        return self.features[encoder_digest, part]
 
 
 def _settings(config: Config, scratch: bool) -> Finetune:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.propagation import propagate
+from ssl_jax.evaluate.propagation import Neighbourhood, propagate, spread_probe
+from ssl_jax.neighbours import evening, nearest
 
 
 def dense(features, known, k, alpha):
@@ -47,6 +48,27 @@ def test_of_several_labels_each_is_spread_for_itself():
         known = np.stack([labels[:, c] == 1, labels[:, c] == 0], axis=1)
         spread = dense(features, known, 7, 0.99)
         np.testing.assert_allclose(found[:, c], spread[:, 0] / spread.sum(axis=1), atol=1e-4)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_labels_spread_from_inside_and_outside_of_a_pool(several):
+    features, truth = blobs(180)
+    pool, labels = Neighbourhood(features[:150]), truth.astype(np.int32)
+    labels = np.eye(3, dtype=np.float32)[labels] if several else labels
+    even = evening(features[:150])
+    known = np.eye(3)[truth[150:159]]
+    known = np.concatenate([known, 1 - known], axis=1) if several else known
+    index, similarity = nearest(even(features[150:159]), even(features[:150]), 20)
+    seeds = np.zeros((150, known.shape[1]))
+    for row, near, weights in zip(known, index, np.maximum(similarity, 0) ** 3, strict=True):
+        seeds[near] += weights[:, None] * row
+    spread = dense(even(features[:150]), seeds, 20, 0.99)
+    wanted = spread[:, :3] / (spread[:, :3] + spread[:, 3:] if several else spread.sum(axis=1, keepdims=True))
+    found = pool.spread(features[150:159], labels[150:159], 3)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert (found.argmax(axis=1) == truth[:150]).mean() > 0.9
+    probe = spread_probe(features[150:159], labels[150:159], pool, classes=3, seed=0)
+    assert (probe.scores(features[159:]).argmax(axis=1) == truth[159:]).mean() > 0.9
 
 
 def test_an_image_that_no_label_reaches_has_equal_odds():

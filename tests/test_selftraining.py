@@ -15,9 +15,9 @@ from ssl_jax.config import Augment, Data, Finetune, default, resolve
 from ssl_jax.data.folder import from_array
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate import finetune, holdout, propagate, self_train, selftraining
-from ssl_jax.evaluate.selftraining import train_classifier
-from ssl_jax.neighbours import evened
+from ssl_jax.evaluate import finetune, holdout, self_train, selftraining
+from ssl_jax.evaluate.propagation import Neighbourhood
+from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 
 FLIP = Augment(preset="none", override={"flip": 0.5})
 STRONG = Augment(preset="none", override={"flip": 0.5, "jitter_prob": 1.0, "brightness": 0.4})
@@ -140,19 +140,18 @@ def test_labels_spread_over_the_graph_teach_without_a_classifier(several, monkey
     settings = dataclasses.replace(SETTINGS, steps=6, teacher="propagated")
     (images, labels), (pool, _) = toy_images(9), toy_images(60, seed=5)
     labels = np.eye(3, dtype=np.float32)[labels] if several else labels
-    embedded = toy_encoder().embed(np.concatenate([images, pool]))
-    unknown = np.full((60, *labels.shape[1:]), np.nan if several else -1, labels.dtype)
-    shares = np.clip(propagate(evened(embedded), np.concatenate([labels, unknown]), 3)[9:], 1e-6, 1 - 1e-6)
+    embedded = [toy_encoder().embed(x) for x in (images, pool)]
+    shares = np.clip(Neighbourhood(embedded[1]).spread(embedded[0], labels, 3), 1e-6, 1 - 1e-6)
     seen, original = [], selftraining._lessons
     monkeypatch.setattr(selftraining, "_lessons", lambda targets, *more: seen.append(targets) or original(targets, *more))
     options = {"classes": 3, "settings": settings, "seed": 0}
     with monkeypatch.context() as patch:
         patch.setattr(selftraining, "finetune", None)
-        student = train_classifier(toy_encoder(), images, labels, lambda: pool, **options)
+        student = train_classifier(toy_encoder(), images, labels, Unlabelled(pool), **options)
     np.testing.assert_allclose(seen[0], (logit if several else np.log)(shares), rtol=1e-3)
     assert student.chosen == {"lr": 0.01, "backbone_ratio": 1.0, "student": True} and len(seen) == 1
     options["settings"] = dataclasses.replace(settings, lr=(1e-3, 0.01))
-    chosen = train_classifier(toy_encoder(), images, labels, lambda: pool, **options).chosen
+    chosen = train_classifier(toy_encoder(), images, labels, Unlabelled(pool), **options).chosen
     assert {"teacher_validation", "student_validation", "trials"} <= set(chosen)
     assert len(seen) == (3 if chosen["student"] else 2)
 
@@ -199,7 +198,7 @@ def test_mistakes():
             taught(dataclasses.replace(SETTINGS, steps=1), pool=pool)
 
 
-def test_an_arm_of_a_study_learns_from_the_images_that_were_not_drawn(tmp_path, monkeypatch):
+def test_an_arm_of_a_study_learns_from_all_training_images(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "_references", lambda *_: [])
     pools, original = [], selftraining.by_piece
     monkeypatch.setattr(
@@ -217,7 +216,7 @@ def test_an_arm_of_a_study_learns_from_the_images_that_were_not_drawn(tmp_path, 
     lines(arms={name: arms[name] for name in ("scratch", "good")})
     again = lines()
     assert [line.endswith("(reused)") for line in again] == ["both" not in line for line in again]  # keys are as before
-    assert pools == [114, 90]
+    assert pools == [120, 120]
     chosen = json.loads((tmp_path / "cells/both/30/0.json").read_text())["chosen"]
     assert chosen["student"] and "teacher_validation" not in chosen  # a single pair: nothing was held out
     assert all("(reused)" in line for line in lines())
@@ -229,7 +228,7 @@ def test_an_arm_of_a_study_learns_from_the_images_that_were_not_drawn(tmp_path, 
     options = {"labels": train.labels, "classes": train.classes, "array": images}
     sources["train"] = Source(train.names, train.shape, images.__getitem__, **options)
     changed = [line for line in lines() if "(reused)" not in line]
-    assert changed and all("both" in line for line in changed) and pools[2:] == [114, 90]
+    assert changed and all("both" in line for line in changed) and pools[2:] == [120, 120]
 
 
 def test_the_finetune_command_finds_the_images(tmp_path):
@@ -237,9 +236,11 @@ def test_the_finetune_command_finds_the_images(tmp_path):
     np.savez(tmp_path / "more.npz", images=images)
     config = dataclasses.replace(resolve(default("simclr")), data=Data())
     found = selftraining.unlabelled_of(toy_encoder(), config, str(tmp_path / "more.npz"))
-    np.testing.assert_array_equal(found.without([1, 3]), np.delete(images, [1, 3], axis=0))
-    on_disk = selftraining.Unlabelled(found.source, memory_gb=0)
-    np.testing.assert_array_equal(on_disk.without([1]).load_many([0, 1]), images[[0, 2]])
+    np.testing.assert_array_equal(found.images, images)
+    source = from_array(images, None, [], Data(name="npz"), "here")
+    on_disk = selftraining.Unlabelled(source, memory_gb=0)
+    np.testing.assert_array_equal(on_disk.images.load_many([0, 2]), images[[0, 2]])
+    assert isinstance(on_disk.images, Source)
     assert on_disk.digest != found.digest
     with pytest.raises(UserError, match="--unlabelled: missing; config.finetune.unlabelled=all needs it"):
         selftraining.unlabelled_of(toy_encoder(), config, "")

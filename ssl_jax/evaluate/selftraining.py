@@ -27,7 +27,7 @@ from ssl_jax.evaluate.finetuning import (
     probabilities,
     task_of,
 )
-from ssl_jax.evaluate.propagation import spread
+from ssl_jax.evaluate.propagation import Neighbourhood
 from ssl_jax.evaluate.references import digest
 from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
@@ -44,7 +44,7 @@ def self_train(
     encoder: Encoder,
     images: np.ndarray,
     labels: np.ndarray,
-    unlabelled: Images,
+    unlabelled: "Images | Unlabelled",
     *,
     classes: int,
     settings: Finetune,
@@ -85,20 +85,20 @@ def self_train(
     Raises UserError if there are no images without a label, if they have another shape, or if training diverges.
     """
     task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups)
-    _check(task.images, unlabelled)
+    pool = unlabelled if isinstance(unlabelled, Unlabelled) else Unlabelled(unlabelled)
+    _check(task.images, pool.images)
     propagated = settings.teacher == "propagated"
-    features = by_piece(encoder, unlabelled) if propagated else None
     pair = settings.lr[0], settings.backbone_ratio[0]
     if teacher is not None:
         pair = teacher.chosen["lr"], teacher.chosen["backbone_ratio"]
 
     def taught_by(teacher: Classifier | None, index: np.ndarray, stops: Sequence[float]) -> list[Classifier]:
-        if features is None:
-            targets = by_piece(teacher, unlabelled)
+        if propagated:
+            known = encoder.embed(task.images[index], fixed=True), task.labels[index]
+            targets = _logits(pool.neighbourhood(encoder).spread(*known, classes), task.labels.ndim == 2)
         else:
-            known = encoder.embed(task.images[index], fixed=True)
-            targets = _logits(spread(known, task.labels[index], features, classes)[len(index) :], task.labels.ndim == 2)
-        lessons = _lessons(targets, encoder, unlabelled, task.labels[index], settings, seed)
+            targets = by_piece(teacher, pool.images)
+        lessons = _lessons(targets, encoder, pool.images, task.labels[index], settings, seed)
         return list(task.fit(index, [pair], lessons, stops))
 
     choice, held_out, stop = dict[str, Any](), None, STOPS[-1]
@@ -121,39 +121,49 @@ def self_train(
 
 
 def train_classifier(
-    encoder: Encoder, images: np.ndarray, labels: np.ndarray, unlabelled: Callable[[], Images], **options: Any
+    encoder: Encoder, images: np.ndarray, labels: np.ndarray, unlabelled: "Unlabelled | None", **options: Any
 ) -> Classifier:
-    """`finetune`, and then `self_train` on the images that `unlabelled()` returns, if settings.unlabelled says so."""
+    """`finetune`, and then `self_train` on the other images, if settings.unlabelled says so."""
     settings: Finetune = options["settings"]
-    if settings.unlabelled == "none":
+    if settings.unlabelled == "none" or unlabelled is None:
         return finetune(encoder, images, labels, **options)
     nothing_to_choose = len(settings.lr) == len(settings.backbone_ratio) == 1
     untaught = settings.teacher == "propagated" and nothing_to_choose
     teacher = None if untaught else finetune(encoder, images, labels, **options)
-    return self_train(teacher, encoder, images, labels, unlabelled(), **options)
+    return self_train(teacher, encoder, images, labels, unlabelled, **options)
 
 
 class Unlabelled:
-    """The images of a source, whose labels are not looked at. They are decoded once if they fit into memory_gb."""
+    """Images uint8 [M, H, W, C], or a source, whose labels are not looked at. A source is decoded once if it fits into
+    memory_gb, and else batch by batch."""
 
-    def __init__(self, source: Source, memory_gb: float):
-        self.source, self.fits = source, source.nbytes <= memory_gb * 1e9
+    def __init__(self, images: Images, memory_gb: float = 0):
+        self._given, self._memory = images, memory_gb * 1e9
+        self._last: tuple[str, Neighbourhood] | None = None
+
+    @functools.cached_property
+    def images(self) -> Images:
+        if not isinstance(self._given, Source):
+            return self._given
+        if self._given.nbytes <= self._memory:
+            return self._given.arrays()
+        source = self._given.take(range(len(self._given)))
+        source.forget_labels()
+        return source
 
     @functools.cached_property
     def digest(self) -> str:
         """Of all images, or of their names if they do not fit."""
-        if self.fits:
-            return digest(self.source.arrays())
-        return hashlib.sha256(json.dumps([self.source.names, self.source.shape]).encode()).hexdigest()
+        if isinstance(self.images, Source):
+            return hashlib.sha256(json.dumps([self.images.names, self.images.shape]).encode()).hexdigest()
+        return digest(self.images)
 
-    def without(self, indices: Sequence[int] | np.ndarray = ()) -> Images:
-        """All images but those at `indices`."""
-        rest = np.setdiff1d(np.arange(len(self.source)), indices)
-        if self.fits:
-            return self.source.arrays()[rest]
-        part = self.source.take(rest)
-        part.forget_labels()
-        return part
+    def neighbourhood(self, encoder: Encoder) -> Neighbourhood:
+        """In the embedding of `encoder`; that of the last encoder is kept."""
+        key = digest(*map(np.asarray, jax.tree.leaves((encoder.params, encoder.stats))))
+        if self._last is None or self._last[0] != key:
+            self._last = key, Neighbourhood(by_piece(encoder, self.images))
+        return self._last[1]
 
 
 def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
