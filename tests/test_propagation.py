@@ -61,7 +61,7 @@ def test_labels_spread_from_inside_and_outside_of_a_pool(several):
     index, similarity = nearest(even(features[150:159]), even(features[:150]), 20)
     seeds = np.zeros((150, known.shape[1]))
     for row, near, weights in zip(known, index, np.maximum(similarity, 0) ** 3, strict=True):
-        seeds[near] += weights[:, None] * row
+        seeds[near] += weights[:, None] / weights.sum() * row
     spread = dense(even(features[:150]), seeds, 20, 0.99)
     wanted = spread[:, :3] / (spread[:, :3] + spread[:, 3:] if several else spread.sum(axis=1, keepdims=True))
     found = pool.spread(features[150:159], labels[150:159], 3)

@@ -95,7 +95,6 @@ CONSISTENCY = {"consistency": True, "confidence": 0.8}
     [
         ({}, False),
         (CONSISTENCY, True),
-        ({"teacher": "propagated"}, False),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in (({}, True), (CONSISTENCY, False))),
     ],
 )

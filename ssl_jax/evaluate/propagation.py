@@ -54,7 +54,8 @@ class Neighbourhood:
 
         index, similarity = nearest(self._even(known), self._features, min(NEIGHBOURS, len(self._features)))
         shape, start = (len(known), len(self._features)), np.arange(0, index.size + 1, index.shape[1])
-        given = sparse.csr_matrix((_weights(similarity).ravel(), index.ravel(), start), shape=shape)
+        weights = _shares(_weights(similarity), several=False)  # each label counts once
+        given = sparse.csr_matrix((weights.ravel(), index.ravel(), start), shape=shape)
         return _shares(_solve(self._graph, given.T @ _known(labels, classes), ALPHA), labels.ndim == 2)
 
 

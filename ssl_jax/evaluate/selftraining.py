@@ -313,7 +313,7 @@ def agreement(strong: jax.Array, weak: jax.Array, confidence: jax.Array | float,
     if several:
         p = jax.nn.sigmoid(weak)
         known = jnp.maximum(p, 1 - p) >= confidence
-        return binary_cross_entropy(strong, jnp.where(known, p > 0.5, jnp.nan)) * known.mean()
+        return binary_cross_entropy(strong, jnp.where(known, p > 0.5, jnp.nan)) * known.mean(dtype=strong.dtype)
     p = jax.nn.softmax(weak)
     known = p.max(axis=-1) >= jnp.broadcast_to(confidence, p.shape[-1])[p.argmax(axis=-1)]
-    return cross_entropy(strong, jnp.where(known, p.argmax(axis=-1), -1)) * known.mean()
+    return cross_entropy(strong, jnp.where(known, p.argmax(axis=-1), -1)) * known.mean(dtype=strong.dtype)
