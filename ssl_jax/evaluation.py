@@ -113,7 +113,7 @@ def _scores(
     if protocol != "finetune":
         features, test_features = encoder.embed(images), encoder.embed(test_images)
     pool, pool_groups = Unlabelled(images) if others is None else others, None if others else all_groups
-    scores, curves = [], []
+    scores, curves, options = [], [], dict[str, Any]()
     for seed, rows in enumerate(draws):
         groups = None if all_groups is None else all_groups[rows]
         if protocol == "knn":
@@ -126,10 +126,11 @@ def _scores(
         elif protocol == "propagate":
             both = None if groups is None or pool_groups is None else np.concatenate([groups, pool_groups])
             known = features[rows], labels[rows]
-            probe = spread_probe(*known, pool.neighbourhood(encoder), classes=classes, seed=seed, groups=both)
+            options = {"classes": classes, "seed": seed, "groups": both, "align": config.finetune.align}
+            probe = spread_probe(*known, pool.neighbourhood(encoder), **options)
             scores.append(probe.scores(test_features))
         else:
-            options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
+            options = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
             classifier = train_classifier(encoder, images[rows], labels[rows], pool, **options)
             scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))
@@ -153,7 +154,7 @@ def conditions(
     settings = {
         "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")},
         "linear": {},
-        "propagate": {},
+        "propagate": {} if config.finetune.align == "none" else {"align": config.finetune.align},
         "finetune": config.finetune.inputs(),
     }
     made: dict[str, Any] = {"data": _described(data), "test": test and _described(test)}

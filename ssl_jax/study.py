@@ -314,7 +314,7 @@ class _Evaluator:
         labels = digest(indices, *(array for array in examples if array is not None))
         settings = self.settings[cell.arm].inputs()
         if self.protocol == "linear":
-            settings = {"unlabelled": "all"} if "unlabelled" in settings else {}
+            settings = {key: settings[key] for key in ("unlabelled", "align") if key in settings}
         own = {"labels": labels, "seed": cell.seed, "settings": settings or None, "encoder": encoder_digest}
         if "unlabelled" in settings:
             own["unlabelled"] = self.unlabelled.digest
@@ -334,7 +334,7 @@ class _Evaluator:
             else:
                 pool, groups = self.unlabelled.neighbourhood(encoder), self.groups
                 both = {"groups": None if groups is None else np.concatenate([examples.groups, groups])}
-                probe = spread_probe(*known, pool, **options | both)
+                probe = spread_probe(*known, pool, **options | both, align=self.settings[cell.arm].align)
             if encoder_digest not in self.test_features:
                 self.test_features[encoder_digest] = encoder.embed(self.images, fixed=True)
             scores = probe.scores(self.test_features[encoder_digest])

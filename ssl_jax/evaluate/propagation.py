@@ -4,6 +4,7 @@ import numpy as np
 
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import Probe, linear_probe
+from ssl_jax.evaluate.scores import class_shares
 from ssl_jax.neighbours import evening, nearest, nearest_others
 
 NEIGHBOURS = 20
@@ -67,10 +68,16 @@ def spread_probe(
     classes: int,
     seed: int,
     groups: np.ndarray | None = None,
+    align: str = "none",
 ) -> Probe:
     """A `linear_probe` of labelled embeddings [N, D] and of a pool [M, D] with the classes that are most probable after
-    `spread`; with several labels per image, with the probabilities. groups: of all [N + M], the labelled ones first."""
+    `spread`; with several labels per image, with the probabilities. groups: of all [N + M], the labelled ones first.
+
+    align: how frequent the classes of one label are taken to be, as in `class_shares`; "none": as they are found.
+    """
     shares = pool.spread(known, labels, classes)
+    if align != "none" and labels.ndim == 1:
+        shares = shares * class_shares(labels, classes, align) / np.maximum(shares.mean(axis=0), 1e-6)
     taught = np.concatenate([labels, shares if labels.ndim == 2 else shares.argmax(axis=1)])
     return linear_probe(np.concatenate([known, pool.embeddings]), taught, classes=classes, seed=seed, groups=groups)
 

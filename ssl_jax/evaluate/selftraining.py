@@ -29,7 +29,7 @@ from ssl_jax.evaluate.finetuning import (
 )
 from ssl_jax.evaluate.propagation import Neighbourhood
 from ssl_jax.evaluate.references import digest
-from ssl_jax.evaluate.scores import log_frequencies, selection_score
+from ssl_jax.evaluate.scores import class_shares, selection_score
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.settings import data_of, images_only
 
@@ -69,8 +69,8 @@ def self_train(
                    less is asked (FlexMatch, https://arxiv.org/abs/2110.08263, equations 5 to 8)
 
     With several labels per image, each class has a sigmoid for itself. With settings.align, probabilities are first
-    scaled so that classes are as frequent as among the labels (ReMixMatch, https://arxiv.org/abs/1911.09785, section
-    3.1), by factors that come from the teacher.
+    scaled so that classes are as frequent as among the labels, or equally frequent (ReMixMatch,
+    https://arxiv.org/abs/1911.09785, section 3.1), by factors that come from the teacher.
 
     If `finetune` held labels out to choose by, a teacher and a student without these are compared on them, and the
     student is kept unless it has fewer hits, or a smaller mean AUC. They also say when it stops: after the share of its
@@ -197,7 +197,7 @@ def _lessons(
 
     targets: a teacher's logits float32 [M, K] of the M images without a label.
     """
-    offset = _alignment(targets, labels) if settings.align else np.zeros(targets.shape[1], np.float32)
+    offset = _alignment(targets, labels, settings.align)
     limits = thresholds(targets, settings.confidence, labels.ndim == 2)
     constants = offset, limits, *map(np.float32, (settings.unlabelled_weight, settings.temperature))
     size = min(settings.unlabelled_batch, len(unlabelled))
@@ -249,14 +249,16 @@ def thresholds(logits: np.ndarray, confidence: float, several: bool) -> np.ndarr
     return np.float32(confidence * often / (2 - often))
 
 
-def _alignment(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What to add to logits [M, K] of a teacher, float32 [K], so that its classes become about as frequent as in the
-    labels: the logarithms of the factors by which it finds them too seldom."""
-    several = labels.ndim == 2
-    wanted = probabilities(log_frequencies(labels, logits.shape[1])[None], several)[0]
-    found = probabilities(logits, several).mean(axis=0)
+def _alignment(logits: np.ndarray, labels: np.ndarray, align: str) -> np.ndarray:
+    """What to add to logits [M, K] of a teacher, float32 [K], so that its classes become about as frequent as
+    `class_shares` says: the logarithms of the factors by which it finds them too seldom."""
+    classes, several = logits.shape[1], labels.ndim == 2
+    if align == "none":
+        return np.zeros(classes, np.float32)
+    wanted, found = class_shares(labels, classes, align), probabilities(logits, several).mean(axis=0)
     odds = (lambda p: np.log(p) - np.log1p(-p)) if several else np.log
-    return (odds(wanted) - odds(np.clip(found, 1e-6, 1 - 1e-6))).astype(np.float32)
+    limits = ALMOST_NEVER, 1 - ALMOST_NEVER
+    return (odds(np.clip(wanted, *limits)) - odds(np.clip(found, *limits))).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
