@@ -207,7 +207,8 @@ def finetune(
     print(f"fine-tuning on {len(train.labels)} labelled images, classes: {', '.join(classes)}", flush=True)
     options: Any = {"classes": len(classes), "settings": config.finetune, "seed": seed, "groups": train.source.groups}
     if others is not None:
-        print(f"then on {len(others.images)} images without a label, taught by the classifier", flush=True)
+        teacher = "the classifier" if config.finetune.teacher == "finetuned" else "labels spread over their neighbours"
+        print(f"then on {len(others.images)} images without a label, taught by {teacher}", flush=True)
     known = encoder, train.source.arrays(), train.labels
     classifier = train_classifier(*known, others, **options)
     about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}
