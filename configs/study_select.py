@@ -16,7 +16,8 @@ def get_config(what="runs/fashion"):
     run, _, protocol = what.partition(",")
     config = default("simclr")
     config.data.name = "fashion_mnist"
-    self_trained = {"finetune": {"unlabelled": "all"}}
+    # The data's classes are equally frequent, and known to be.
+    self_trained = {"finetune": {"unlabelled": "all", "teacher": "propagated", "align": "equal"}}
     arms = {"random": {"select": "random"}, "typical": {"select": "typical"}}
     arms |= {"self-trained": {**arms["random"], **self_trained}, "both": {**arms["typical"], **self_trained}}
     if protocol == "linear":

@@ -93,8 +93,8 @@ def class_shares(labels: np.ndarray, classes: int, align: str) -> np.ndarray:
     """How frequent classes are taken to be, float64 [K]: as among labels [N] or [N, K] (align="labels"), or all that
     have a label equally ("equal"). With several labels per image, the share of images that have each."""
     if align == "labels":
-        scores = log_frequencies(labels, classes)
-        return 1 / (1 + np.exp(-scores)) if labels.ndim == 2 else _probabilities(scores[None])[0]
+        odds = np.exp(log_frequencies(labels, classes))
+        return odds / (1 + odds if labels.ndim == 2 else odds.sum())
     if labels.ndim == 2:
         raise UserError("config.finetune.align='equal': with several labels per image; allowed: 'none' or 'labels'")
     present = np.bincount(labels[labels >= 0], minlength=classes) > 0
