@@ -88,3 +88,5 @@ def test_mistakes():
         propagate(np.eye(5), np.zeros(5, int), 2, k=2, alpha=1)
     with pytest.raises(UserError, match="k=6: there are 5 embeddings"):
         propagate(np.eye(5), np.zeros(5, int), 2, k=5)
+    with pytest.raises(UserError, match="images without a label: 1; allowed: at least 2, to have neighbours"):
+        Neighbourhood(np.ones((1, 3)))

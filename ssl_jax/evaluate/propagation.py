@@ -37,10 +37,12 @@ def propagate(
 class Neighbourhood:
     """The graph of a pool of embeddings [M, D], made once, over which labels can be spread again and again.
 
-    Neighbours are those of embeddings after their `evening`.
+    Neighbours are those of embeddings after their `evening`. Raises UserError if there are fewer than two.
     """
 
     def __init__(self, embeddings: np.ndarray):
+        if len(embeddings) < 2:
+            raise UserError(f"images without a label: {len(embeddings)}; allowed: at least 2, to have neighbours")
         self.embeddings, self._even = embeddings, evening(embeddings)
         self._features = self._even(embeddings)
         self._graph = _graph(self._features, min(NEIGHBOURS, len(embeddings) - 1))

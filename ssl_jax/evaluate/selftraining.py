@@ -66,7 +66,7 @@ def self_train(
       consistency  cross-entropy between the student's own answer to a weak view, if its probability is at least
                    settings.confidence, and its probabilities for a strong view (FixMatch,
                    https://arxiv.org/abs/2001.07685, section 2). Of classes of which the teacher is sure less often,
-                   less is asked (FlexMatch, https://arxiv.org/abs/2110.08263, equations 5 to 8)
+                   less is asked (FlexMatch, https://arxiv.org/abs/2110.08263, equations 5 to 12)
 
     With several labels per image, each class has a sigmoid for itself. With settings.align, probabilities are first
     scaled so that classes are as frequent as among the labels, or equally frequent (ReMixMatch,
@@ -97,6 +97,7 @@ def self_train(
             known = encoder.embed(task.images[index], fixed=True), task.labels[index]
             targets = _logits(pool.neighbourhood(encoder).spread(*known, classes), task.labels.ndim == 2)
         else:
+            assert teacher is not None  # for mypy: only a propagated one is missing
             targets = by_piece(teacher, pool.images)
         lessons = _lessons(targets, encoder, pool.images, task.labels[index], settings, seed)
         return list(task.fit(index, [pair], lessons, stops))
