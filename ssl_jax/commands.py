@@ -81,7 +81,7 @@ def evaluate(
         if protocol == "finetune":
             config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, unlabelled="all"))
         if not evaluation.learns_from_others(config, protocol):
-            raise UserError(f"--unlabelled={unlabelled}: not used by --protocol={protocol}; allowed: finetune, propagate")
+            raise UserError(f"--unlabelled={unlabelled}: not for --protocol={protocol}; allowed: finetune, propagate")
         others = unlabelled_of(encoder, config, unlabelled)
     train, held_out, description = _train_and_test(encoder, config, data, test)
     specs = _data_spec(encoder, config, data), data_of(test, "--test", config.data) if test else None

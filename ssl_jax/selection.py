@@ -1,7 +1,7 @@
 """Which images to label: orders of the images in a pool, every prefix of which is a selection.
 
 The first 50 of 100 are the 50. A selection depends on the embeddings, the images labelled already and the seed alone.
-All distances are those of embeddings of length 1. Memory is that of the embeddings, and of chunks of their distances.
+All distances are those of embeddings of length 1, half whitened before (`neighbours.evening`). Memory is that of the embeddings, and of chunks of their distances.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from ssl_jax.data import Source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.neighbours import distance, nearest, nearest_others, normalized
+from ssl_jax.neighbours import distance, evened, nearest, nearest_others, normalized
 from ssl_jax.progress import counting
 
 Strategy = Literal["typical", "coverage", "kcenter", "uncertain", "margin", "random"]
@@ -75,7 +75,7 @@ def select(
         raise UserError(f"labels={count}: there are {left} images to choose from; allowed: 1 to {left}")
     if strategy == "random":
         return _random(pool, count, seed)
-    features = normalized(features)
+    features = normalized(evened(features))
     if strategy in BY_DOUBT:
         if probabilities is None:
             raise ValueError(f"strategy={strategy}: needs probabilities")

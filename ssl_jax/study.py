@@ -321,9 +321,7 @@ class _Evaluator:
         inputs = {"version": VERSION, **self.shared_inputs, **own}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def run(
-        self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples
-    ) -> tuple[Cell, np.ndarray]:
+    def run(self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples) -> tuple[Cell, np.ndarray]:
         start = time.monotonic()
         options: Any = {"classes": len(self.classes), "seed": cell.seed, "groups": examples.groups}
         result: dict[str, Any] = {}

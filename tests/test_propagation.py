@@ -62,7 +62,7 @@ def test_labels_spread_from_inside_and_outside_of_a_pool(several):
     seeds = np.zeros((150, known.shape[1]))
     for row, near, weights in zip(known, index, np.maximum(similarity, 0) ** 3, strict=True):
         seeds[near] += weights[:, None] / weights.sum() * row
-    spread = dense(even(features[:150]), seeds, 20, 0.99)
+    spread = dense(even(features[:150]), seeds, 20, 0.97)
     wanted = spread[:, :3] / (spread[:, :3] + spread[:, 3:] if several else spread.sum(axis=1, keepdims=True))
     found = pool.spread(features[150:159], labels[150:159], 3)
     np.testing.assert_allclose(found, wanted, atol=1e-4)

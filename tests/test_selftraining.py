@@ -142,7 +142,9 @@ def test_labels_spread_over_the_graph_teach_without_a_classifier(several, monkey
     embedded = [toy_encoder().embed(x) for x in (images, pool)]
     shares = np.clip(Neighbourhood(embedded[1]).spread(embedded[0], labels, 3), 1e-6, 1 - 1e-6)
     seen, original = [], selftraining._lessons
-    monkeypatch.setattr(selftraining, "_lessons", lambda targets, *more: seen.append(targets) or original(targets, *more))
+    monkeypatch.setattr(
+        selftraining, "_lessons", lambda targets, *more: seen.append(targets) or original(targets, *more)
+    )
     options = {"classes": 3, "settings": settings, "seed": 0}
     with monkeypatch.context() as patch:
         patch.setattr(selftraining, "finetune", None)
@@ -173,9 +175,9 @@ def test_alignment_gives_classes_the_shares_of_the_labels():
     aligned = softmax(logits + selftraining._alignment(logits, labels, "labels"), axis=1).mean(axis=0)
     before = softmax(logits, axis=1).mean(axis=0)
     assert np.abs(aligned - [0.1, 0.2, 0.7]).sum() < 0.3 * np.abs(before - [0.1, 0.2, 0.7]).sum()
-    # A class without a label stays as rare as it is; the others become equally frequent.
+    # A class without a label is not answered; the others become equally frequent.
     equal = softmax(logits + selftraining._alignment(logits, labels[labels != 2], "equal"), axis=1).mean(axis=0)
-    assert abs(equal[0] - equal[1]) < 0.3 * abs(before[0] - before[1]) and equal[2] < 1e-4
+    assert abs(equal[0] - equal[1]) < 0.4 * abs(before[0] - before[1]) and equal[2] < 1e-4
     with pytest.raises(UserError, match="align='equal': with several labels per image; allowed: 'none' or 'labels'"):
         selftraining._alignment(logits, np.eye(3)[labels], "equal")
     several = (np.random.default_rng(1).random((100, 3)) < [0.1, 0.2, 0.7]).astype(float)
