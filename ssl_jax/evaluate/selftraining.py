@@ -247,7 +247,7 @@ def thresholds(logits: np.ndarray, confidence: float, several: bool) -> np.ndarr
     else:
         sure = np.bincount(p.argmax(axis=1)[p.max(axis=1) >= confidence], minlength=p.shape[1])
     often = sure / sure.max() if sure.any() else np.ones(len(sure))
-    return np.float32(confidence * often / (2 - often))
+    return (confidence * often / (2 - often)).astype(np.float32)
 
 
 def _alignment(logits: np.ndarray, labels: np.ndarray, align: str) -> np.ndarray:
