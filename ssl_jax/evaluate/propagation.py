@@ -75,13 +75,22 @@ def spread_probe(
     """A `linear_probe` of labelled embeddings [N, D] and of a pool [M, D] with the classes that are most probable after
     `spread`; with several labels per image, with the probabilities. groups: of all [N + M], the labelled ones first.
 
-    align: how frequent the classes of one label are taken to be, as in `class_shares`; "none": as they are found.
+    align: see `aligned`; several labels stay as they are.
     """
     shares = pool.spread(known, labels, classes)
-    if align != "none" and labels.ndim == 1:
-        shares = shares * class_shares(labels, classes, align) / np.maximum(shares.mean(axis=0), 1e-6)
+    if labels.ndim == 1:
+        shares = aligned(shares, labels, align)
     taught = np.concatenate([labels, shares if labels.ndim == 2 else shares.argmax(axis=1)])
     return linear_probe(np.concatenate([known, pool.embeddings]), taught, classes=classes, seed=seed, groups=groups)
+
+
+def aligned(shares: np.ndarray, labels: np.ndarray, align: str) -> np.ndarray:
+    """Probabilities [M, K], each class scaled so that it is about as frequent as `class_shares` says; "none": as they
+    are. labels: int [N], from which they were spread."""
+    if align == "none":
+        return shares
+    odds = shares * class_shares(labels, shares.shape[1], align) / np.maximum(shares.mean(axis=0), 1e-6)
+    return odds / np.maximum(odds.sum(axis=1, keepdims=True), 1e-12)
 
 
 def _known(labels: np.ndarray, classes: int) -> np.ndarray:
