@@ -1,8 +1,9 @@
-"""Which labels, and what is spread from them, on frozen embeddings of training images of Fashion-MNIST: minutes.
+"""Which labels, and what is spread from them, on frozen embeddings of training images: minutes.
 
 python benchmarks/few_labels.py runs/demo/pretrain/simclr --out=benchmarks/results/few_labels.csv
+python benchmarks/few_labels.py RUN --data=DIR                  a folder with one sub-folder per class
 
-A pool of training images, all of whose labels but the chosen ones are hidden. Each number is the share of the others
+A pool of training images, of Fashion-MNIST if no folder is named, all of whose labels but the chosen ones are hidden. Each number is the share of the others
 that get their right class. `--images=60000 --seeds=1` also tells how long the parts take on a pool of that size.
 """
 
@@ -27,19 +28,22 @@ FIRST = 100  # seeds from here on: those of the studies begin at 0
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("run", help="run folder, or folder of an exported encoder")
+    parser.add_argument("--data", default="")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("few_labels.csv"))
     given = parser.parse_args()
-    source = open_source(Data(name="fashion_mnist"))
+    encoder = load_encoder(given.run)
+    data = Data(name="folder", path=given.data) if given.data else Data(name="fashion_mnist")
+    source = open_source(encoder.data(data))
     rows = np.sort(np.random.default_rng(99).permutation(len(source))[: given.images])
-    features, truth = timed("embedding", load_encoder(given.run).embed, source.arrays()[rows]), source.labels[rows]
+    features, truth = timed("embedding", encoder.embed, source.arrays()[rows]), np.asarray(source.labels)[rows]
     pool, results = timed("graph", Neighbourhood, features), []
     for seed in range(FIRST, FIRST + given.seeds):
         for draw in ("random", "typical"):
             order = timed(f"select, {draw}", select, features, max(COUNTS), draw, seed=seed)
             for count in COUNTS:
-                for name, guess in answers(features, truth, pool, order[:count], seed):
+                for name, guess in answers(features, truth, pool, order[:count], seed, len(source.classes)):
                     correct = np.delete(guess == truth, order[:count]).mean()
                     results.append({"seed": seed, "draw": draw, "labels": count, "answer": name, "top1": correct})
     with given.out.open("w", newline="") as file:
@@ -49,15 +53,15 @@ def main():
     summarise(results)
 
 
-def answers(features, truth, pool, index, seed):
+def answers(features, truth, pool, index, seed, classes):
     """(name, class of each image int [N]) by each way to learn from the labels of the images at `index`."""
-    known, labels, classes = features[index], truth[index], 10
+    known, labels = features[index], truth[index]
     yield "linear", linear_probe(known, labels, classes=classes, seed=seed).scores(features).argmax(axis=1)
     hidden = np.full(len(truth), -1)
     hidden[index] = labels
     yield "propagate", timed("propagate", propagate, features, hidden, classes).argmax(axis=1)
     shares = timed("spread", pool.spread, known, labels, classes)
-    for align in ("none", "equal"):
+    for align in ("none", "labels", "equal"):
         yield f"pool, align={align}", aligned(shares, labels, align).argmax(axis=1)
 
 
