@@ -3,8 +3,9 @@
 python benchmarks/few_labels.py runs/demo/pretrain/simclr --out=benchmarks/results/few_labels.csv
 python benchmarks/few_labels.py RUN --data=DIR                  a folder with one sub-folder per class
 
-A pool of training images, of Fashion-MNIST if no folder is named, all of whose labels but the chosen ones are hidden. Each number is the share of the others
-that get their right class. `--images=60000 --seeds=1` also tells how long the parts take on a pool of that size.
+A pool of training images, of Fashion-MNIST if no folder is named, all of whose labels but the chosen ones are hidden.
+Each number is the share of the others that get their right class. `--images=60000 --seeds=1` also tells how long the
+parts take on a pool of that size.
 """
 
 import argparse
