@@ -51,6 +51,7 @@ def evaluate(
     seeds: int = 1,
     data: str = "",
     test: str = "",
+    unlabelled: str = "",
     step: int | str = "",
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -60,8 +61,11 @@ def evaluate(
     On other data or with other settings than the run's own, the names end with the data and a hash of what differs; of
     a checkpoint that is not the finished run's last (step: its number, or "latest"), with its step. Returns the content
     of the .json file.
+
+    unlabelled: images to learn from as well, for protocols that do so; "": all training images.
     """
     from ssl_jax import evaluation
+    from ssl_jax.evaluate.selftraining import unlabelled_of
     from ssl_jax.load import load_with_settings
 
     if protocol not in evaluation.PROTOCOLS:
@@ -72,14 +76,23 @@ def evaluate(
         raise UserError(f"--seeds={seeds}: allowed: 1 or more")
     folder = Path(workdir)
     (encoder, config), own = load_with_settings(workdir, step, overrides), settings_of(folder, ())
+    others = None
+    if unlabelled:
+        if protocol == "finetune":
+            config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, unlabelled="all"))
+        if not evaluation.learns_from_others(config, protocol):
+            raise UserError(f"--unlabelled={unlabelled}: not for --protocol={protocol}; allowed: finetune, propagate")
+        others = unlabelled_of(encoder, config, unlabelled)
     train, held_out, description = _train_and_test(encoder, config, data, test)
     specs = _data_spec(encoder, config, data), data_of(test, "--test", config.data) if test else None
     usual = evaluation.conditions(own, protocol, _data_spec(encoder, own, ""), None)
-    conditions = evaluation.conditions(config, protocol, *specs, step=_other_step(encoder, folder) if step else 0)
+    beside: Any = {"step": _other_step(encoder, folder) if step else 0}
+    beside["unlabelled"] = data_of(unlabelled, "--unlabelled", config.data) if unlabelled else None
+    conditions = evaluation.conditions(config, protocol, *specs, **beside)
     name = f"{protocol}-{labels or 'all'}{evaluation.suffix(usual, conditions)}"
     about = {"test": description, "conditions": conditions}
     options: Any = {"labels": labels, "seeds": seeds, "about": about, "path": RunFolder(folder).evaluation / name}
-    return evaluation.evaluate(encoder, config, protocol, train, held_out, **options)
+    return evaluation.evaluate(encoder, config, protocol, train, held_out, **options, others=others)
 
 
 def study(config: Config, workdir: str, cells: str = "", dry_run: bool = False) -> None:
@@ -209,9 +222,10 @@ def finetune(
     print(f"fine-tuning on {len(train.labels)} labelled images, classes: {', '.join(classes)}", flush=True)
     options: Any = {"classes": len(classes), "settings": config.finetune, "seed": seed, "groups": train.source.groups}
     if others is not None:
-        print(f"then on {len(others.source)} images without a label, taught by the classifier", flush=True)
+        teacher = "the classifier" if config.finetune.teacher == "finetuned" else "labels spread over their neighbours"
+        print(f"then on {len(others.images)} images without a label, taught by {teacher}", flush=True)
     known = encoder, train.source.arrays(), train.labels
-    classifier = train_classifier(*known, lambda: others.without(), **options)
+    classifier = train_classifier(*known, others, **options)
     about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}
     about |= {"chosen": classifier.chosen, "multilabel": source.multilabel, "data": data, "test_data": test}
     about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}
@@ -220,7 +234,7 @@ def finetune(
     save_weights(folder, classifier)
     print_numbers(about["chosen"])
     if others is not None:
-        about |= {"unlabelled": unlabelled, "unlabelled_images": len(others.source)}
+        about |= {"unlabelled": unlabelled, "unlabelled_images": len(others.images)}
         print("the student is used" if classifier.chosen["student"] else "the teacher is used: its student is worse")
     about["loss"] = loss_curve(classifier)
     if reason := still_falling(about["loss"]):

@@ -241,9 +241,7 @@ class Finetune:
     backbone_ratio: tuple[float, ...] = option((1.0,), "learning rate of the backbone relative to the head's")
     weight_decay: float = option(1e-2, "weight decay (AdamW)")
     head: Literal["probe", "zero"] = option("probe", "initial head: a linear probe, or zeros")
-    batch_norm: Literal["train", "frozen"] = option(
-        "train", "statistics: of the batch (train) or of pretraining (frozen)"
-    )
+    batch_norm: Literal["train", "frozen"] = option("train", "statistics: of the batch, or of pretraining (frozen)")
     validation: float = option(0.2, "share of the labels held out to choose by; the final model trains on all labels")
     class_weights: Literal["none", "balanced"] = option("none", "balanced: every class has the same weight in the loss")
     sensitivity: float = option(
@@ -254,10 +252,13 @@ class Finetune:
     unlabelled: Literal["none", "all"] = option(
         "none", "all: also learn from the images without a label, a study's other training images or the run's own"
     )
+    teacher: Literal["finetuned", "propagated"] = option(
+        "finetuned", "of these; finetuned: the classifier; propagated: labels spread over the embedding's neighbours"
+    )
     unlabelled_batch: int = option(64, "images without a label in a batch, beside the labelled ones", min=1)
     unlabelled_weight: float = option(0.5, "their share of the loss; the labelled images have the rest", min=0, max=1)
     temperature: float = option(1.0, "that divides the logits of teacher and student", above=0)
-    align: bool = option(False, "scale the teacher's probabilities so that classes are as frequent as among the labels")
+    align: Literal["none", "labels", "equal"] = option("none", "how frequent classes are made: as labels, or equally")
     consistency: bool = option(
         False, "the student learns from its own confident answers to weak views (augment), on strong ones"
     )

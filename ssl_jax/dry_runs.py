@@ -91,8 +91,11 @@ def finetuning_run(encoder: Encoder, config: Config, train: Labelled, out: Path)
     steps = max(settings.steps, -(-settings.epochs * len(train.labels) // settings.batch))
     yield f"length    {trainings} trainings of {steps:,} steps of {settings.batch} images"
     if settings.unlabelled == "all":
-        students = "2 of a student and one of a teacher" if trainings > 1 else "one of a student"
-        yield f"          and {students}; a student also sees {settings.unlabelled_batch} images without a label"
+        if settings.teacher == "finetuned":
+            who = f"and {'2 of a student and one of a teacher' if trainings > 1 else 'one of a student'}; a student"
+        else:
+            who = "and 2 of a student, which" if trainings > 1 else "of a student, which"
+        yield f"          {who} also sees {settings.unlabelled_batch} images without a label"
     few = dataclasses.replace(settings, steps=STEPS, epochs=0, lr=settings.lr[:1], head="zero")
     few = dataclasses.replace(few, backbone_ratio=settings.backbone_ratio[:1])
     seconds = []

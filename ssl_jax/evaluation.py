@@ -2,7 +2,6 @@
 conditions."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import re
@@ -19,10 +18,10 @@ from ssl_jax.encoder import Encoder
 from ssl_jax.evaluate.finetuning import loss_curve, still_falling
 from ssl_jax.evaluate.knn import knn_scores
 from ssl_jax.evaluate.linear import linear_probe
-from ssl_jax.evaluate.propagation import NEIGHBOURS, propagate
+from ssl_jax.evaluate.propagation import spread_probe
 from ssl_jax.evaluate.references import RANDOM, References, over_pixels
 from ssl_jax.evaluate.scores import interval, metrics
-from ssl_jax.evaluate.selftraining import train_classifier
+from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 from ssl_jax.evaluate.subsets import nested_subset, without_positive
 from ssl_jax.report.tables import main_metric
 
@@ -33,6 +32,11 @@ HOW_READ = (
     "engine",
     "memory_gb",
 )  # options of config.data that change how images are read, not which
+
+
+def learns_from_others(config: Config, protocol: str) -> bool:
+    """Whether a protocol also learns from images without a label."""
+    return protocol == "propagate" or (protocol == "finetune" and config.finetune.unlabelled == "all")
 
 
 def evaluate(
@@ -46,10 +50,12 @@ def evaluate(
     seeds: int,
     about: Mapping[str, Any],
     path: Path,
+    others: Unlabelled | None = None,
 ) -> dict[str, Any]:
     """Writes path.json and path.npz, prints the means, and returns what path.json holds.
 
-    labels: drawn from `train` for each seed; 0: all. about: what the file says of its conditions.
+    labels: drawn from `train` for each seed; 0: all. about: what the file says of its conditions. others: images
+    without a label, for protocols that learn from such; None: those of `train`, whose labels they do not look at.
     """
     classes, count = train.source.classes, len(train.labels)
     every = np.arange(count)
@@ -57,11 +63,11 @@ def evaluate(
     for seed, draw in enumerate(draws):
         if absent := without_positive(train.labels[draw], classes):
             print(f"draw {seed}: no image of {', '.join(absent)} among the {len(draw)} labelled images")
-    spreads = protocol == "propagate" or (protocol == "finetune" and config.finetune.unlabelled == "all")
-    used = every if spreads else np.unique(np.concatenate(draws))  # all images, but not all labels
+    learns = others is None and learns_from_others(config, protocol)
+    used = every if learns else np.unique(np.concatenate(draws))  # all images, but not all labels
     pool = Labelled(train.source.take(used), train.labels[used])
     draws, test_images = [np.searchsorted(used, draw) for draw in draws], test.source.arrays()
-    scores, curve = _scores(encoder, config, protocol, pool, draws, test_images)
+    scores, curve = _scores(encoder, config, protocol, pool, draws, test_images, others)
     each = [metrics(s, test.labels, classes) for s in scores]
     compared = References({RANDOM: encoder}, test_images, test.labels, classes, config.eval)
     # Those of all protocols and steps are the same.
@@ -98,6 +104,7 @@ def _scores(
     train: Labelled,
     draws: Sequence[np.ndarray],
     test_images: np.ndarray,
+    others: Unlabelled | None,
 ) -> tuple[list[np.ndarray], list[float] | None]:
     """For each draw of labelled images, the scores [N, K] that a classifier trained on it gives to the test images;
     and the mean loss curve of fine-tuning."""
@@ -105,7 +112,8 @@ def _scores(
     classes = len(train.source.classes)
     if protocol != "finetune":
         features, test_features = encoder.embed(images), encoder.embed(test_images)
-    scores, curves = [], []
+    pool, pool_groups = Unlabelled(images) if others is None else others, None if others else all_groups
+    scores, curves, options = [], [], dict[str, Any]()
     for seed, rows in enumerate(draws):
         groups = None if all_groups is None else all_groups[rows]
         if protocol == "knn":
@@ -116,24 +124,17 @@ def _scores(
             probe = linear_probe(features[rows], labels[rows], classes=classes, seed=seed, groups=groups)
             scores.append(probe.scores(test_features))
         elif protocol == "propagate":
-            spread = _spread(features, labels, rows, classes)
-            probe = linear_probe(features, spread, classes=classes, seed=seed, groups=all_groups)
+            both = None if groups is None or pool_groups is None else np.concatenate([groups, pool_groups])
+            known = features[rows], labels[rows]
+            options = {"classes": classes, "seed": seed, "groups": both, "align": config.finetune.align}
+            probe = spread_probe(*known, pool.neighbourhood(encoder), **options)
             scores.append(probe.scores(test_features))
         else:
-            options: Any = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
-            known, others = (encoder, images[rows], labels[rows]), functools.partial(np.delete, images, rows, axis=0)
-            classifier = train_classifier(*known, others, **options)
+            options = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
+            classifier = train_classifier(encoder, images[rows], labels[rows], pool, **options)
             scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))
     return scores, np.mean(curves, axis=0).tolist() if curves else None
-
-
-def _spread(features: np.ndarray, labels: np.ndarray, rows: np.ndarray, classes: int) -> np.ndarray:
-    """Labels of all images, spread from those of `rows`; of the others, the labels are not looked at."""
-    known = np.full_like(labels, -1 if labels.ndim == 1 else np.nan)
-    known[rows] = labels[rows]
-    shares = propagate(features, known, classes, k=min(NEIGHBOURS, len(features) - 1))
-    return shares.argmax(axis=1) if labels.ndim == 1 else shares
 
 
 def _means(each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -145,17 +146,20 @@ def _means(each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     }
 
 
-def conditions(config: Config, protocol: str, data: Data, test: Data | None, step: int = 0) -> dict[str, Any]:
-    """What a result depends on beside the run's encoder: the data, test data that are not their own, the settings; and
-    the step of the encoder, if it is not the run's last."""
+def conditions(
+    config: Config, protocol: str, data: Data, test: Data | None, step: int = 0, unlabelled: Data | None = None
+) -> dict[str, Any]:
+    """What a result depends on beside the run's encoder: the data, test data that are not their own, the settings; the
+    step of the encoder, if it is not the run's last; and images without a label that are not those of the data."""
     settings = {
         "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")},
         "linear": {},
-        "propagate": {},
+        "propagate": {} if config.finetune.align == "none" else {"align": config.finetune.align},
         "finetune": config.finetune.inputs(),
     }
     made: dict[str, Any] = {"data": _described(data), "test": test and _described(test)}
     made |= {"settings": settings[protocol], **({"step": step} if step else {})}
+    made |= {"unlabelled": _described(unlabelled)} if unlabelled else {}
     return json.loads(json.dumps(made))  # as a reader of the file will see it
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ssl_jax.data import Source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError, unknown
-from ssl_jax.neighbours import distance, nearest, nearest_others, normalized
+from ssl_jax.neighbours import distance, evened, nearest, nearest_others, normalized
 from ssl_jax.progress import counting
 
 Strategy = Literal["typical", "coverage", "kcenter", "uncertain", "margin", "random"]
@@ -53,7 +53,7 @@ def select(
     strategy:
       typical    k-means with as many clusters as labels; from the largest clusters without a label the image with the
                  closest neighbours (TypiClust, https://arxiv.org/abs/2202.02794). In rounds: with clusters for the 10th
-                 label, the 20th and so on (ROUNDS), so that selections are nested.
+                 label, the 20th and so on (ROUNDS), so that selections are nested. Embeddings are `evened` before.
       coverage   the image with the most others around it that no chosen one covers; the radius is the largest at which
                  PURITY of the balls lie within one of `classes` clusters (ProbCover, https://arxiv.org/abs/2205.11320)
       kcenter    the image farthest from all that have a label (https://arxiv.org/abs/1708.00489)
@@ -75,7 +75,7 @@ def select(
         raise UserError(f"labels={count}: there are {left} images to choose from; allowed: 1 to {left}")
     if strategy == "random":
         return _random(pool, count, seed)
-    features = normalized(features)
+    features = normalized(evened(features) if strategy == "typical" else features)
     if strategy in BY_DOUBT:
         if probabilities is None:
             raise ValueError(f"strategy={strategy}: needs probabilities")

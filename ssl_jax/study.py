@@ -33,6 +33,7 @@ from ssl_jax.encoder import Encoder, load_encoder, model_of
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import loss_curve
 from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.evaluate.propagation import spread_probe
 from ssl_jax.evaluate.references import RANDOM, References, digest
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
@@ -238,7 +239,7 @@ def run_study(
         path = StudyFolder(workdir).cell(*cell_id)
         cell = _load(path, key, log)
         if cell is None:
-            cell, scores = evaluator.run(cell_id, encoder, encoder_digest, examples, indices)
+            cell, scores = evaluator.run(cell_id, encoder, encoder_digest, examples)
             _save(path, cell | {"key": key}, scores, indices)
             note, cell = progress.add(cell["seconds"]), read_json(path)  # as a later run will read it
         else:
@@ -303,7 +304,7 @@ class _Evaluator:
         self, config: Config, arms: Mapping[str, Config], train: Source, images: np.ndarray, labels: np.ndarray
     ):
         self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, train.classes
-        self.unlabelled = Unlabelled(train, config.data.memory_gb)
+        self.unlabelled, self.groups = Unlabelled(train, config.data.memory_gb), train.groups
         self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
         self.shared_inputs = {"test": digest(images, labels), "classes": self.classes, "protocol": self.protocol}
         self.test_features: dict[str, np.ndarray] = {}  # by the encoder's digest
@@ -311,30 +312,35 @@ class _Evaluator:
     def key(self, cell: CellId, encoder_digest: str, indices: np.ndarray, examples: Examples) -> str:
         """A hash of everything that the cell depends on."""
         labels = digest(indices, *(array for array in examples if array is not None))
-        settings = None if self.protocol == "linear" else self.settings[cell.arm].inputs()
-        own = {"labels": labels, "seed": cell.seed, "settings": settings, "encoder": encoder_digest}
-        if settings and "unlabelled" in settings:
+        settings = self.settings[cell.arm].inputs()
+        if self.protocol == "linear":
+            settings = {key: settings[key] for key in ("unlabelled", "align") if key in settings}
+        own = {"labels": labels, "seed": cell.seed, "settings": settings or None, "encoder": encoder_digest}
+        if "unlabelled" in settings:
             own["unlabelled"] = self.unlabelled.digest
         inputs = {"version": VERSION, **self.shared_inputs, **own}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
-    def run(
-        self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples, indices: np.ndarray
-    ) -> tuple[Cell, np.ndarray]:
+    def run(self, cell: CellId, encoder: Encoder, encoder_digest: str, examples: Examples) -> tuple[Cell, np.ndarray]:
         start = time.monotonic()
         options: Any = {"classes": len(self.classes), "seed": cell.seed, "groups": examples.groups}
-        chosen: dict[str, Any]
         result: dict[str, Any] = {}
         if self.protocol == "linear":
+            known = encoder.embed(examples.images, fixed=True), examples.labels
+            if self.settings[cell.arm].unlabelled == "none":
+                probe = linear_probe(*known, **options)
+            else:
+                pool, groups = self.unlabelled.neighbourhood(encoder), self.groups
+                both = {"groups": None if groups is None else np.concatenate([examples.groups, groups])}
+                probe = spread_probe(*known, pool, **options | both, align=self.settings[cell.arm].align)
             if encoder_digest not in self.test_features:
                 self.test_features[encoder_digest] = encoder.embed(self.images, fixed=True)
-            probe = linear_probe(encoder.embed(examples.images, fixed=True), examples.labels, **options)
             scores = probe.scores(self.test_features[encoder_digest])
-            chosen = {"strength": probe.strength, "validation": probe.validation}
+            chosen: dict[str, Any] = {"strength": probe.strength, "validation": probe.validation}
         else:
             settings = self.settings[cell.arm]
-            known, others = (encoder, examples.images, examples.labels), lambda: self.unlabelled.without(indices)
-            classifier = train_classifier(*known, others, settings=settings, **options)
+            given = encoder, examples.images, examples.labels, self.unlabelled
+            classifier = train_classifier(*given, settings=settings, **options)
             scores, chosen = classifier.logits(self.images, fixed=True), classifier.chosen
             result["loss"] = loss_curve(classifier)
         result |= {"chosen": chosen, "scores": metrics(scores, self.labels, self.classes)}

@@ -11,7 +11,8 @@ from toy_study import ARMS, toy_config, toy_run, toy_sources
 from ssl_jax import study as studies
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate import nested_subset
+from ssl_jax.evaluate import Neighbourhood, nested_subset
+from ssl_jax.evaluate.propagation import spread_probe
 from ssl_jax.report import summary
 from ssl_jax.selection import select
 
@@ -55,6 +56,24 @@ def test_an_arm_can_choose_its_labels_with_its_own_encoder(study):
             assert drawn(folder, "choosing", labels, seed) == sorted(order[:labels].tolist())
             for arm in ARMS:
                 assert drawn(folder, arm, labels, seed) == nested_subset(train.labels, labels, seed).tolist()
+
+
+def test_an_arm_can_spread_its_labels_to_all_training_images(tmp_path):
+    def lines(**changes):
+        arms = {"scratch": {}, "spreading": {"train": {"seed": 1}, "finetune": {"unlabelled": "all", **changes}}}
+        return run(tmp_path, arms=arms)
+
+    lines(align="equal")
+    train, test = toy_sources()
+    features = toy_encoder(0).embed(train.arrays())
+    pool, labels = Neighbourhood(features), np.asarray(train.labels)
+    for count in (6, 30):
+        index = drawn(tmp_path, "spreading", count, 1)
+        probe = spread_probe(features[index], labels[index], pool, classes=3, seed=1, align="equal")
+        scores = np.load(tmp_path / f"cells/spreading/{count}/1.npz")["scores"]
+        np.testing.assert_allclose(scores, probe.scores(toy_encoder(0).embed(test.arrays())), atol=1e-3)
+    again = lines()  # not aligned: other answers
+    assert ["(reused)" in line for line in again] == ["spreading" not in line for line in again]
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from ssl_jax.evaluate.finetuning import Classifier, finetune
 from ssl_jax.evaluate.knn import knn_predict
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.multilabel import reliability, threshold_at_sensitivity
-from ssl_jax.evaluate.propagation import propagate
+from ssl_jax.evaluate.propagation import Neighbourhood, propagate
 from ssl_jax.evaluate.references import References, over_pixels, pixels
 from ssl_jax.evaluate.scores import interval, metrics, paired
 from ssl_jax.evaluate.selftraining import self_train
@@ -14,6 +14,7 @@ from ssl_jax.evaluate.uncertainty import bootstrap_by_group, delong
 
 __all__ = [
     "Classifier",
+    "Neighbourhood",
     "References",
     "bootstrap_by_group",
     "delong",

@@ -174,14 +174,19 @@ class Task(NamedTuple):
         return holdout(self.labels, self.settings.validation, self.seed, self.groups)
 
     def fit(
-        self, index: np.ndarray, pairs: Sequence[tuple[float, float]], batch: Batch | None = None
+        self,
+        index: np.ndarray,
+        pairs: Sequence[tuple[float, float]],
+        batch: Batch | None = None,
+        stops: Sequence[float] = (1.0,),
     ) -> Iterator[Classifier]:
-        """A classifier for each pair (lr, backbone_ratio), trained on the images at `index`."""
+        """A classifier for each pair (lr, backbone_ratio), trained on the images at `index`; with several `stops`, one
+        for each, as it is after that share of the steps."""
         head, beside = self._initial_head(index), self._beside(index)
         for lr, ratio in pairs:
-            params, stats, losses = _train(self, index, head, lr, ratio, batch)
-            told: Any = {"losses": losses, "multilabel": self.labels.ndim == 2, "pixels": beside}
-            yield Classifier(self.encoder, params, stats, {"lr": lr, "backbone_ratio": ratio}, **told)
+            for params, stats, losses in _train(self, index, head, lr, ratio, batch, stops):
+                told: Any = {"losses": losses, "multilabel": self.labels.ndim == 2, "pixels": beside}
+                yield Classifier(self.encoder, params, stats, {"lr": lr, "backbone_ratio": ratio}, **told)
 
     def _beside(self, index: np.ndarray) -> Probe | None:
         raw = self.pixels
@@ -290,9 +295,11 @@ def balance(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.where(counts > 0, total / (kinds * np.maximum(counts, 1e-9)), 1).astype(np.float32)
 
 
-def _train(task: Task, index: np.ndarray, head, lr: float, ratio: float, batch: Batch | None):
-    """(params, stats) after the last step, and the losses of all. Every batch has the same shape, so the step compiles
-    once."""
+def _train(
+    task: Task, index: np.ndarray, head, lr: float, ratio: float, batch: Batch | None, stops: Sequence[float]
+) -> Iterator[tuple[Any, Any, np.ndarray]]:
+    """(params, stats) after each share of the steps in `stops`, which rise, and the losses up to there; the last share
+    ends it. Every batch has the same shape, so the step compiles once."""
     encoder, settings, images, labels = task.encoder, task.settings, task.images[index], task.labels[index]
     objective, more = batch or Batch(Supervised(resolve_views(settings.augment, 1, encoder.size)), lambda step: ())
     size = settings.batch
@@ -305,13 +312,16 @@ def _train(task: Task, index: np.ndarray, head, lr: float, ratio: float, batch: 
     guessing = max(-selection_score(guess, labels)[1], 1e-6)
     state = _start(encoder.params, encoder.stats, head)
     key, losses = jax.random.key(task.seed), []
-    for step in range(steps):
+    ends = [max(1, round(share * steps)) for share in stops]
+    for step in range(ends[-1]):
         rows = order[step * size : (step + 1) * size]
         data = images[rows], labels[rows], task.weights, *more(step)
         state, loss = _step(state, data, key, np.int32(step), rates[step], *scales, *static)
         losses.append(loss)
-    (params, stats, _), losses = jax.device_get((state, losses))
-    return params, stats, np.asarray(losses) / guessing
+        for _ in range(ends.count(step + 1)):
+            # Copies, because the next step donates the state.
+            (params, stats), so_far = jax.device_get((_copied(state[:2]), losses))
+            yield params, stats, np.asarray(so_far) / guessing
 
 
 def loss_of_labels(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
@@ -363,6 +373,11 @@ def _adamw(lr: Any, ratio: Any, decay: Any) -> optax.GradientTransformation:
 def _start(params, stats, head):
     params = {"encoder": params, "head": head}
     return jax.tree.map(jnp.copy, (params, stats, _adamw(0, 0, 0).init(params)))  # copies, because a step donates them
+
+
+@jax.jit
+def _copied(tree):
+    return jax.tree.map(jnp.copy, tree)
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8, 9), donate_argnums=0)

@@ -89,6 +89,18 @@ def log_frequencies(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.log(np.nansum(labels, axis=0) + 0.5) - np.log(np.nansum(1 - labels, axis=0) + 0.5)
 
 
+def class_shares(labels: np.ndarray, classes: int, align: str) -> np.ndarray:
+    """How frequent classes are taken to be, float64 [K]: as among labels [N] or [N, K] (align="labels"), or all that
+    have a label equally ("equal"). With several labels per image, the share of images that have each."""
+    if align == "labels":
+        odds = np.exp(log_frequencies(labels, classes))
+        return odds / (1 + odds if labels.ndim == 2 else odds.sum())
+    if labels.ndim == 2:
+        raise UserError("config.finetune.align='equal': with several labels per image; allowed: 'none' or 'labels'")
+    present = np.bincount(labels[labels >= 0], minlength=classes) > 0
+    return present / present.sum()
+
+
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """(mean, half width of its 95 % interval) by Student's t. The half width of a single value is nan.
 

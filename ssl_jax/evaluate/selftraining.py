@@ -1,4 +1,4 @@
-"""Self-training: a classifier that was trained on few labels teaches a student on images without any."""
+"""Self-training: a student learns what few labels say of images without any, by a classifier or over a graph."""
 
 import dataclasses
 import functools
@@ -27,28 +27,33 @@ from ssl_jax.evaluate.finetuning import (
     probabilities,
     task_of,
 )
+from ssl_jax.evaluate.propagation import Neighbourhood
 from ssl_jax.evaluate.references import digest
-from ssl_jax.evaluate.scores import log_frequencies, selection_score
+from ssl_jax.evaluate.scores import class_shares, selection_score
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.settings import data_of, images_only
 
 PIECE = 4_096  # images that the teacher is shown at a time
+STOPS = (0.25, 0.5, 0.75, 1.0)  # shares of its steps after which a student may stop
+ALMOST_NEVER = 1e-6  # the smallest probability that a teacher gives
 Images = np.ndarray | Source
 
 
 def self_train(
-    teacher: Classifier,
+    teacher: Classifier | None,
     encoder: Encoder,
     images: np.ndarray,
     labels: np.ndarray,
-    unlabelled: Images,
+    unlabelled: "Images | Unlabelled",
     *,
+    classes: int,
     settings: Finetune,
     seed: int,
     groups: np.ndarray | None = None,
 ) -> Classifier:
     """A student of `teacher`, which `finetune` trained on the same images uint8 [N, H, W, C] and labels, with the same
-    settings and seed; or the teacher, if that is better.
+    settings and seed; or the teacher, if that is better. None: there is none to compare with, as it takes none to teach
+    (settings.teacher="propagated") and no learning rate was to be chosen.
 
     unlabelled: images uint8 [M, H, W, C] without labels, or a source of such images, which is decoded batch by batch.
     Some of the labelled ones may be among them.
@@ -60,76 +65,106 @@ def self_train(
                    (SimCLR v2, https://arxiv.org/abs/2006.10029, section 3)
       consistency  cross-entropy between the student's own answer to a weak view, if its probability is at least
                    settings.confidence, and its probabilities for a strong view (FixMatch,
-                   https://arxiv.org/abs/2001.07685, section 2)
+                   https://arxiv.org/abs/2001.07685, section 2). Of classes of which the teacher is sure less often,
+                   less is asked (FlexMatch, https://arxiv.org/abs/2110.08263, equations 5 to 12)
 
     With several labels per image, each class has a sigmoid for itself. With settings.align, probabilities are first
-    scaled so that classes are as frequent as among the labels (ReMixMatch, https://arxiv.org/abs/1911.09785, section
-    3.1), by factors that come from the teacher.
+    scaled so that classes are as frequent as among the labels, or equally frequent (ReMixMatch,
+    https://arxiv.org/abs/1911.09785, section 3.1), by factors that come from the teacher.
 
     If `finetune` held labels out to choose by, a teacher and a student without these are compared on them, and the
-    student is kept unless it has fewer hits, or a smaller mean AUC. No other label takes part in a choice. The student
+    student is kept unless it has fewer hits, or a smaller mean AUC. They also say when it stops: after the share of its
+    steps, one of STOPS, at which it has the best `selection_score`. No other label takes part in a choice. The student
     is then trained on all labels.
+
+    With settings.teacher="propagated", the probabilities are those of the labels spread over the graph of the nearest
+    neighbours in the embedding of `encoder` (`propagate`).
 
     The teacher looks at each image once, without its gradient. The same seed gives the same student.
 
     Raises UserError if there are no images without a label, if they have another shape, or if training diverges.
     """
-    classes = len(teacher.params["head"]["b"])
     task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups)
-    _check(task.images, unlabelled)
-    pair = teacher.chosen["lr"], teacher.chosen["backbone_ratio"]
+    pool = unlabelled if isinstance(unlabelled, Unlabelled) else Unlabelled(unlabelled)
+    _check(task.images, pool.images)
+    propagated = settings.teacher == "propagated"
+    pair = settings.lr[0], settings.backbone_ratio[0]
+    if teacher is not None:
+        pair = teacher.chosen["lr"], teacher.chosen["backbone_ratio"]
 
-    def taught_by(teacher: Classifier, index: np.ndarray) -> Classifier:
-        [student] = task.fit(index, [pair], _lessons(teacher, encoder, unlabelled, task.labels[index], settings, seed))
-        return student
+    def taught_by(teacher: Classifier | None, index: np.ndarray, stops: Sequence[float]) -> list[Classifier]:
+        if propagated:
+            known = encoder.embed(task.images[index], fixed=True), task.labels[index]
+            targets = _logits(pool.neighbourhood(encoder).spread(*known, classes), task.labels.ndim == 2)
+        else:
+            assert teacher is not None  # for mypy: only a propagated one is missing
+            targets = by_piece(teacher, pool.images)
+        lessons = _lessons(targets, encoder, pool.images, task.labels[index], settings, seed)
+        return list(task.fit(index, [pair], lessons, stops))
 
-    choice, held_out = {}, None
-    if teacher.held_out is not None:
+    choice, held_out, stop = dict[str, Any](), None, STOPS[-1]
+    chosen = {} if teacher is None else teacher.chosen
+    if teacher is not None and teacher.held_out is not None:
         kept, held = task.holdout()
-        [deputy] = task.fit(kept, [pair])
-        logits = taught_by(deputy, kept).logits(task.images[held], fixed=True)
-        before, after = (selection_score(each, task.labels[held])[0] for each in (teacher.held_out[0], logits))
+        [deputy] = [None] if propagated else task.fit(kept, [pair])
+        answers = [made.logits(task.images[held], fixed=True) for made in taught_by(deputy, kept, STOPS)]
+        scores = [selection_score(each, task.labels[held]) for each in answers]
+        best = max(range(len(STOPS)), key=lambda i: (scores[i], i))  # the last of equals
+        before, (after, _) = selection_score(teacher.held_out[0], task.labels[held])[0], scores[best]
         choice = {"teacher_validation": before, "student_validation": after, "student": after >= before}
         if not choice["student"]:
-            return teacher._replace(chosen=teacher.chosen | choice)
-        choice["validation"], held_out = after, (logits, task.labels[held])
-    student = taught_by(teacher, task.everything)
+            return teacher._replace(chosen=chosen | choice)
+        stop, held_out = STOPS[best], (answers[best], task.labels[held])
+        choice |= {"validation": after, "stop": stop}
+    [student] = taught_by(teacher, task.everything, (stop,))
     check_finite(student, f"config.finetune.lr={pair[0]}: the student's training diverged; use smaller learning rates")
-    return student._replace(chosen=teacher.chosen | {"student": True} | choice, held_out=held_out)
+    return student._replace(chosen=student.chosen | chosen | {"student": True} | choice, held_out=held_out)
 
 
 def train_classifier(
-    encoder: Encoder, images: np.ndarray, labels: np.ndarray, unlabelled: Callable[[], Images], **options: Any
+    encoder: Encoder, images: np.ndarray, labels: np.ndarray, unlabelled: "Unlabelled | None", **options: Any
 ) -> Classifier:
-    """`finetune`, and then `self_train` on the images that `unlabelled()` returns, if settings.unlabelled says so."""
-    classifier = finetune(encoder, images, labels, **options)
-    if options["settings"].unlabelled == "none":
-        return classifier
-    del options["classes"]
-    return self_train(classifier, encoder, images, labels, unlabelled(), **options)
+    """`finetune`, and then `self_train` on the other images, if settings.unlabelled says so."""
+    settings: Finetune = options["settings"]
+    if settings.unlabelled == "none" or unlabelled is None:
+        return finetune(encoder, images, labels, **options)
+    nothing_to_choose = len(settings.lr) == len(settings.backbone_ratio) == 1
+    untaught = settings.teacher == "propagated" and nothing_to_choose
+    teacher = None if untaught else finetune(encoder, images, labels, **options)
+    return self_train(teacher, encoder, images, labels, unlabelled, **options)
 
 
 class Unlabelled:
-    """The images of a source, whose labels are not looked at. They are decoded once if they fit into memory_gb."""
+    """Images uint8 [M, H, W, C], or a source, whose labels are not looked at. A source is decoded once if it fits into
+    memory_gb, and else batch by batch."""
 
-    def __init__(self, source: Source, memory_gb: float):
-        self.source, self.fits = source, source.nbytes <= memory_gb * 1e9
+    def __init__(self, images: Images, memory_gb: float = 0):
+        self._given, self._memory = images, memory_gb * 1e9
+        self._last: tuple[str, Neighbourhood] | None = None
+
+    @functools.cached_property
+    def images(self) -> Images:
+        if not isinstance(self._given, Source):
+            return self._given
+        if self._given.nbytes <= self._memory:
+            return self._given.arrays()
+        source = self._given.take(range(len(self._given)))
+        source.forget_labels()
+        return source
 
     @functools.cached_property
     def digest(self) -> str:
         """Of all images, or of their names if they do not fit."""
-        if self.fits:
-            return digest(self.source.arrays())
-        return hashlib.sha256(json.dumps([self.source.names, self.source.shape]).encode()).hexdigest()
+        if isinstance(self.images, Source):
+            return hashlib.sha256(json.dumps([self.images.names, self.images.shape]).encode()).hexdigest()
+        return digest(self.images)
 
-    def without(self, indices: Sequence[int] | np.ndarray = ()) -> Images:
-        """All images but those at `indices`."""
-        rest = np.setdiff1d(np.arange(len(self.source)), indices)
-        if self.fits:
-            return self.source.arrays()[rest]
-        part = self.source.take(rest)
-        part.forget_labels()
-        return part
+    def neighbourhood(self, encoder: Encoder) -> Neighbourhood:
+        """In the embedding of `encoder`; that of the last encoder is kept."""
+        key = digest(*map(np.asarray, jax.tree.leaves((encoder.params, encoder.stats))))
+        if self._last is None or self._last[0] != key:
+            self._last = key, Neighbourhood(by_piece(encoder, self.images))
+        return self._last[1]
 
 
 def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
@@ -157,13 +192,15 @@ def _check(images: np.ndarray, unlabelled: Images) -> None:
 
 
 def _lessons(
-    teacher: Classifier, encoder: Encoder, unlabelled: Images, labels: np.ndarray, settings: Finetune, seed: int
+    targets: np.ndarray, encoder: Encoder, unlabelled: Images, labels: np.ndarray, settings: Finetune, seed: int
 ) -> Batch:
-    """The student's objective, and what it sees of the images without a label in each step."""
-    targets = _answers(teacher, unlabelled)
-    offset = _alignment(targets, labels) if settings.align else np.zeros(targets.shape[1], np.float32)
-    scalars = settings.unlabelled_weight, settings.temperature, settings.confidence
-    constants = offset, *map(np.float32, scalars)
+    """The student's objective, and what it sees of the images without a label in each step.
+
+    targets: a teacher's logits float32 [M, K] of the M images without a label.
+    """
+    offset = _alignment(targets, labels, settings.align)
+    limits = thresholds(targets, settings.confidence, labels.ndim == 2)
+    constants = offset, limits, *map(np.float32, (settings.unlabelled_weight, settings.temperature))
     size = min(settings.unlabelled_batch, len(unlabelled))
 
     def more(step: int) -> tuple[Any, ...]:
@@ -179,24 +216,50 @@ def _take(images: Images, rows: np.ndarray) -> np.ndarray:
     return images.load_many(rows) if isinstance(images, Source) else images[rows]
 
 
-def _answers(teacher: Classifier, unlabelled: Images) -> np.ndarray:
-    """The teacher's logits float32 [M, K]; PIECE images are in memory at a time."""
-    parts = []
+def by_piece(model: Classifier | Encoder, unlabelled: Images) -> np.ndarray:
+    """A teacher's logits float32 [M, K], or an encoder's embeddings [M, D]; PIECE images are in memory at a time."""
+    ask, parts = model.logits if isinstance(model, Classifier) else model.embed, []
     for start in range(0, len(unlabelled), PIECE):
         rows = np.arange(start, min(start + PIECE, len(unlabelled)))
         piece = unlabelled.take(rows).arrays() if isinstance(unlabelled, Source) else unlabelled[rows]
-        parts.append(teacher.logits(piece, fixed=True))
+        parts.append(ask(piece, fixed=True))
     return np.concatenate(parts)
 
 
-def _alignment(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """What to add to logits [M, K] of a teacher, float32 [K], so that its classes become about as frequent as in the
-    labels: the logarithms of the factors by which it finds them too seldom."""
-    several = labels.ndim == 2
-    wanted = probabilities(log_frequencies(labels, logits.shape[1])[None], several)[0]
-    found = probabilities(logits, several).mean(axis=0)
+def _logits(shares: np.ndarray, several: bool) -> np.ndarray:
+    """Logits float32 [M, K] of probabilities [M, K], at least ALMOST_NEVER each."""
+    p = np.clip(shares, ALMOST_NEVER, 1 - ALMOST_NEVER)
+    return (np.log(p) - np.log1p(-p) if several else np.log(p)).astype(np.float32)
+
+
+def thresholds(logits: np.ndarray, confidence: float, several: bool) -> np.ndarray:
+    """The probability from which on an answer counts, float32 [K], from a teacher's logits [M, K].
+
+    It is `confidence` for the class of which the teacher is sure most often. For one of which it is sure b times as
+    often, it is b / (2 - b) of that, so that classes that are harder to learn are not left out. With several labels per
+    image, a class is sure if it is certainly present or certainly absent.
+
+    Source: FlexMatch, https://arxiv.org/abs/2110.08263, equations 5, 7 and 12, with one teacher for all steps.
+    """
+    p = probabilities(logits, several)
+    if several:
+        sure = (np.maximum(p, 1 - p) >= confidence).sum(axis=0)
+    else:
+        sure = np.bincount(p.argmax(axis=1)[p.max(axis=1) >= confidence], minlength=p.shape[1])
+    often = sure / sure.max() if sure.any() else np.ones(len(sure))
+    return (confidence * often / (2 - often)).astype(np.float32)
+
+
+def _alignment(logits: np.ndarray, labels: np.ndarray, align: str) -> np.ndarray:
+    """What to add to logits [M, K] of a teacher, float32 [K], so that its classes become about as frequent as
+    `class_shares` says: the logarithms of the factors by which it finds them too seldom."""
+    classes, several = logits.shape[1], labels.ndim == 2
+    if align == "none":
+        return np.zeros(classes, np.float32)
+    wanted, found = class_shares(labels, classes, align), probabilities(logits, several).mean(axis=0)
     odds = (lambda p: np.log(p) - np.log1p(-p)) if several else np.log
-    return (odds(wanted) - odds(np.clip(found, 1e-6, 1 - 1e-6))).astype(np.float32)
+    limits = ALMOST_NEVER, 1 - ALMOST_NEVER
+    return (odds(np.clip(wanted, *limits)) - odds(np.clip(found, *limits))).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +270,7 @@ class _Objective:
     strong: tuple[View, ...]
 
     def __call__(self, predict: Callable[..., Any], data: tuple[Any, ...], key: jax.Array) -> tuple[jax.Array, Any]:
-        images, labels, weights, unlabelled, targets, offset, share, temperature, confidence = data
+        images, labels, weights, unlabelled, targets, offset, confidence, share, temperature = data
         keys, several = jax.random.split(key, 3), labels.ndim == 2
         shown = [(self.views, images), (self.strong or self.views, unlabelled)]
         shown += [(self.views, unlabelled)] * bool(self.strong)
@@ -244,6 +307,7 @@ def agreement(strong: jax.Array, weak: jax.Array, confidence: jax.Array | float,
 
     Args:
       strong, weak: logits [B, K] for two views of the same images. No gradient flows into the weak ones.
+      confidence: of all classes, or [K], of each.
       several: K sigmoids instead of a softmax; yes and no count from `confidence` on, and the mean is over all B K.
 
     Source: FixMatch, https://arxiv.org/abs/2001.07685, equation 4.
@@ -252,7 +316,7 @@ def agreement(strong: jax.Array, weak: jax.Array, confidence: jax.Array | float,
     if several:
         p = jax.nn.sigmoid(weak)
         known = jnp.maximum(p, 1 - p) >= confidence
-        return binary_cross_entropy(strong, jnp.where(known, p > 0.5, jnp.nan)) * known.mean()
+        return binary_cross_entropy(strong, jnp.where(known, p > 0.5, jnp.nan)) * known.mean(dtype=strong.dtype)
     p = jax.nn.softmax(weak)
-    known = p.max(axis=-1) >= confidence
-    return cross_entropy(strong, jnp.where(known, p.argmax(axis=-1), -1)) * known.mean()
+    known = p.max(axis=-1) >= jnp.broadcast_to(confidence, p.shape[-1])[p.argmax(axis=-1)]
+    return cross_entropy(strong, jnp.where(known, p.argmax(axis=-1), -1)) * known.mean(dtype=strong.dtype)
