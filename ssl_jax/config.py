@@ -249,9 +249,7 @@ class Finetune:
     )
     augment: Augment = option(Augment(preset="light"), "views of the images; same keys as config.augment")
     pixels: bool = option(False, "a logistic regression on raw pixels votes, too: the mean of both logits")
-    unlabelled: Literal["none", "all"] = option(
-        "none", "all: also learn from the images without a label, a study's other training images or the run's own"
-    )
+    unlabelled: Literal["none", "all"] = option("none", "all: learn from images without a label, too: the run's own")
     teacher: Literal["finetuned", "propagated"] = option(
         "finetuned", "of these; finetuned: the classifier; propagated: labels spread over the embedding's neighbours"
     )

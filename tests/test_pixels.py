@@ -63,7 +63,7 @@ def test_several_labels_an_image_and_a_student():
     assert teacher.multilabel and teacher.pixels.weights.shape == (64, 3)
     settings = dataclasses.replace(BOTH, unlabelled="all", unlabelled_batch=16)
     teacher = _made(settings, images, labels)
-    student = self_train(teacher, toy_encoder(), images, labels, images, settings=settings, seed=0)
+    student = self_train(teacher, toy_encoder(), images, labels, images, classes=3, settings=settings, seed=0)
     np.testing.assert_array_equal(student.pixels.weights, teacher.pixels.weights)
 
 
