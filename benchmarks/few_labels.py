@@ -62,7 +62,7 @@ def answers(features, truth, pool, index, seed, classes):
     hidden[index] = labels
     yield "propagate", timed("propagate", propagate, features, hidden, classes).argmax(axis=1)
     shares = timed("spread", pool.spread, known, labels, classes)
-    for align in ("none", "labels", "equal"):
+    for align in (False, True, "equal"):
         yield f"pool, align={align}", aligned(shares, labels, align).argmax(axis=1)
 
 

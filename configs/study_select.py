@@ -19,7 +19,7 @@ def get_config(what="runs/fashion"):
     config = default("simclr")
     config.data.name = "fashion_mnist"
     # The classes of Fashion-MNIST are equally frequent, and known to be.
-    align = "none" if "unequal" in words else "equal"
+    align = False if "unequal" in words else "equal"
     self_trained = {"finetune": {"unlabelled": "all", "teacher": "propagated", "align": align}}
     arms = {"random": {"select": "random"}, "typical": {"select": "typical"}}
     arms |= {"self-trained": {**arms["random"], **self_trained}, "both": {**arms["typical"], **self_trained}}

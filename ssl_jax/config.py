@@ -256,7 +256,7 @@ class Finetune:
     unlabelled_batch: int = option(64, "images without a label in a batch, beside the labelled ones", min=1)
     unlabelled_weight: float = option(0.5, "their share of the loss; the labelled images have the rest", min=0, max=1)
     temperature: float = option(1.0, "that divides the logits of teacher and student", above=0)
-    align: Literal["none", "labels", "equal"] = option("none", "how frequent classes are made: as labels, or equally")
+    align: bool | Literal["equal"] = option(False, "make classes as frequent as among the labels, or equally frequent")
     consistency: bool = option(
         False, "the student learns from its own confident answers to weak views (augment), on strong ones"
     )

@@ -154,7 +154,7 @@ def conditions(
     settings = {
         "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")},
         "linear": {},
-        "propagate": {} if config.finetune.align == "none" else {"align": config.finetune.align},
+        "propagate": {"align": config.finetune.align} if config.finetune.align else {},
         "finetune": config.finetune.inputs(),
     }
     made: dict[str, Any] = {"data": _described(data), "test": test and _described(test)}

@@ -172,16 +172,16 @@ def test_a_student_stops_where_it_was_best_on_the_labels_held_out(monkeypatch):
 def test_alignment_gives_classes_the_shares_of_the_labels():
     logits = np.random.default_rng(0).normal(size=(2000, 3)) + [2, 0, 0]
     labels = np.repeat([0, 1, 2], [10, 20, 70])
-    aligned = softmax(logits + selftraining._alignment(logits, labels, "labels"), axis=1).mean(axis=0)
+    aligned = softmax(logits + selftraining._alignment(logits, labels, True), axis=1).mean(axis=0)
     before = softmax(logits, axis=1).mean(axis=0)
     assert np.abs(aligned - [0.1, 0.2, 0.7]).sum() < 0.3 * np.abs(before - [0.1, 0.2, 0.7]).sum()
     # A class without a label is not answered; the others become equally frequent.
     equal = softmax(logits + selftraining._alignment(logits, labels[labels != 2], "equal"), axis=1).mean(axis=0)
     assert abs(equal[0] - equal[1]) < 0.4 * abs(before[0] - before[1]) and equal[2] < 1e-4
-    with pytest.raises(UserError, match="align='equal': with several labels per image; allowed: 'none' or 'labels'"):
+    with pytest.raises(UserError, match="align='equal': with several labels per image; allowed: False or True"):
         selftraining._alignment(logits, np.eye(3)[labels], "equal")
     several = (np.random.default_rng(1).random((100, 3)) < [0.1, 0.2, 0.7]).astype(float)
-    aligned = expit(logits + selftraining._alignment(logits, several, "labels")).mean(axis=0)
+    aligned = expit(logits + selftraining._alignment(logits, several, True)).mean(axis=0)
     assert np.abs(aligned - several.mean(axis=0)).max() < 0.1
 
 

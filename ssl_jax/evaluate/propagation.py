@@ -70,7 +70,7 @@ def spread_probe(
     classes: int,
     seed: int,
     groups: np.ndarray | None = None,
-    align: str = "none",
+    align: bool | str = False,
 ) -> Probe:
     """A `linear_probe` of labelled embeddings [N, D] and of a pool [M, D] with the classes that are most probable after
     `spread`; with several labels per image, with the probabilities. groups: of all [N + M], the labelled ones first.
@@ -84,10 +84,10 @@ def spread_probe(
     return linear_probe(np.concatenate([known, pool.embeddings]), taught, classes=classes, seed=seed, groups=groups)
 
 
-def aligned(shares: np.ndarray, labels: np.ndarray, align: str) -> np.ndarray:
-    """Probabilities [M, K], each class scaled so that it is about as frequent as `class_shares` says; "none": as they
+def aligned(shares: np.ndarray, labels: np.ndarray, align: bool | str) -> np.ndarray:
+    """Probabilities [M, K], each class scaled so that it is about as frequent as `class_shares` says; False: as they
     are. labels: int [N], from which they were spread."""
-    if align == "none":
+    if not align:
         return shares
     odds = shares * class_shares(labels, shares.shape[1], align) / np.maximum(shares.mean(axis=0), 1e-6)
     return odds / np.maximum(odds.sum(axis=1, keepdims=True), 1e-12)

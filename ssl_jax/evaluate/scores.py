@@ -89,14 +89,14 @@ def log_frequencies(labels: np.ndarray, classes: int) -> np.ndarray:
     return np.log(np.nansum(labels, axis=0) + 0.5) - np.log(np.nansum(1 - labels, axis=0) + 0.5)
 
 
-def class_shares(labels: np.ndarray, classes: int, align: str) -> np.ndarray:
-    """How frequent classes are taken to be, float64 [K]: as among labels [N] or [N, K] (align="labels"), or all that
+def class_shares(labels: np.ndarray, classes: int, align: bool | str) -> np.ndarray:
+    """How frequent classes are taken to be, float64 [K]: as among labels [N] or [N, K] (align=True), or all that
     have a label equally ("equal"). With several labels per image, the share of images that have each."""
-    if align == "labels":
+    if align is True:
         odds = np.exp(log_frequencies(labels, classes))
         return odds / (1 + odds if labels.ndim == 2 else odds.sum())
     if labels.ndim == 2:
-        raise UserError("config.finetune.align='equal': with several labels per image; allowed: 'none' or 'labels'")
+        raise UserError("config.finetune.align='equal': with several labels per image; allowed: False or True")
     present = np.bincount(labels[labels >= 0], minlength=classes) > 0
     return present / present.sum()
 

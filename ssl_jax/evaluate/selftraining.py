@@ -250,11 +250,11 @@ def thresholds(logits: np.ndarray, confidence: float, several: bool) -> np.ndarr
     return (confidence * often / (2 - often)).astype(np.float32)
 
 
-def _alignment(logits: np.ndarray, labels: np.ndarray, align: str) -> np.ndarray:
+def _alignment(logits: np.ndarray, labels: np.ndarray, align: bool | str) -> np.ndarray:
     """What to add to logits [M, K] of a teacher, float32 [K], so that its classes become about as frequent as
     `class_shares` says: the logarithms of the factors by which it finds them too seldom."""
     classes, several = logits.shape[1], labels.ndim == 2
-    if align == "none":
+    if not align:
         return np.zeros(classes, np.float32)
     wanted, found = class_shares(labels, classes, align), probabilities(logits, several).mean(axis=0)
     odds = (lambda p: np.log(p) - np.log1p(-p)) if several else np.log
