@@ -14,6 +14,7 @@ from ssl_jax.encoder import random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import finetune, pixels, self_train
 from ssl_jax.evaluate.references import STRENGTHS
+from ssl_jax.evaluation import _print
 
 ALONE = Finetune(steps=20, epochs=0, batch=16, lr=(0.01,), augment=Augment(preset="none"))
 BOTH = dataclasses.replace(ALONE, pixels=True)
@@ -99,3 +100,14 @@ def test_images_of_any_kind(saved):
 
 def test_a_classifier_without_it_is_known_again():
     assert "pixels" not in ALONE.inputs() and BOTH.inputs()["pixels"]
+
+
+@pytest.mark.parametrize("score, pixels_vote, told", [(0.4, False, True), (0.4, True, False), (0.9, False, False)])
+def test_evaluate_proposes_it_where_an_encoder_is_not_above_pixels(score, pixels_vote, told, capsys):
+    each = [{"top1": score, "left_out": []}, {"top1": score + 0.01, "left_out": []}]
+    beside = [{"raw pixels, linear": {"top1": 0.5}}, {"raw pixels, linear": {"top1": 0.51}}]
+    conditions = {"data": {"path": "d", "name": ""}, "settings": {"pixels": True} if pixels_vote else {}}
+    result = {"protocol": "finetune", "labels": 50, "seeds": 2, "test": "t", "metric": "top1", "loss": None}
+    result |= {"mean": {"top1": score}, "interval": {"top1": 0.1}, "per_seed": each, "conditions": conditions}
+    _print(result | {"references": {"raw pixels, linear": {"mean": {"top1": 0.505}}}}, beside)
+    assert ("config.finetune.pixels=True" in capsys.readouterr().out) == told
