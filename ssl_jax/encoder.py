@@ -63,7 +63,7 @@ class Encoder(NamedTuple):
     def width(self) -> int:
         """D, the number of dimensions of an embedding."""
         image = jax.ShapeDtypeStruct((1, self.size, self.size, self.channels), np.uint8)
-        return jax.eval_shape(functools.partial(_embed, self.network), self.params, self.stats, image).shape[1]
+        return compiled_embed().eval_shape(self.network, self.params, self.stats, image).shape[1]
 
     def data(self, data: Data) -> Data:
         """`data` with the size and channels that this encoder expects."""
