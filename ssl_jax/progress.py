@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 QUIET = False  # `--quiet`: no progress at all
+SLOW = 30  # seconds without a line, after which one tells that the run goes on
 
 
 class Progress:
@@ -68,6 +69,15 @@ class Progress:
         if now - self.last_line > 10 or step == self.total:  # not every step, to keep log files short
             self.last_line = now
             self.say(f"{self.title} {step}/{self.total}  {note}{self._left(now, step)}")
+
+    def reached(self, step: int) -> None:
+        """A step without new values: a line of its own only if steps are slow."""
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+        elif self.begun and now - max(self.last_line, self.begun[0]) > SLOW:
+            self.last_line = now
+            self.say(f"{self.title} {step}/{self.total}{self._left(now, step)}")
 
     def _left(self, now: float, step: int) -> str:
         since, first = self.begun or (now, step)

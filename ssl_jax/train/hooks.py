@@ -192,6 +192,7 @@ class Log(Hook):
             clock.restart(step)
             self.progress.begin(step)
         if step % self.log_every and step != self.total:
+            self.progress.reached(step)
             return
         self.write(step, {"epoch": round(step * batch / len(training.source), 4), **values})
         note: dict[str, Any] = {k: values[k] for k in ("loss", "probe_accuracy", "probe_loss") if k in values}
