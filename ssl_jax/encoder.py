@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ def _embed(network, params, stats, images):
 
 
 @functools.cache
-def compiled_embed() -> Callable[..., jax.Array]:
+def compiled_embed() -> Any:
     """`_embed` under jit. On a CPU without YNNPACK, whose products are slower here than XLA's other ones: benchmarks/.
     (Training is faster with it.)"""
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
