@@ -243,7 +243,15 @@ def wandb_records(folder):
     return records
 
 
-def wandb_history(folder):
+def wandb_history(folder, count):
+    """All rows, when there are `count`, or after half a minute: W&B's own process may still be writing."""
+    end = time.monotonic() + 30
+    while len(rows := wandb_rows(folder)) < count and time.monotonic() < end:
+        time.sleep(0.2)
+    return rows
+
+
+def wandb_rows(folder):
     rows = []
     for record in wandb_records(folder):
         if record.WhichOneof("record_type") == "history":
@@ -256,9 +264,7 @@ def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb")
     trained_twice(tmp_path, "wandb")
     Image.fromarray(PICTURE).save(tmp_path / "picture.png")
-    end = time.monotonic() + 30
-    while len(rows := wandb_history(tmp_path)) < 6 and time.monotonic() < end:  # its own process may still be writing
-        time.sleep(0.2)
+    rows = wandb_history(tmp_path, 6)
     assert [step for step, _ in rows] == [0, 1, 2, 3, 4, 5]
     assert [row["loss"] for _, row in rows[1:-1]] == [1.0, 0.5, 0.4, 0.3]
     assert math.isnan(rows[-1][1]["loss"]) and math.isnan(rows[1][1]["knn_auc"])
@@ -275,7 +281,7 @@ def test_wandb_offline(tmp_path):
     for writer in open_writers("wandb", tmp_path, CONFIG, 5):
         writer.image(5, "neighbours", tmp_path / "picture.png")
         writer.close()
-    step, row = wandb_history(tmp_path)[-1]
+    step, row = wandb_history(tmp_path, 7)[-1]
     assert step == 6 and row["neighbours.width"] == 5
 
 
