@@ -310,7 +310,7 @@ sys.exit(75)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(timeout=120) == 75
     process.stdout.close()
-    assert [(step, row["loss"]) for step, row in wandb_history(tmp_path)] == [(1, 1.0), (2, 0.5)]
+    assert [(step, row["loss"]) for step, row in wandb_history(tmp_path, 2)] == [(1, 1.0), (2, 0.5)]
 
 
 def test_mlflow(tmp_path):
