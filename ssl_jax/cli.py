@@ -177,7 +177,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "method": ("", METHOD),
             "data": ("", f"images to draw: {DATA}"),
             "out": ("views.png", ".png file to write"),
-            "size": ("", "side to which images are resized, in px: data.size"),
+            "size": LENGTH["size"],
             "config": ("", CONFIG),
             "images": (6, "number of images"),
             "masks": ("", f"{MASKS}; draws only images with masks, and their outlines"),

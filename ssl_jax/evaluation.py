@@ -124,9 +124,8 @@ def _scores(
             probe = linear_probe(features[rows], labels[rows], classes=classes, seed=seed, groups=groups)
             scores.append(probe.scores(test_features))
         elif protocol == "propagate":
-            both = None if groups is None or pool_groups is None else np.concatenate([groups, pool_groups])
-            known = features[rows], labels[rows]
-            options = {"classes": classes, "seed": seed, "groups": both, "align": config.finetune.align}
+            known, options = (features[rows], labels[rows]), {"groups": groups, "pool_groups": pool_groups}
+            options |= {"classes": classes, "seed": seed, "align": config.finetune.align}
             probe = spread_probe(*known, pool.neighbourhood(encoder), **options)
             scores.append(probe.scores(test_features))
         else:

@@ -330,9 +330,8 @@ class _Evaluator:
             if self.settings[cell.arm].unlabelled == "none":
                 probe = linear_probe(*known, **options)
             else:
-                pool, groups = self.unlabelled.neighbourhood(encoder), self.groups
-                both = {"groups": None if groups is None else np.concatenate([examples.groups, groups])}
-                probe = spread_probe(*known, pool, **options | both, align=self.settings[cell.arm].align)
+                options |= {"pool_groups": self.groups, "align": self.settings[cell.arm].align}
+                probe = spread_probe(*known, self.unlabelled.neighbourhood(encoder), **options)
             if encoder_digest not in self.test_features:
                 self.test_features[encoder_digest] = encoder.embed(self.images, fixed=True)
             scores = probe.scores(self.test_features[encoder_digest])

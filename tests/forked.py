@@ -18,6 +18,22 @@ CLI = "import sys; from ssl_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["forked", "ssl_jax.commands", "ssl_jax.report.html", "ssl_jax.audit.figures"])
 
+# The command line, where a step of a network that takes no time takes 20 ms, so that a signal can come between any two.
+# No views.png: half of the time of a short run. The fixture `uninterrupted` of test_train.py has it.
+SLOWLY = """
+import sys, time
+from ssl_jax import cli
+from ssl_jax.train import hooks, loop
+hooks.write_views = lambda *_: None
+batches = loop.batches
+def slowly(*args):
+    for batch in batches(*args):
+        time.sleep(0.02)
+        yield batch
+loop.batches = slowly
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
 
 class Python:
     """`python -c code *argv`, with what tests need of subprocess.Popen."""

@@ -43,21 +43,6 @@ TINY = [
 ]  # fmt: skip
 FEW = "synthetic:n=40,seed=5"
 
-# As in test_train.py: a step takes 20 ms, so that a signal can come between any two.
-SLOWLY = """
-import sys, time
-from ssl_jax import cli
-from ssl_jax.train import hooks, loop
-hooks.write_views = lambda *_: None
-batches = loop.batches
-def slowly(*args):
-    for batch in batches(*args):
-        time.sleep(0.02)
-        yield batch
-loop.batches = slowly
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
 
 @pytest.fixture(autouse=True)
 def no_sheet(monkeypatch):
@@ -382,7 +367,7 @@ def test_halving_trains_the_best_third_anew_for_longer(tmp_path, monkeypatch, ca
 
 def test_killed_in_the_middle_of_a_trial_it_ends_the_same(tmp_path):
     over = "optim.lr=0.05,0.1"
-    process = forked.Python(SLOWLY, *arguments(tmp_path / "a", over, steps=30))
+    process = forked.Python(forked.SLOWLY, *arguments(tmp_path / "a", over, steps=30))
     second, end = RunFolder(tmp_path / "a" / "trials" / "optim.lr=0.1"), time.monotonic() + 200
     while len(read_lines(second.metrics)) < 5 and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
@@ -402,7 +387,7 @@ def forked_workers(monkeypatch):
 
     def start(self, k):
         argv = ["sweep", *self.argv, "--workers=1", f"--cells={k}/{self.count}"]
-        started.append(forked.Python(SLOWLY, *argv))
+        started.append(forked.Python(forked.SLOWLY, *argv))
         return started[-1]
 
     started = []

@@ -44,22 +44,6 @@ TINY = {
 }  # fmt: skip
 RESNET = ("--config.model.name=resnet_thin", "--config.model.width=0.25")
 
-# A step of so small a network takes no time. Here each takes 20 ms, so that a signal can come between any two. No
-# views.png: half of the time of a short run. The fixture `uninterrupted` has it.
-SLOWLY = """
-import sys, time
-from ssl_jax import cli
-from ssl_jax.train import hooks, loop
-hooks.write_views = lambda *_: None
-batches = loop.batches
-def slowly(*args):
-    for batch in batches(*args):
-        time.sleep(0.02)
-        yield batch
-loop.batches = slowly
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
 
 def arguments(workdir, *more, duration="40 steps"):
     config = {**TINY, "train.duration": duration}
@@ -69,7 +53,7 @@ def arguments(workdir, *more, duration="40 steps"):
 
 def start(*args, env=None, **kwargs):
     """A process that can be sent signals on its way."""
-    return forked.Python(SLOWLY, *arguments(*args, **kwargs), env=env)
+    return forked.Python(forked.SLOWLY, *arguments(*args, **kwargs), env=env)
 
 
 def finish(*args, env=None, **kwargs):

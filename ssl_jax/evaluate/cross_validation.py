@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.multilabel import mean_auc
-from ssl_jax.evaluate.references import MAX_ITER, STRENGTHS
+from ssl_jax.evaluate.references import regression
 
 FOLDS = 5
 Split = tuple[np.ndarray, np.ndarray]  # indices of the images to train on, and of those to test on
@@ -53,7 +52,7 @@ def cross_validated(
     seed: int = 0,
     groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The score float [len(splits)] of `linear_probe` on each fold, trained on the others.
+    """The score float [len(splits)] of a `regression` on each fold, trained on the others.
 
     features [N, D]; labels int [N]: top-1; labels float [N, K]: mean AUC, nan where no class has both positives and
     negatives. The strength of the penalty is chosen anew in each training part.
@@ -61,8 +60,8 @@ def cross_validated(
     scores = []
     for train, test in splits:
         within = None if groups is None else groups[train]
-        options: dict = {"classes": classes, "seed": seed, "groups": within, "grid": STRENGTHS, "max_iter": MAX_ITER}
-        logits = linear_probe(features[train], labels[train], **options).scores(features[test])
+        probe = regression(features[train], labels[train], classes=classes, seed=seed, groups=within)
+        logits = probe.scores(features[test])
         if labels.ndim == 1:
             scores.append(float((logits.argmax(axis=1) == labels[test]).mean()))
         else:

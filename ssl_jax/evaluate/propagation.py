@@ -70,10 +70,12 @@ def spread_probe(
     classes: int,
     seed: int,
     groups: np.ndarray | None = None,
+    pool_groups: np.ndarray | None = None,
     align: bool | str = False,
 ) -> Probe:
     """A `linear_probe` of labelled embeddings [N, D] and of a pool [M, D] with the classes that are most probable after
-    `spread`; with several labels per image, with the probabilities. groups: of all [N + M], the labelled ones first.
+    `spread`; with several labels per image, with the probabilities. groups [N] and pool_groups [M] count
+    if both are known.
 
     align: see `aligned`; several labels stay as they are.
     """
@@ -81,7 +83,8 @@ def spread_probe(
     if labels.ndim == 1:
         shares = aligned(shares, labels, align)
     taught = np.concatenate([labels, shares if labels.ndim == 2 else shares.argmax(axis=1)])
-    return linear_probe(np.concatenate([known, pool.embeddings]), taught, classes=classes, seed=seed, groups=groups)
+    both = None if groups is None or pool_groups is None else np.concatenate([groups, pool_groups])
+    return linear_probe(np.concatenate([known, pool.embeddings]), taught, classes=classes, seed=seed, groups=both)
 
 
 def aligned(shares: np.ndarray, labels: np.ndarray, align: bool | str) -> np.ndarray:

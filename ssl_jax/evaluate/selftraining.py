@@ -140,7 +140,7 @@ class Unlabelled:
 
     def __init__(self, images: Images, memory_gb: float = 0):
         self._given, self._memory = images, memory_gb * 1e9
-        self._last: tuple[str, Neighbourhood] | None = None
+        self._last: tuple[Any, Neighbourhood] | None = None
 
     @functools.cached_property
     def images(self) -> Images:
@@ -161,9 +161,8 @@ class Unlabelled:
 
     def neighbourhood(self, encoder: Encoder) -> Neighbourhood:
         """In the embedding of `encoder`; that of the last encoder is kept."""
-        key = digest(*map(np.asarray, jax.tree.leaves((encoder.params, encoder.stats))))
-        if self._last is None or self._last[0] != key:
-            self._last = key, Neighbourhood(by_piece(encoder, self.images))
+        if self._last is None or self._last[0] is not encoder.params:
+            self._last = encoder.params, Neighbourhood(by_piece(encoder, self.images))
         return self._last[1]
 
 
@@ -227,9 +226,9 @@ def by_piece(model: Classifier | Encoder, unlabelled: Images) -> np.ndarray:
 
 
 def _logits(shares: np.ndarray, several: bool) -> np.ndarray:
-    """Logits float32 [M, K] of probabilities [M, K], at least ALMOST_NEVER each."""
+    """Logits of probabilities [..., K], at least ALMOST_NEVER each, in their dtype."""
     p = np.clip(shares, ALMOST_NEVER, 1 - ALMOST_NEVER)
-    return (np.log(p) - np.log1p(-p) if several else np.log(p)).astype(np.float32)
+    return np.log(p) - np.log1p(-p) if several else np.log(p)
 
 
 def thresholds(logits: np.ndarray, confidence: float, several: bool) -> np.ndarray:
@@ -257,9 +256,7 @@ def _alignment(logits: np.ndarray, labels: np.ndarray, align: bool | str) -> np.
     if not align:
         return np.zeros(classes, np.float32)
     wanted, found = class_shares(labels, classes, align), probabilities(logits, several).mean(axis=0)
-    odds = (lambda p: np.log(p) - np.log1p(-p)) if several else np.log
-    limits = ALMOST_NEVER, 1 - ALMOST_NEVER
-    return (odds(np.clip(wanted, *limits)) - odds(np.clip(found, *limits))).astype(np.float32)
+    return (_logits(wanted, several) - _logits(found, several)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

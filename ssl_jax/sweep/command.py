@@ -35,21 +35,21 @@ class Sweep:
         over: str,
         labels: str = "",
         search: str = "grid",
-        count: int = 0,
+        trials: int = 0,
         seed: int = 0,
     ):
-        """labels: data to judge by; "": the run's own kNN or RankMe. count: see `grid.trials`.
+        """labels: data to judge by; "": the run's own kNN or RankMe. trials: their number, as of `grid.trials`.
 
         Raises UserError for any mistake, also if the folder holds something else.
         """
         self.folder, self.config, self.search = Path(workdir), config, search
-        chosen = grid.trials(config, over, search, count, seed)
+        chosen = grid.trials(config, over, search, trials, seed)
         self.keys = list(chosen[0].values)
         self.source = open_source(config.data)
         self.other = config.data, self.source  # the last one of a trial with other data
         self.judge = ByLabels(labels, config.data, seed) if labels else ByRun(self.source)
         self.judged = files.json_digest({"version": VERSION, "inputs": self.judge.inputs})
-        self.asked = {"over": over, "search": search, "trials": count, "seed": seed, "labels": labels}
+        self.asked = {"over": over, "search": search, "trials": trials, "seed": seed, "labels": labels}
         self._check_folder()
         self.names = {identity(to_json(trial.config)): trial.name for trial in self._there()}
         self.told = set[str]()  # names of trials whose score a worker found and this process has printed
@@ -236,13 +236,10 @@ def sweep(
     config: Config,
     workdir: str,
     over: str,
-    labels: str = "",
-    search: str = "grid",
-    trials: int = 0,
-    seed: int = 0,
     workers: int = 1,
     part: tuple[int, int] | None = None,
     argv: Sequence[str] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Runs a sweep or, with part=(k, n), the k-th of n shares; without it, prints, writes and returns the table.
 
@@ -253,7 +250,7 @@ def sweep(
         raise UserError(f"--workers={workers}: allowed: 1 or more; with --cells only 1")
     if workers > 1:  # to them belong the devices
         jax.config.update("jax_platforms", "cpu")
-    made, folder = Sweep(config, workdir, over, labels, search, trials, seed), Folder(workdir)
+    made, folder = Sweep(config, workdir, over, **options), Folder(workdir)
     with folder.lock(shared=part is not None or workers > 1):
         made.search_all(part, Workers(argv, workers, made.folder / "workers") if workers > 1 else None)
         if part:
@@ -262,22 +259,15 @@ def sweep(
 
 
 def dry_run(
-    config: Config,
-    workdir: str,
-    over: str,
-    labels: str = "",
-    search: str = "grid",
-    trials: int = 0,
-    seed: int = 0,
-    **more: Any,
+    config: Config, workdir: str, over: str, workers: int = 1, argv: Sequence[str] = (), **options: Any
 ) -> Iterator[str]:
-    """Lines about the trials, and about the first of them as `dry_runs.pretraining` has them."""
+    """Lines about the trials, and about the first of them as `dry_runs.pretraining` has them. options: of `Sweep`."""
     from ssl_jax import dry_runs
 
-    del more
-    made = Sweep(config, workdir, over, labels, search, trials, seed)
+    del workers, argv
+    made = Sweep(config, workdir, over, **options)
     count = len(made.trials)
-    parts = grid.rungs(count) if search == "halving" else [1]
+    parts = grid.rungs(count) if made.search == "halving" else [1]
     yield f"sweep     {count} trials: {', '.join(trial.name for trial in made.trials)}"
     if len(parts) > 1:
         shares = ", ".join(f"1/{part}" for part in parts[:-1])
