@@ -200,7 +200,7 @@ def finetune(
     from ssl_jax.evaluate.finetuning import loss_curve, still_falling
     from ssl_jax.evaluate.selftraining import train_classifier, unlabelled_of
     from ssl_jax.load import load_with_settings
-    from ssl_jax.outputs import print_numbers, write_test
+    from ssl_jax.outputs import print_numbers, trainings_watched, write_test
 
     encoder, config = load_with_settings(workdir, step, overrides)
     if unlabelled:
@@ -225,7 +225,8 @@ def finetune(
         teacher = "the classifier" if config.finetune.teacher == "finetuned" else "labels spread over their neighbours"
         print(f"then on {len(others.images)} images without a label, taught by {teacher}", flush=True)
     known = encoder, train.source.arrays(), train.labels
-    classifier = train_classifier(*known, others, **options)
+    with trainings_watched(config.finetune, len(train.labels)) as watch:
+        classifier = train_classifier(*known, others, **options, watch=watch)
     about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}
     about |= {"chosen": classifier.chosen, "multilabel": source.multilabel, "data": data, "test_data": test}
     about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}

@@ -86,16 +86,12 @@ def finetuning_run(encoder: Encoder, config: Config, train: Labelled, out: Path)
     """Lines about a classifier: its labels, steps, time and files."""
     settings, images, classes = config.finetune, train.source.arrays(), train.source.classes
     yield f"data      {describe_source(train.source)}"
-    trainings = len(settings.lr) * len(settings.backbone_ratio)
-    trainings += trainings > 1
-    steps = max(settings.steps, -(-settings.epochs * len(train.labels) // settings.batch))
-    yield f"length    {trainings} trainings of {steps:,} steps of {settings.batch} images"
-    if settings.unlabelled == "all":
-        if settings.teacher == "finetuned":
-            who = f"and {'2 of a student and one of a teacher' if trainings > 1 else 'one of a student'}; a student"
-        else:
-            who = "and 2 of a student, which" if trainings > 1 else "of a student, which"
-        yield f"          {who} also sees {settings.unlabelled_batch} images without a label"
+    steps = finetuning.length(settings, len(train.labels))
+    alone, students = finetuning.trainings(settings)
+    count, more = alone + students, settings.unlabelled_batch
+    yield f"length    {count} training{'s' * (count > 1)} of {steps:,} steps of {settings.batch} images"
+    if students:
+        yield f"          {students} of them of a student, which sees {more} images without a label at each step, too"
     few = dataclasses.replace(settings, steps=STEPS, epochs=0, lr=settings.lr[:1], head="zero")
     few = dataclasses.replace(few, backbone_ratio=settings.backbone_ratio[:1])
     seconds = []
@@ -103,7 +99,7 @@ def finetuning_run(encoder: Encoder, config: Config, train: Labelled, out: Path)
         start = time.monotonic()
         finetuning.finetune(encoder, images, train.labels, classes=len(classes), settings=few, seed=0)
         seconds.append(time.monotonic() - start)
-    total = seconds[1] / STEPS * steps * trainings
+    total = seconds[1] / STEPS * steps * (alone + students * (1 + more / settings.batch))
     yield f"time      about {clock(total)} in all, after {clock(seconds[0] - seconds[1])} of compiling"
     size = sum(map(memory.nbytes, jax.tree.leaves(encoder.params)))
     yield f"writes    {_writes(out, size)}: classifier.safetensors and classifier.json"

@@ -1,18 +1,22 @@
 """The files that `predict`, `embed` and `finetune --test` write. In all of them, `path` says which image it is."""
 
+import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ssl_jax import files
+from ssl_jax.config import Finetune
 from ssl_jax.data import Source
 from ssl_jax.data.labelled import Labelled
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate.finetuning import Classifier, probabilities
+from ssl_jax.evaluate.finetuning import Classifier, length, probabilities, trainings
+from ssl_jax.progress import counting
 
 
 def write_predictions(path: Path, source: Source, scores: np.ndarray, classes: Sequence[str], multilabel: bool) -> None:
@@ -117,3 +121,17 @@ def print_numbers(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, float):
             print(f"  {name:20} {value:.4g}")
+
+
+@contextlib.contextmanager
+def trainings_watched(settings: Finetune, labels: int) -> Iterator[Callable[[float], None]]:
+    """Shows the progress of `train_classifier` on that many labels; yields its `watch`."""
+    count, steps, finished = sum(trainings(settings)), length(settings, labels), 0
+    with counting(f"{count} training{'s' * (count > 1)}", "steps") as update:
+
+        def watch(share: float) -> None:
+            nonlocal finished
+            update(finished + math.ceil(share * steps), count * steps)
+            finished += steps if share == 1 else 0
+
+        yield watch

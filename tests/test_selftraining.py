@@ -16,6 +16,7 @@ from ssl_jax.data.folder import from_array
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import finetune, holdout, self_train, selftraining
+from ssl_jax.evaluate.finetuning import trainings
 from ssl_jax.evaluate.propagation import Neighbourhood
 from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 
@@ -155,6 +156,18 @@ def test_labels_spread_over_the_graph_teach_without_a_classifier(several, monkey
     chosen = train_classifier(toy_encoder(), images, labels, Unlabelled(pool), **options).chosen
     assert {"teacher_validation", "student_validation", "trials"} <= set(chosen)
     assert len(seen) == (3 if chosen["student"] else 2)
+
+
+@pytest.mark.parametrize("lr", [(0.01,), (1e-3, 0.01)])
+@pytest.mark.parametrize("learning", [{"unlabelled": "none"}, {"teacher": "finetuned"}, {"teacher": "propagated"}])
+def test_every_step_is_watched_and_trainings_are_counted(lr, learning, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, steps=4, lr=lr, **learning)
+    monkeypatch.setattr(selftraining, "STOPS", (1.0,))
+    monkeypatch.setattr(selftraining, "selection_score", lambda *_: (1.0, 0.0))  # so that every student is kept
+    (images, labels), (pool, _), shares = toy_images(30), toy_images(40, seed=5), []
+    options = {"classes": 3, "settings": settings, "seed": 1, "watch": shares.append}
+    train_classifier(toy_encoder(), images, labels, Unlabelled(pool), **options)
+    assert shares == [0.25, 0.5, 0.75, 1] * sum(trainings(settings))
 
 
 def test_a_student_stops_where_it_was_best_on_the_labels_held_out(monkeypatch):

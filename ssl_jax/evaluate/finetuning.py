@@ -29,6 +29,7 @@ from ssl_jax.transforms import matrices
 FALLING, FITTED = 0.05, 0.15  # parts of the loss of guessing: see `still_falling`
 WARMUP = 0.05  # share of the steps over which the learning rate rises
 PIECE = 1_024  # images whose pixels are read at a time
+Watch = Callable[[float], None]
 
 
 class Classifier(NamedTuple):
@@ -100,6 +101,7 @@ def finetune(
     settings: Finetune,
     seed: int,
     groups: np.ndarray | None = None,
+    watch: Watch = lambda share: None,
 ) -> Classifier:
     """Trains encoder and head on images uint8 [N, H, W, C].
 
@@ -116,12 +118,14 @@ def finetune(
     The same seed gives the same model. A process compiles one training step for all calls that agree in encoder
     structure, batch, classes and augmentation, whatever the number of labels.
 
+    watch is called after each step, with the share of its training that is done; there are `trainings(settings)`.
+
     Raises UserError if labels and images do not fit, or if training diverges with every pair.
     """
     pairs = list(itertools.product(settings.lr, settings.backbone_ratio))
     if not pairs:
         raise UserError("config.finetune: lr or backbone_ratio is empty; give at least one value for each")
-    task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups)
+    task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups, watch=watch)
     best, choice, held_out = pairs[0], {}, None
     if len(pairs) > 1:
         kept, held = task.holdout()
@@ -137,6 +141,21 @@ def finetune(
     [classifier] = task.fit(task.everything, [best])
     check_finite(classifier, f"config.finetune.lr={settings.lr}: training diverged; use smaller learning rates")
     return classifier._replace(chosen=classifier.chosen | choice, held_out=held_out)
+
+
+def length(settings: Finetune, labels: int) -> int:
+    """Steps of one training."""
+    return max(settings.steps, math.ceil(settings.epochs * labels / settings.batch))
+
+
+def trainings(settings: Finetune) -> tuple[int, int]:
+    """How many times `train_classifier` trains: on labelled images only, and a student on the others, too."""
+    pairs = len(settings.lr) * len(settings.backbone_ratio)
+    choice, students = pairs > 1, settings.unlabelled == "all"
+    if not students:
+        return pairs + choice, 0
+    taught = settings.teacher == "finetuned"  # and once more, without the labels that decide
+    return (pairs + choice + (taught and choice) if taught or choice else 0), 1 + choice
 
 
 class Batch(NamedTuple):
@@ -164,6 +183,7 @@ class Task(NamedTuple):
     weights: np.ndarray | None  # of the classes
     settings: Finetune
     seed: int
+    watch: Watch
 
     @property
     def everything(self) -> np.ndarray:
@@ -216,6 +236,7 @@ def task_of(
     settings: Finetune,
     seed: int,
     groups: np.ndarray | None = None,
+    watch: Watch = lambda share: None,
 ) -> Task:
     """Arguments and errors as of `finetune`."""
     images, labels = as_pixels(np.asarray(images), "images"), np.asarray(labels)
@@ -224,7 +245,7 @@ def task_of(
     weights = balance(labels, classes) if settings.class_weights == "balanced" else None
     features = encoder.embed(images, fixed=True) if settings.head == "probe" else None
     raw = pixels(images) if settings.pixels else None
-    return Task(encoder, images, labels, groups, classes, features, raw, weights, settings, seed)
+    return Task(encoder, images, labels, groups, classes, features, raw, weights, settings, seed, watch)
 
 
 def check_finite(classifier: Classifier, problem: str) -> None:
@@ -303,7 +324,7 @@ def _train(
     encoder, settings, images, labels = task.encoder, task.settings, task.images[index], task.labels[index]
     objective, more = batch or Batch(Supervised(resolve_views(settings.augment, 1, encoder.size)), lambda step: ())
     size = settings.batch
-    steps = max(settings.steps, math.ceil(settings.epochs * len(labels) / size))
+    steps = length(settings, len(labels))
     order = _order(len(labels), steps * size, task.seed)
     rates = _rates(lr, steps)
     scales = np.float32(ratio), np.float32(settings.weight_decay)
@@ -311,13 +332,15 @@ def _train(
     guess = np.tile(log_frequencies(labels, head["b"].shape[0]), (len(labels), 1))
     guessing = max(-selection_score(guess, labels)[1], 1e-6)
     state = _start(encoder.params, encoder.stats, head)
-    key, losses = jax.random.key(task.seed), []
+    key, losses = jax.random.key(task.seed), list[jax.Array]()
     ends = [max(1, round(share * steps)) for share in stops]
     for step in range(ends[-1]):
         rows = order[step * size : (step + 1) * size]
         data = images[rows], labels[rows], task.weights, *more(step)
         state, loss = _step(state, data, key, np.int32(step), rates[step], *scales, *static)
+        jax.block_until_ready(losses[-1:])  # of the step before, so that the device never waits for `watch`
         losses.append(loss)
+        task.watch((step + 1) / ends[-1])
         for _ in range(ends.count(step + 1)):
             # Copies, because the next step donates the state.
             (params, stats), so_far = jax.device_get((_copied(state[:2]), losses))

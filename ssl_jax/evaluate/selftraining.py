@@ -21,6 +21,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import (
     Batch,
     Classifier,
+    Watch,
     check_finite,
     finetune,
     loss_of_labels,
@@ -50,6 +51,7 @@ def self_train(
     settings: Finetune,
     seed: int,
     groups: np.ndarray | None = None,
+    watch: Watch = lambda share: None,
 ) -> Classifier:
     """A student of `teacher`, which `finetune` trained on the same images uint8 [N, H, W, C] and labels, with the same
     settings and seed; or the teacher, if that is better. None: there is none to compare with, as it takes none to teach
@@ -84,7 +86,7 @@ def self_train(
 
     Raises UserError if there are no images without a label, if they have another shape, or if training diverges.
     """
-    task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups)
+    task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups, watch=watch)
     pool = unlabelled if isinstance(unlabelled, Unlabelled) else Unlabelled(unlabelled)
     _check(task.images, pool.images)
     propagated = settings.teacher == "propagated"
