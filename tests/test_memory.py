@@ -92,6 +92,14 @@ def test_a_run_keeps_what_it_began_with(monkeypatch, tmp_path, capsys):
         train.fit(config(**options), tmp_path, Images(n=128, size=16), tiny_encoder())
 
 
+@pytest.mark.parametrize(("side", "said"), [(64, ""), (224, "images of 224 px are slow without a GPU: ")])
+def test_large_images_without_a_gpu_are_said_to_be_slow(side, said, capsys):
+    images = Images(n=2, size=side)
+    assert memory.decisions(config(model__name=""), images)["model"]() == "resnet18"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ([f"{said}config.data.size=64 is about 12 times as fast"] if said else [])
+
+
 def test_a_step_that_does_not_fit_is_compiled_in_smaller_parts(monkeypatch, tmp_path, capsys):
     """Where this start has chosen the micro-batch. The run is then the one that this micro-batch gives.
 

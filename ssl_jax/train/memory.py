@@ -23,6 +23,7 @@ from ssl_jax.train.step import Setup, TrainState, in_memory, init_state, make_st
 
 SHARE = 0.85  # of the free memory may be used: the rest is for other programs, and for what the estimate misses
 PROBE = 8  # images, at least, in the parts whose program is compiled to learn what an image needs
+QUICK = 64  # px, that a run without a GPU is advised to have if its images have twice that, or more
 
 
 class Fit(NamedTuple):
@@ -75,9 +76,14 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
         return fit.micro_batch
 
     def model():
-        chosen = resolve_model(config.model, min(source.shape[:2])).name
+        side = min(source.shape[:2])
+        chosen = resolve_model(config.model, side).name
         if not config.model.name and encoder is None:
             print(f"model {chosen}, by the size of the images and this machine (config.model.name)", flush=True)
+        if side >= 2 * QUICK and jax.default_backend() == "cpu":
+            times = round((side / QUICK) ** 2)
+            quick = f"config.data.size={QUICK} is about {times} times as fast"
+            print(f"images of {side} px are slow without a GPU: {quick}", flush=True)
         return chosen
 
     def data():
