@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "seeds": (1, "number of times these images are drawn"),
             "data": ("", f"labelled data (default: the run's own): {DATA}"),
             "test": ("", "test data (default: the test split of the data, or 20 % held out)"),
-            "unlabelled": ("", "propagate, finetune: images without a label (default: all of the data)"),
+            "unlabelled": ("", "images without a label, to learn from as well (propagate: default: all of the data)"),
             "json": JSON,
         },
     ),

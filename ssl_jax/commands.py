@@ -62,7 +62,8 @@ def evaluate(
     a checkpoint that is not the finished run's last (step: its number, or "latest"), with its step. Returns the content
     of the .json file.
 
-    unlabelled: images to learn from as well, for protocols that do so; "": all training images.
+    unlabelled: images to learn from as well; "": all training images, if the protocol or config.finetune.unlabelled
+    says so.
     """
     from ssl_jax import evaluation
     from ssl_jax.evaluate.selftraining import unlabelled_of
@@ -78,10 +79,7 @@ def evaluate(
     (encoder, config), own = load_with_settings(workdir, step, overrides), settings_of(folder, ())
     others = None
     if unlabelled:
-        if protocol == "finetune":
-            config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, unlabelled="all"))
-        if not evaluation.learns_from_others(config, protocol):
-            raise UserError(f"--unlabelled={unlabelled}: not for --protocol={protocol}; allowed: finetune, propagate")
+        config = dataclasses.replace(config, finetune=dataclasses.replace(config.finetune, unlabelled="all"))
         others = unlabelled_of(encoder, config, unlabelled)
     train, held_out, description = _train_and_test(encoder, config, data, test)
     specs = _data_spec(encoder, config, data), data_of(test, "--test", config.data) if test else None

@@ -18,7 +18,7 @@ from ssl_jax.encoder import Encoder
 from ssl_jax.evaluate.finetuning import loss_curve, still_falling
 from ssl_jax.evaluate.knn import knn_scores
 from ssl_jax.evaluate.linear import linear_probe
-from ssl_jax.evaluate.propagation import spread_probe
+from ssl_jax.evaluate.propagation import spread_bank
 from ssl_jax.evaluate.references import RANDOM, References, over_pixels
 from ssl_jax.evaluate.scores import interval, metrics
 from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
@@ -36,7 +36,7 @@ HOW_READ = (
 
 def learns_from_others(config: Config, protocol: str) -> bool:
     """Whether a protocol also learns from images without a label."""
-    return protocol == "propagate" or (protocol == "finetune" and config.finetune.unlabelled == "all")
+    return protocol == "propagate" or config.finetune.unlabelled == "all"
 
 
 def evaluate(
@@ -113,26 +113,24 @@ def _scores(
     if protocol != "finetune":
         features, test_features = encoder.embed(images), encoder.embed(test_images)
     pool, pool_groups = Unlabelled(images) if others is None else others, None if others else all_groups
-    scores, curves, options = [], [], dict[str, Any]()
+    spread, scores, curves = learns_from_others(config, protocol), [], []
     for seed, rows in enumerate(draws):
         groups = None if all_groups is None else all_groups[rows]
-        if protocol == "knn":
-            k, temperature = min(config.eval.knn_k, len(rows)), config.eval.knn_temperature
-            bank = (features[rows], labels[rows], test_features)
-            scores.append(knn_scores(*bank, classes=classes, k=k, temperature=temperature))
-        elif protocol == "linear":
-            probe = linear_probe(features[rows], labels[rows], classes=classes, seed=seed, groups=groups)
-            scores.append(probe.scores(test_features))
-        elif protocol == "propagate":
-            known, options = (features[rows], labels[rows]), {"groups": groups, "pool_groups": pool_groups}
-            options |= {"classes": classes, "seed": seed, "align": config.finetune.align}
-            probe = spread_probe(*known, pool.neighbourhood(encoder), **options)
-            scores.append(probe.scores(test_features))
-        else:
+        if protocol == "finetune":
             options = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
             classifier = train_classifier(encoder, images[rows], labels[rows], pool, **options)
             scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))
+            continue
+        known, kind = (features[rows], labels[rows]), dict[str, Any](classes=classes)
+        if spread:
+            known = spread_bank(*known, pool.neighbourhood(encoder), **kind, align=config.finetune.align)
+            groups = None if groups is None or pool_groups is None else np.concatenate([groups, pool_groups])
+        if protocol == "knn":
+            k, temperature = min(config.eval.knn_k, len(known[0])), config.eval.knn_temperature
+            scores.append(knn_scores(*known, test_features, **kind, k=k, temperature=temperature))
+        else:
+            scores.append(linear_probe(*known, **kind, seed=seed, groups=groups).scores(test_features))
     return scores, np.mean(curves, axis=0).tolist() if curves else None
 
 
@@ -150,10 +148,13 @@ def conditions(
 ) -> dict[str, Any]:
     """What a result depends on beside the run's encoder: the data, test data that are not their own, the settings; the
     step of the encoder, if it is not the run's last; and images without a label that are not those of the data."""
-    settings = {
-        "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")},
-        "linear": {},
-        "propagate": {"align": config.finetune.align} if config.finetune.align else {},
+    spread: dict[str, Any] = {"align": config.finetune.align} if config.finetune.align else {}
+    if protocol != "propagate":
+        spread = {"unlabelled": "all", **spread} if config.finetune.unlabelled == "all" else {}
+    settings: dict[str, dict[str, Any]] = {
+        "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")} | spread,
+        "linear": spread,
+        "propagate": spread,
         "finetune": config.finetune.inputs(),
     }
     made: dict[str, Any] = {"data": _described(data), "test": test and _described(test)}

@@ -99,16 +99,18 @@ def test_evaluate(encoder, opened, protocol, capsys):
     assert made["references"]["raw pixels, linear"]["mean"]["macro_auc"] > 0.5
 
 
-def test_evaluate_learns_from_other_images(encoder, opened, tmp_path, capsys):
+@pytest.mark.parametrize("protocol", ["knn", "linear", "propagate"])
+def test_evaluate_learns_from_other_images(protocol, encoder, opened, tmp_path):
     more = str(tmp_path / "more.npz")
     np.savez(more, images=source(30, 2).arrays())
     own, other = (
-        commands.evaluate(str(encoder), "propagate", labels=60, unlabelled=unlabelled) for unlabelled in ("", more)
+        commands.evaluate(str(encoder), protocol, labels=60, unlabelled=unlabelled) for unlabelled in ("", more)
     )
     assert "unlabelled" not in own["conditions"] and other["conditions"]["unlabelled"]["path"] == more
     assert own["mean"] != other["mean"] and other["mean"]["macro_auc"] > 0.7
-    with pytest.raises(UserError, match=r"--unlabelled=.*: not for --protocol=knn; allowed: finetune, propagate"):
-        commands.evaluate(str(encoder), "knn", unlabelled=more)
+    assert own["conditions"]["settings"] != other["conditions"]["settings"] or protocol == "propagate"
+    if protocol == "linear":  # the same as `propagate`, which takes all training images if no others are given
+        assert other["mean"] == commands.evaluate(str(encoder), "propagate", labels=60, unlabelled=more)["mean"]
 
 
 @pytest.mark.slow

@@ -62,6 +62,20 @@ class Neighbourhood:
         return _shares(_solve(self._graph, given.T @ _known(labels, classes), ALPHA), labels.ndim == 2)
 
 
+def spread_bank(
+    known: np.ndarray, labels: np.ndarray, pool: Neighbourhood, *, classes: int, align: bool | str = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings [N + M, D] and labels: labelled ones [N, D], then a pool [M, D] with the classes that are most
+    probable after `spread`; with several labels per image, with the probabilities.
+
+    align: see `aligned`; several labels stay as they are.
+    """
+    shares = pool.spread(known, labels, classes)
+    if labels.ndim == 1:
+        shares = aligned(shares, labels, align).argmax(axis=1)
+    return np.concatenate([known, pool.embeddings]), np.concatenate([labels, shares])
+
+
 def spread_probe(
     known: np.ndarray,
     labels: np.ndarray,
@@ -73,18 +87,10 @@ def spread_probe(
     pool_groups: np.ndarray | None = None,
     align: bool | str = False,
 ) -> Probe:
-    """A `linear_probe` of labelled embeddings [N, D] and of a pool [M, D] with the classes that are most probable after
-    `spread`; with several labels per image, with the probabilities. groups [N] and pool_groups [M] count
-    if both are known.
-
-    align: see `aligned`; several labels stay as they are.
-    """
-    shares = pool.spread(known, labels, classes)
-    if labels.ndim == 1:
-        shares = aligned(shares, labels, align)
-    taught = np.concatenate([labels, shares if labels.ndim == 2 else shares.argmax(axis=1)])
+    """A `linear_probe` of a `spread_bank`. groups [N] and pool_groups [M] count if both are known."""
+    bank = spread_bank(known, labels, pool, classes=classes, align=align)
     both = None if groups is None or pool_groups is None else np.concatenate([groups, pool_groups])
-    return linear_probe(np.concatenate([known, pool.embeddings]), taught, classes=classes, seed=seed, groups=both)
+    return linear_probe(*bank, classes=classes, seed=seed, groups=both)
 
 
 def aligned(shares: np.ndarray, labels: np.ndarray, align: bool | str) -> np.ndarray:
