@@ -22,9 +22,9 @@ class Network(NamedTuple):
            equal parts, each normalised by its own statistics (MoCo's cure against cheating through BatchNorm).
     patch: side of a ViT's patches, px; 0 for any other network
 
-    An encoder takes images [B, H, W, C] in [0, 1] and returns embeddings [B, D]; with dense=True it returns its last
-    feature map [B, h, w, D] (of a ResNet, what the embedding is the mean of; of a ViT, the patches). A head takes
-    [B, D].
+    An encoder takes images [B, H, W, C] in [0, 1] and returns embeddings [B, D]; with dense=True it returns these and
+    its last feature map [B, h, w, D] (of a ResNet, what the embedding is the mean of; of a ViT, the patches). A head
+    takes [B, D].
     """
 
     init: Callable[..., tuple[Params, Any]]

@@ -39,7 +39,8 @@ def tiny(size=12, channels=3, **changes):
 
 def apply(x, made, **kwargs):
     network, params, stats = made
-    return np.asarray(network.apply(params, stats, x, train=False, **kwargs)[0])
+    y = network.apply(params, stats, x, train=False, **kwargs)[0]
+    return np.asarray(y[1] if kwargs.get("dense") else y)
 
 
 def by_hand(weights, x, heads, depth, patch, positions):

@@ -175,7 +175,9 @@ def init_with_head(encoder: Network, head: Callable[[jax.Array], Network]) -> In
         images = views[0][:1]
         key_encoder, key_head = jax.random.split(key)
         params, stats = encoder.init(key_encoder, images)
-        patches = jax.eval_shape(lambda p, s: encoder.apply(p, s, images, train=True, dense=True)[0], params, stats)
+        (_, patches), _ = jax.eval_shape(
+            lambda p, s: encoder.apply(p, s, images, train=True, dense=True), params, stats
+        )
         _, height, width, features = patches.shape
         head_params, _ = head(images).init(key_head, jnp.zeros((1, 1 + height * width, features)))
         return {"encoder": params, "head": head_params}, State({"encoder": stats}, {})

@@ -70,7 +70,7 @@ def make(config, encoder, run):
         (images,) = batch["views"]
         mask = random_mask(key, images.shape[1] // patch, mask=config.mask, block=config.block)
         masked = (mask, params["token"])
-        tokens, stats = encoder.apply(
+        (_, tokens), stats = encoder.apply(
             params["encoder"], state.stats["encoder"], images, train=True, dense=True, masked=masked
         )
         tokens = tokens.reshape(*mask.shape, -1)

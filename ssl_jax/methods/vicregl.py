@@ -62,10 +62,7 @@ def make(config, encoder, run):
         return params, State(stats, {})
 
     def apply(params, stats, x, *, train):
-        maps, encoder_stats = encoder.apply(params["encoder"], stats["encoder"], x, train=train, dense=True)
-        y = maps.mean((1, 2))
-        if encoder.patch:  # a ViT's embedding need not be the mean of its patches
-            y, _ = encoder.apply(params["encoder"], stats["encoder"], x, train=train)
+        (y, maps), encoder_stats = encoder.apply(params["encoder"], stats["encoder"], x, train=train, dense=True)
         z, projector_stats = projector.apply(params["projector"], stats["projector"], y, train=train)
         local, places_stats = places.apply(params["places"], stats["places"], maps, train=train)
         stats = {"encoder": encoder_stats, "projector": projector_stats, "places": places_stats}

@@ -56,7 +56,7 @@ def bottleneck(width: int, stride: int) -> tuple[tuple[int, int, int], ...]:
 class ResNet(nn.Module):
     """Images [B, H, W, C] in [0, 1] -> embeddings float32 [B, D], D the channels of the last stage.
 
-    dense: return the feature map [B, h, w, D] of the last stage, before the mean over places.
+    dense: also return the feature map [B, h, w, D] of the last stage, before the mean over places.
     """
 
     widths: tuple[int, ...]  # of the stages
@@ -86,7 +86,7 @@ class ResNet(nn.Module):
                 convs = self.block(width, 2 if stage > 1 and i == 0 else 1)
                 x = block(convs, self.how, self.zero_init, name=f"layer{stage}_{i}")(x, train, groups)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return x if dense else x.mean((1, 2))
+        return (x.mean((1, 2)), x) if dense else x.mean((1, 2))
 
 
 # name: (widths, depths, block)

@@ -92,7 +92,7 @@ class Projection(nn.Module):
 class ViT(nn.Module):
     """Images [B, H, W, C] in [0, 1] -> embeddings float32 [B, D]; N = H / patch * W / patch tokens and a class token.
 
-    dense: return the patches' tokens [B, H / patch, W / patch, D] instead.
+    dense: also return the patches' tokens [B, H / patch, W / patch, D].
     visible: indices [B, n] of the only patches to process; returns tokens [B, 1 + n, D] with the class token first.
     masked: (mask [B, N], token [D]): the token replaces masked patches; their positions are added to it.
     """
@@ -133,9 +133,8 @@ class ViT(nn.Module):
         x = Norm(name="norm")(x)
         if visible is not None:
             return x
-        if dense:
-            return x[:, 1:].reshape(batch, height, width, self.width)
-        return x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)
+        y = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)
+        return (y, x[:, 1:].reshape(batch, height, width, self.width)) if dense else y
 
     def _positions(self, height, width):
         """Positions of the class token [D] and of the patches [N, D]."""

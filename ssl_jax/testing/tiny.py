@@ -37,13 +37,14 @@ def tiny_encoder():
         return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
 
     def apply(params, stats, x, dense=False, **kwargs):
-        """dense: [B, 2, 2, 12], the embedding of each quarter, the others black."""
+        """dense: also [B, 2, 2, 12], the embedding of each quarter, the others black; their mean comes first."""
         if dense:
             rows, columns = (jnp.arange(side) * 2 // side for side in x.shape[1:3])
             quarter = rows[:, None] * 2 + columns == jnp.arange(4)[:, None, None]
             x = (x[:, None] * quarter[:, :, :, None]).reshape(-1, *x.shape[1:])
         y, stats = body.apply(params, stats, flat(x, params["linear1"]["kernel"].shape[0]), **kwargs)
-        return (y.reshape(-1, 2, 2, y.shape[1]) if dense else y), stats
+        maps = y.reshape(-1, 2, 2, y.shape[1]) if dense else y
+        return ((maps.mean((1, 2)), maps) if dense else y), stats
 
     return Network(lambda rng, x: body.init(rng, flat(x, x[0].size)), apply)
 
