@@ -23,7 +23,8 @@ from ssl_jax.train import memory
 from ssl_jax.train.start import last_state
 from ssl_jax.train.step import batches, compile_step, init_state, set_up
 
-STEPS = 4  # that are timed
+STEPS = 4  # that are timed, unless one takes
+LONG = 20  # seconds
 LARGEST = 5  # classes that are named
 
 
@@ -53,11 +54,13 @@ def pretraining(config: Config, workdir: Path, source: Source) -> Iterator[str]:
         state, metrics = step_fn(state, batch, stop)
         jax.block_until_ready(metrics)
         seconds.append(time.monotonic() - start)
-    step = statistics.median(seconds)
+        if sum(seconds) > LONG:
+            break
+    step, count = statistics.median(seconds), len(seconds)
     epoch = step * (len(source) // train.batch)
     yield (
         f"time      {clock(epoch)} per epoch, {clock(step * setup.steps)} in all, after {clock(compiling)} of compiling"
-        f" ({train.batch / step:.0f} images/s in {len(seconds)} steps; checkpoints and evaluations come on top)"
+        f" ({train.batch / step:.0f} images/s in {len(seconds)} step{'s' * (len(seconds) > 1)}; checkpoints and evaluations come on top)"
     )
     yield f"writes    {_writes(workdir, train.keep * size)}: {train.keep} checkpoints of {size_of(size)}, the encoder"
 
