@@ -60,7 +60,7 @@ def pretraining(config: Config, workdir: Path, source: Source) -> Iterator[str]:
     epoch = step * (len(source) // train.batch)
     yield (
         f"time      {clock(epoch)} per epoch, {clock(step * setup.steps)} in all, after {clock(compiling)} of compiling"
-        f" ({train.batch / step:.0f} images/s in {count} step{'s' * (count > 1)}; checkpoints and evaluations are extra)"
+        f" ({train.batch / step:.0f} images/s in {count} step{'s' * (count > 1)}; evaluations are extra)"
     )
     yield f"writes    {_writes(workdir, train.keep * size)}: {train.keep} checkpoints of {size_of(size)}, the encoder"
 
