@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the options that ssl_jax/config.py and the methods declare.
+"""Writes docs/configuration.md from the options that ssl_jax/config/sections.py and the methods declare.
 
 python docs/make_configuration.py
 """
