@@ -140,7 +140,12 @@ def load_encoder(path: str | Path) -> Encoder:
 def model_of(about: Mapping[str, Any]) -> Model:
     """The config.model of an encoder, from its `about`, without the weights that it started from."""
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
-    return Model(**{**options, "init": ""})
+    return plain(Model(**options))
+
+
+def plain(model: Model) -> Model:
+    """`model` as it is once trained: whatever its weights started from, and with its adapters merged."""
+    return dataclasses.replace(model, init="", lora=0)
 
 
 def rebuild(about: dict[str, Any], weights: Mapping[str, np.ndarray]) -> Encoder:

@@ -29,7 +29,7 @@ from ssl_jax.config import Config, Data, Finetune, Model, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_indices, labelled_part
 from ssl_jax.data.source import Source
-from ssl_jax.encoder import Encoder, load_encoder, model_of
+from ssl_jax.encoder import Encoder, load_encoder, model_of, plain
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import loss_curve
 from ssl_jax.evaluate.linear import linear_probe
@@ -262,7 +262,7 @@ def _networks(encoders: "_Encoders", study: Study, arms: Mapping[str, Config], s
         model = arms[arm].model
         if FROM in study.arms[arm]:
             model = model_of(encoders.of(CellId(arm, study.labels[0], 0))[0].about)
-        first.setdefault(dataclasses.replace(resolve_model(model, size), init="", conv="auto"), arm)
+        first.setdefault(dataclasses.replace(plain(resolve_model(model, size)), conv="auto"), arm)
     names = {arm: RANDOM if len(first) == 1 else f"{RANDOM} of {arm}" for arm in first.values()}
     return {name: encoders.of(CellId(arm, study.labels[0], 0))[0] for arm, name in names.items()}
 

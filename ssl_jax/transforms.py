@@ -1,5 +1,6 @@
 """Optimizers as optax transformations: the chain of a run, LARS, and the target network's moving average."""
 
+import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, TypeAlias
 
@@ -160,6 +161,41 @@ def learning_rate(optim: Optim, batch: int, steps: int, warmup: int) -> Callable
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup]) if warmup else body
 
 
+_BLOCK = re.compile(r"(blocks|layer|stages)_?\d")
+
+
+def layers(encoder: Any) -> tuple[dict[str, int], int]:
+    """The layer of each top-level module of an encoder's params, and their number; 0: what comes before the blocks.
+
+    The blocks follow in their order, then the last norm; heads come after all. Source of this count:
+    microsoft/unilm, beit/optim_factory.py.
+    """
+    blocks = sorted(filter(_BLOCK.match, encoder), key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    last = len(blocks) + 1
+    places = {name: last if "norm" in name else 0 for name in encoder}
+    return places | {name: place for place, name in enumerate(blocks, 1)}, last
+
+
+def by_layer(decay: float, frozen: int) -> optax.GradientTransformation:
+    """Multiplies the updates of params["encoder"] by decay ** (layers after this one), and by 0 in the first `frozen`.
+
+    Raises UserError if no layer would learn.
+    """
+
+    def scale(updates, params=None):
+        del params
+        if "encoder" not in updates:
+            raise UserError("config.optim: layer_decay and freeze need a method with params['encoder']")
+        places, last = layers(updates["encoder"])
+        if frozen > last:
+            raise UserError(f"config.optim.freeze={frozen}: more layers than the encoder has; allowed: 0 to {last}")
+        factors = {name: decay ** (last - place) if place >= frozen else 0.0 for name, place in places.items()}
+        scaled = {name: jax.tree.map(lambda u, f=factors[name]: f * u, u) for name, u in updates["encoder"].items()}
+        return {**updates, "encoder": scaled}
+
+    return optax.stateless(scale)
+
+
 def optimizer(
     optim: Optim,
     schedule: Callable[[Any], Any],
@@ -198,4 +234,5 @@ def optimizer(
     vectors = optax.identity()
     if optim.vector_lr != 1:
         vectors = optax.masked(optax.scale(optim.vector_lr), lambda p: jax.tree.map(lambda x: x.ndim <= 1, p))
-    return optax.with_extra_args_support(optax.chain(clip, scaled, vectors, last))
+    layered = by_layer(optim.layer_decay, optim.freeze) if optim.layer_decay != 1 or optim.freeze else optax.identity()
+    return optax.with_extra_args_support(optax.chain(clip, scaled, vectors, layered, last))

@@ -154,6 +154,9 @@ class Model:
     init: str = option(
         "", "start from this exported encoder (a run folder or a .safetensors file); empty: random", path=True
     )
+    lora: int = option(
+        0, "ViT: train only low-rank adapters of this rank, added to its blocks' matrices; 0: train all", min=0
+    )
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,12 @@ class Optim:
     )
     vector_lr: float = option(1.0, "learning rate of biases and norm scales, relative to `lr`")
     decay_all: bool = option(False, "apply weight decay and LARS adaptation to biases and norm scales, too")
+    layer_decay: float = option(
+        1.0, "factor for the learning rate from each layer of the encoder to the one before it", above=0, max=1
+    )
+    freeze: int = option(
+        0, "first layers of the encoder that keep their weights: 1: what is before its blocks; 2: the first, too", min=0
+    )
     clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping")
     skip_nonfinite: bool = option(False, "skip steps with non-finite gradients; 10 in a row end the run")
 

@@ -2,6 +2,7 @@
 
 from ssl_jax.models.build import build_encoder, normalization, resolve_model
 from ssl_jax.models.layers import linear, mlp, resolve_conv
+from ssl_jax.models.lora import low_rank, merge
 from ssl_jax.models.torch_weights import from_torch, to_torch
 from ssl_jax.models.vit import decoder, patchify
 
@@ -10,6 +11,8 @@ __all__ = [
     "decoder",
     "from_torch",
     "linear",
+    "low_rank",
+    "merge",
     "mlp",
     "normalization",
     "patchify",

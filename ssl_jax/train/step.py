@@ -21,10 +21,11 @@ from ssl_jax.collapse import embedding_std
 from ssl_jax.config import Config, View, method_module, to_steps
 from ssl_jax.data import Source
 from ssl_jax.data import batches as host_batches
-from ssl_jax.encoder import Encoder, build, encoder_metadata, started_from
+from ssl_jax.encoder import Encoder, build, encoder_metadata, plain, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Context, Method, RunInfo, State
+from ssl_jax.models import low_rank, merge
 from ssl_jax.network import Network
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
@@ -71,6 +72,8 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
         encoder = build(config.model, shape[2], size)
     if config.model.init:
         encoder = started_from(encoder, config.model.init)
+    if config.model.lora:
+        encoder = low_rank(encoder, config.model.lora)
     run = RunInfo(steps, examples // batch, examples, classes, bn_batch if bn_batch < batch else 0)
     method: Method = module.make(config.method, encoder, run)
     if "label" in method.needs and not classes:
@@ -236,10 +239,10 @@ def encoder_of(setup: Setup, config: Config, state: TrainState) -> Encoder:
     """The encoder in a state, as arrays local to this process. All processes must call this together."""
     params, stats = setup.method.encoder(state.params, target_of(state.opt_state), state.model_state)
     params, stats = parallel.to_local((params, stats))
-    size, channels = min(setup.shape[:2]), setup.shape[2]
-    return Encoder(
-        setup.encoder, params, stats, size, channels, encoder_metadata(config, size, channels, int(state.step))
-    )
+    network, size, channels = setup.encoder, min(setup.shape[:2]), setup.shape[2]
+    if config.model.lora:
+        network, (params, stats) = build(plain(config.model), channels, size), merge(params, stats)
+    return Encoder(network, params, stats, size, channels, encoder_metadata(config, size, channels, int(state.step)))
 
 
 # The gradient of a method's loss: of the batch at once, or exactly the same in micro-batches that fit in memory.
@@ -308,7 +311,10 @@ def make_gradient(
         else:
             groups = split_batch((batch, key), len(key) // bn_group, bn_group)
             outputs, stats = jax.vmap(lambda group: method.forward(params, target, state, *group))(groups)
-            outputs, stats = join_batch(outputs, bn_group), jax.tree.map(lambda x: x.mean(axis=0), stats)
+            outputs, stats = (
+                join_batch(outputs, bn_group),
+                jax.tree.map(lambda x, new: x + (new - x).mean(axis=0), state.stats, stats),
+            )
         check_structure("forward", "statistics", stats, state.stats)
         return outputs, stats
 
@@ -326,10 +332,12 @@ def make_gradient(
 
         def embed(total, part):
             outputs, stats = forward(ctx.params, target, state, part, keys)
-            return jax.tree.map(jnp.add, total, stats), outputs
+            return jax.tree.map(lambda t, new, old: t + (new - old), total, stats, state.stats), outputs
 
+        # Statistics are added up as changes, so that weights that are kept among them stay as they are to the bit.
         total, outputs = jax.lax.scan(embed, jax.tree.map(jnp.zeros_like, state.stats), parts)
-        stats, outputs = jax.tree.map(lambda x: x / count, total), join_batch(outputs, stretch)
+        stats = jax.tree.map(lambda x, t: x + t / count, state.stats, total)
+        outputs = join_batch(outputs, stretch)
         leaves, structure = jax.tree.flatten(outputs)
         floats = [n for n, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]  # have gradients
 
