@@ -62,7 +62,9 @@ def _from_checkpoint(run: RunFolder, step: int) -> Encoder:
     with contextlib.suppress(DamagedError):  # then it is as if nothing had been recorded
         recorded = read_json(run.environment)
     source = _stand_in(**recorded["data"]) if "data" in recorded else open_source(config.data)
-    config = with_decisions(config, _decided(config, min(source.shape[:2])) | recorded)
+    if "model" not in recorded:  # what is missing beside it had not to be decided then
+        recorded = _decided(config, min(source.shape[:2])) | recorded
+    config = with_decisions(config, recorded)
     # Where the weights came from does not matter any more, and need not be there.
     setup = set_up(dataclasses.replace(config, model=dataclasses.replace(config.model, init="")), source)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -78,6 +80,7 @@ def _decided(config: Config, size: int) -> dict[str, Any]:
     return {
         "conv": resolve_conv(model.conv),
         "model": resolve_model(model, size).name,
+        "stem": resolve_model(model, size).stem,
         "micro_batch": config.train.part,
     }
 

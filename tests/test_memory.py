@@ -95,7 +95,8 @@ def test_a_run_keeps_what_it_began_with(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(("side", "said"), [(64, ""), (224, "images of 224 px are slow without a GPU: ")])
 def test_large_images_without_a_gpu_are_said_to_be_slow(side, said, capsys):
     images = Images(n=2, size=side)
-    assert memory.decisions(config(model__name=""), images)["model"]() == "resnet18"
+    decided = memory.decisions(config(model__name=""), images)
+    assert (decided["model"](), decided["stem"]()) == ("resnet18", "imagenet")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == ([f"{said}config.data.size=64 is about 12 times as fast"] if said else [])
 

@@ -287,5 +287,7 @@ def test_blocks_made_again_for_the_gradient_give_the_same(name):
     ("size", "backend", "name"), [(28, "cpu", "resnet_thin"), (64, "cpu", "resnet18"), (28, "tpu", "resnet18")]
 )
 def test_images_and_machine_choose_a_model_where_none_is_named(size, backend, name):
-    assert resolve_model(Model(), size, backend) == Model(name=name)
+    stem = "imagenet" if (size, backend) == (64, "cpu") else "auto"
+    assert resolve_model(Model(), size, backend) == Model(name=name, stem=stem)
+    assert resolve_model(Model(stem="small"), size, backend).stem == "small"
     assert resolve_model(Model(name="vit_tiny"), size, backend).name == "vit_tiny"

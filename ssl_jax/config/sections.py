@@ -128,7 +128,9 @@ class Model:
         "", "architecture; empty: resnet_thin for images of up to 32 px on a CPU, else resnet18", registered="model"
     )
     stem: Literal["auto", "imagenet", "small"] = option(
-        "auto", "ResNet: imagenet: 7x7, stride 2, and max-pool; small: 3x3, stride 1; auto: small up to 64 px"
+        "auto",
+        "ResNet: imagenet: 7x7, stride 2, and max-pool; small: 3x3, stride 1; auto: small up to 64 px, unless a CPU "
+        "chooses the model",
     )
     width: float = option(1.0, "factor for all channel counts; ViT: for the features of each head", above=0)
     dtype: Literal["float32", "bfloat16", "float64"] = option(

@@ -93,7 +93,11 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
         return measures(source)
 
     conv = functools.partial(resolve_conv, config.model.conv)
-    return {"conv": conv, "model": model, "micro_batch": micro_batch, "data": data}
+
+    def stem():
+        return resolve_model(config.model, min(source.shape[:2])).stem
+
+    return {"conv": conv, "model": model, "stem": stem, "micro_batch": micro_batch, "data": data}
 
 
 def measures(source: Source) -> dict[str, Any]:
@@ -104,7 +108,9 @@ def measures(source: Source) -> dict[str, Any]:
 
 def with_decisions(config: Config, decided: Mapping[str, Any]) -> Config:
     """The config with the values of `decisions`."""
-    model = dataclasses.replace(config.model, conv=decided["conv"], name=decided["model"])
+    # A run that began before stems were decided has none.
+    names = {"conv": decided["conv"], "name": decided["model"], "stem": decided.get("stem", config.model.stem)}
+    model = dataclasses.replace(config.model, **names)
     return dataclasses.replace(_with_micro_batch(config, decided["micro_batch"]), model=model)
 
 
