@@ -200,7 +200,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _parse_line(text: bytes) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, RecursionError):
         line = json.loads(text)
-        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] > 0:
+        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0:
             return line
     return None
 

@@ -16,9 +16,11 @@ from ssl_jax.report.record import RunRecord
 NARROW = 0.1  # embedding std below which the report warns that the embedding uses few directions
 EMBEDDING = "embedding"  # what finds neighbours, beside the references
 STATES = (
-    "healthy: images spread over the directions of the embedding; weak: not better than raw pixels; narrow: few "
-    "directions are used; collapsed: all images look alike; broken: the loss is not a number"
+    "healthy: images spread over the directions of the embedding; weak: not better than raw pixels, or than the "
+    "weights it started from; narrow: few directions are used; collapsed: all images look alike; broken: the loss is "
+    "not a number"
 )
+FORGOTTEN = 0.02  # accuracy or AUC by which the first weights may have been better
 NO_CURVE = ("step", "epoch", "collapsed")  # of a logged step, what is no curve
 
 
@@ -75,6 +77,8 @@ def health(run: RunRecord, shares: Mapping[str, float] | None = None, below: str
     if std < NARROW:
         detail = f"{spread} Training may have been too short, or may be collapsing."
         return Health("narrow", "The embedding is narrow: it uses few of its directions.", detail)
+    if lost := forgotten(run):
+        return Health("weak", "The encoder has forgotten: the weights that it started from were better.", lost)
     below = below_pixels(run.evaluations) or below
     if not run.evaluations and not below and shares and shares[EMBEDDING] <= shares[PIXELS]:
         mine, theirs = (percent(shares[name]) for name in (EMBEDDING, PIXELS))
@@ -83,6 +87,19 @@ def health(run: RunRecord, shares: Mapping[str, float] | None = None, below: str
         line = "The encoder has not helped yet: it does not beat raw pixels."
         return Health("weak", line, f"{below} The embedding has not collapsed. {spread}")
     return Health("healthy", "The embedding is healthy: images spread over its directions.", spread)
+
+
+def forgotten(run: RunRecord) -> str:
+    """What to do, if the loaded weights classified better before the first step than now."""
+    for metric in ("knn_accuracy", "knn_auc"):
+        values = [check[metric] for check in run.checks if metric in check]
+        if values and run.checks[0]["step"] == 0 and values[-1] < values[0] - FORGOTTEN:
+            show = percent if metric == "knn_accuracy" else "{:.3f}".format
+            return (
+                f"{words.of(metric).title} is {show(values[-1])}, and was {show(values[0])} before the first step. A "
+                "lower learning rate, config.optim.layer_decay=0.8, config.optim.freeze or config.model.lora keep more."
+            )
+    return ""
 
 
 def verdict(judged: Health | None) -> str:

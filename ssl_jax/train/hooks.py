@@ -77,6 +77,7 @@ class Hook:
     """The base of all hooks, which override what they need."""
 
     every = 0  # steps between calls of `on_state`, which is also called after the last step; 0: never
+    at_start = False  # whether `on_state` is also called before the first step
     at_stop = False  # whether `on_state` is also called when a signal stops the run
 
     def on_metrics(self, step: int, values: dict[str, Any]) -> None:
@@ -216,6 +217,7 @@ class Evaluate(Hook):
     def __init__(self, training: Training, log: Log):
         self.training, self.log = training, log
         self.every = training.steps(training.config.eval.every)
+        self.at_start = bool(training.config.model.init)  # what loaded weights can do, to see what is forgotten
         settings, source = training.config.eval, training.source
         candidates = np.arange(len(source)) if source.labels is None else labelled_indices(source.labels)
         indices = np.random.default_rng(training.config.train.seed).permutation(candidates)

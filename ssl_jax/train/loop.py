@@ -70,6 +70,10 @@ def train(training: Training, state: TrainState, checkpoints: Checkpoints, may_s
         del first  # its memory is free once it has been used
         if config.train.init and not checkpoints.steps():
             checkpoints.save(0, state)  # from now on the run needs no other folder
+        with clock.paused():
+            for hook in hooks if training.start == 0 else ():
+                if hook.every and hook.at_start:
+                    hook.on_state(0, state)
         pending: deque[tuple[int, dict[str, Any]]] = deque()  # steps whose metrics are still on the devices
         for step in range(training.start + 1, total + 1):
             started = time.monotonic()

@@ -76,7 +76,7 @@ class JsonLines:
     def __init__(self, folder: Path, start: int):
         self.folder = folder
         for group in GROUPS:
-            kept = [line for line in read_lines(self._path(group)) if line["step"] <= start]
+            kept = [line for line in read_lines(self._path(group)) if line["step"] <= start and start]
             write_bytes(self._path(group), "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def _path(self, group: str) -> Path:
