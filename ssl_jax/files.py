@@ -200,8 +200,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _parse_line(text: bytes) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, RecursionError):
         line = json.loads(text)
-        if isinstance(line, dict) and type(line.get("step")) is int and line["step"] >= 0:
-            return line
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            first = 1 if "loss" in line else 0  # before the first step there is no loss, but an evaluation
+            return line if line["step"] >= first else None
     return None
 
 

@@ -37,7 +37,7 @@ def read_run(folder: RunFolder) -> RunRecord:
     config = folder.read_config()
     metrics = read_lines(folder.metrics)
     evaluations = sorted(folder.evaluation.glob("*.json"), key=lambda p: (p.stat().st_mtime, p.name))
-    steps, finished = [line for line in metrics if line["step"] and line.keys() >= COMPLETE], False
+    steps, finished = [line for line in metrics if line.keys() >= COMPLETE], False
     try:
         finished = folder.exported()
     except DamagedError as error:
