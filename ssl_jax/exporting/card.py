@@ -55,7 +55,9 @@ def _training(about: Mapping[str, Any], config: Config | None, images: int) -> l
     lines += [f"Views: preset {preset_of(config.augment.preset, about['size'])}"]
     first, *_ = resolve_views(config.augment, 2, about["size"])
     if changed := changes(first):
-        lines += [f"Changed at random in every view: {'; '.join(changed)}. An encoder learns to ignore what its views change"]
+        lines += [
+            f"Changed at random in every view: {'; '.join(changed)}. An encoder learns to ignore what its views change"
+        ]
     return lines
 
 

@@ -1,5 +1,6 @@
 """`ssl-jax export`: a network as a file that other programs run, checked before it is said to be written."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -61,8 +62,8 @@ def export(
     folder = Path(out)
     if format not in FORMATS:
         raise unknown("--format", format, FORMATS)
-    if features not in inference.FEATURES:
-        raise unknown("--features", features, inference.FEATURES)
+    if features not in embedding.FEATURES:
+        raise unknown("--features", features, embedding.FEATURES)
     if folder.exists():
         raise UserError(f"--out={out}: exists already; allowed: a new folder")
     if format == "onnx":
@@ -109,10 +110,8 @@ def _load(workdir: str, step: int | str, overrides: Sequence[str]) -> Subject:
     classifier = load_classifier(workdir)
     about = dict(classifier.about)
     config, sample = settings_of(run.path, overrides, about.get("read", {})), None
-    try:
+    with contextlib.suppress(UserError):  # gone
         sample = data_of(str(about.get("data", "")), "--data", config.data)
-    except UserError:  # gone
-        pass
     parent = RunFolder(run.path.parent)  # where the docs put a classifier
     of_run = settings_of(parent.path, ()) if parent.config.is_file() else None
     return Subject(classifier.fitted_encoder, classifier, of_run, sample, about)
@@ -213,7 +212,8 @@ def _use(kind: str, name: str) -> str:
             'outputs = session.run(None, {"images": images})  # uint8 [N, H, W, C]'
         )
     return (
-        f'import pathlib\nimport jax\n\nprogram = jax.export.deserialize(bytearray(pathlib.Path("{name}").read_bytes()))\n'
+        "import pathlib\nimport jax\n\n"
+        f'program = jax.export.deserialize(bytearray(pathlib.Path("{name}").read_bytes()))\n'
         "outputs = program.call(images)  # uint8 [N, H, W, C]; a dict"
     )
 

@@ -15,7 +15,6 @@ from ssl_jax.evaluate.references import SIDE
 from ssl_jax.models import normalization
 
 EXACT = jax.lax.Precision.HIGHEST
-FEATURES = ("cls", "patch", "both")
 
 
 class Inference(NamedTuple):
@@ -117,7 +116,7 @@ def preprocessing(encoder: Encoder) -> dict[str, Any]:
 
 
 def _features(encoder: Encoder) -> Callable[[Any], tuple[jax.Array, jax.Array]]:
-    """float [N, S, S, C] in [0, 1] -> embedding and feature map, in float32 and for any platform."""
+    """Images [N, S, S, C] in [0, 1] -> embedding and feature map, in float32 and for any platform."""
     own = in_float32(encoder, conv="lax")
     params, stats = jax.tree.map(np.asarray, (own.params, own.stats))
 

@@ -23,7 +23,6 @@ ELEMENTWISE = {
     **{"pow": "Pow", "gt": "Greater", "ge": "GreaterOrEqual", "lt": "Less", "le": "LessOrEqual", "eq": "Equal"},
     **{"and": "And", "or": "Or", "not": "Not", "stop_gradient": "Identity", "copy": "Identity", "copy_p": "Identity"},
 }
-REDUCTIONS = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin"}
 
 
 class Value(NamedTuple):
@@ -95,10 +94,10 @@ class _Graph:
             if isinstance(called, Jaxpr) and name not in ("scan", "while"):
                 return self.run(called, [], inputs)
         shape = equation.outvars[0].aval.shape
-        wanted = [_static(variable.aval.shape) for variable in equation.outvars]
-        if name != "broadcast_in_dim" and all(wanted) and all(isinstance(v.data, np.ndarray) for v in inputs):
-            if inputs or name == "iota":
-                return self._computed(equation, inputs)
+        static = all(_static(variable.aval.shape) for variable in equation.outvars)
+        constant = all(isinstance(v.data, np.ndarray) for v in inputs) and (inputs or name == "iota")
+        if static and constant and name != "broadcast_in_dim":
+            return self._computed(equation, inputs)
         if name in ELEMENTWISE:
             return [self.add(ELEMENTWISE[name], inputs, _broadcast(inputs))]
         method = getattr(self, f"_{name}", None)
@@ -111,9 +110,7 @@ class _Graph:
         return [method(*inputs, **{**params, "shape": shape, "out": equation.outvars[0].aval.dtype})]
 
     def _computed(self, equation, inputs):
-        arrays = [
-            np.broadcast_to(v.data, atom.aval.shape) for v, atom in zip(inputs, equation.invars, strict=True)
-        ]
+        arrays = [np.broadcast_to(v.data, atom.aval.shape) for v, atom in zip(inputs, equation.invars, strict=True)]
         found = equation.primitive.bind(*map(jax.numpy.asarray, arrays), **equation.params)
         found = found if equation.primitive.multiple_results else [found]
         return [Value(np.asarray(each), each.shape) for each in found]

@@ -36,20 +36,20 @@ def exported(
     makers: dict[str, Callable[..., Exported]] = {"timm": _timm, "torchvision": _torchvision, "huggingface": _hugging}
     try:
         return makers[kind](encoder, prepared, head, classes)
-    except _NoCounterpart as error:
+    except _NoCounterpartError as error:
         raise UserError(f"--format={kind}: {error}; use --format=onnx or stablehlo") from None
 
 
-class _NoCounterpart(Exception):
+class _NoCounterpartError(Exception):
     pass
 
 
 def _torchvision(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Exported:
     model = _resnet(encoder, "torchvision")
     if encoder.channels != 3:
-        raise _NoCounterpart(f"images of {encoder.channels} channels; torchvision's networks take 3")
+        raise _NoCounterpartError(f"images of {encoder.channels} channels; torchvision's networks take 3")
     if model.width != 1:
-        raise _NoCounterpart(f"{model.name} of model.width={model.width:g}; torchvision has none")
+        raise _NoCounterpartError(f"{model.name} of model.width={model.width:g}; torchvision has none")
     weights = to_torch(encoder.params, encoder.stats) | _head("fc", head)
     count = f"num_classes={len(classes)}" if head else ""
     lines = [f"model = torchvision.models.{model.name}({count})"]
@@ -73,7 +73,7 @@ def _timm(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Expor
     else:
         model = _resnet(encoder, "timm")
         if model.width != 1:
-            raise _NoCounterpart(f"{model.name} of model.width={model.width:g}; timm has none")
+            raise _NoCounterpartError(f"{model.name} of model.width={model.width:g}; timm has none")
         weights, name, first, last = weights | _head("fc", head), model.name, "conv1", "fc"
     size = [encoder.channels, encoder.size, encoder.size]
     about = {
@@ -104,7 +104,9 @@ def _hugging(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Ex
     weights, model = to_torch(encoder.params, encoder.stats), _model(encoder)
     if "cls_token" in weights:
         if head and model.pool != "cls":
-            raise _NoCounterpart("a classifier on the mean of the patches; ViTForImageClassification reads the token")
+            raise _NoCounterpartError(
+                "a classifier on the mean of the patches; ViTForImageClassification reads the token"
+            )
         vit = _vit(encoder, weights)
         named, config = _vit_names(vit.weights), _vit_config(vit, encoder)
         prefix, kind = "vit.", "ViT"
@@ -154,9 +156,11 @@ def _resnet(encoder: Encoder, where: str) -> Any:
     model = _model(encoder)
     kernel = np.shape(encoder.params["conv1"]["kernel"])[0] if "conv1" in encoder.params else 0
     if model.name not in RESNETS:
-        raise _NoCounterpart(f"model.name={model.name} has no counterpart in {where}")
+        raise _NoCounterpartError(f"model.name={model.name} has no counterpart in {where}")
     if kernel != 7:
-        raise _NoCounterpart(f"{model.name} with the stem for small images (model.stem) has no counterpart in {where}")
+        raise _NoCounterpartError(
+            f"{model.name} with the stem for small images (model.stem) has no counterpart in {where}"
+        )
     return model
 
 
@@ -177,12 +181,12 @@ KNOWN = re.compile(
 def _vit(encoder: Encoder, weights: Arrays) -> _ViT:
     """A plain ViT; whatever else is in its weights (registers, LayerScale, ...) is refused."""
     if strange := [name for name in weights if not KNOWN.fullmatch(name)]:
-        raise _NoCounterpart(f"{min(strange)}: a part of the ViT that this format is not written for")
+        raise _NoCounterpartError(f"{min(strange)}: a part of the ViT that this format is not written for")
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     heads = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}.get(_model(encoder).name, 0)
     if not heads or not {f"blocks.{i}.attn.qkv.bias" for i in range(depth)} <= set(weights):
-        raise _NoCounterpart(f"model.name={_model(encoder).name}: not a plain ViT")
+        raise _NoCounterpartError(f"model.name={_model(encoder).name}: not a plain ViT")
     side = encoder.size // patch
     if "pos_embed" not in weights:  # fixed ones, of which the class token has none
         table = np.concatenate([np.zeros((1, width), np.float32), sin_cos(side, side, width)])
@@ -253,7 +257,7 @@ def _resnet_names(weights: Arrays) -> Arrays:
             continue
         found = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01]))", module)
         if not found:
-            raise _NoCounterpart(f"{name}: not a weight of a plain ResNet")
+            raise _NoCounterpartError(f"{name}: not a weight of a plain ResNet")
         stage, block, kind, place, shortcut = found.groups()
         part = f"shortcut.{kinds[shortcut]}" if shortcut else f"layer.{int(place) - 1}.{kinds[kind]}"
         named[f"encoder.stages.{int(stage) - 1}.layers.{block}.{part}.{leaf}"] = array
