@@ -269,15 +269,10 @@ def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) ->
 def embed(
     workdir: str, data: str, out: str, step: int | str = "", features: str = "cls", overrides: Sequence[str] = ()
 ) -> None:
-    """Writes features of images, their paths and, where the data have them, their labels: see `ssl_jax.embedding`."""
+    """See `ssl_jax.embedding`."""
     from ssl_jax import embedding
-    from ssl_jax.load import load_with_settings
 
-    embedding.check_out(path := Path(out), features)
-    encoder, config = load_with_settings(workdir, step, overrides)
-    whole = path.suffix in embedding.ENDINGS
-    opened = _open_readable(encoder, data, config, labelled=True, decoded=whole)
-    print((embedding.write_file if whole else embedding.write_folder)(path, encoder, opened, features))
+    embedding.embed(workdir, data, Path(out), step, features, overrides, _open_readable)
 
 
 def export(workdir: str, format: str, out: str, **more: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ssl_jax.data import Source
 from ssl_jax.data.images import as_images
 from ssl_jax.encoder import Encoder, compiled_embed
 from ssl_jax.errors import UserError, unknown
+from ssl_jax.load import load_with_settings
 from ssl_jax.outputs import write_embeddings
 from ssl_jax.progress import counting
 
@@ -27,6 +28,26 @@ CHUNK = 256  # images that are decoded and embedded at a time
 PART_BYTES = 128 * 10**6  # of features in one part
 MOST = 64 * CHUNK  # images in one part
 Opened = tuple[Source, np.ndarray | None]
+
+
+def embed(
+    workdir: str,
+    data: str,
+    out: Path,
+    step: int | str,
+    which: str,
+    overrides: Sequence[str],
+    open_readable: Callable[..., Opened],
+) -> None:
+    """Writes features of the images to a file or folder, with their paths and, where the data have them, their labels.
+
+    open_readable: (encoder, data, config, labelled, decoded) -> source and labels
+    """
+    check_out(out, which)
+    encoder, config = load_with_settings(workdir, step, overrides)
+    whole = out.suffix in ENDINGS
+    opened = open_readable(encoder, data, config, labelled=True, decoded=whole)
+    print((write_file if whole else write_folder)(out, encoder, opened, which))
 
 
 def features_of(encoder: Encoder, images: Any, which: str, batch: int = CHUNK, fixed: bool = False) -> dict[str, Any]:
