@@ -64,11 +64,9 @@ def features_of(encoder: Encoder, images: Any, which: str, batch: int = CHUNK, f
         part = as_images(images, slice(start, start + full), encoder.size, encoder.channels)
         padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
         parts.append([np.asarray(each)[: len(part)] for each in _dense(own, padded)])
-    shapes = [(0, *shape[1:]) for shape in shapes_of(encoder)]
-    embedding, patches = (
-        np.concatenate(each) if parts else np.zeros(shape, np.float32)
-        for each, shape in zip(zip(*parts) if parts else ((), ()), shapes, strict=True)
-    )
+    if not parts:
+        parts.append([np.zeros((0, *shape[1:]), np.float32) for shape in shapes_of(encoder)])
+    embedding, patches = map(np.concatenate, zip(*parts, strict=True))
     return {"patches": patches} if which == "patch" else {"embedding": embedding, "patches": patches}
 
 
@@ -153,9 +151,9 @@ def write_folder(folder: Path, encoder: Encoder, opened: Opened, which: str) -> 
             arrays = _arrays(found, names, known, source.classes)
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)  # not compressed: features hardly are, and it takes longer than embedding
-            files.write_bytes(_part(folder, first + number), buffer.getvalue())
             index["unreadable"] |= {name: reason for name, (_, reason) in rest.unreadable.items()}
-            files.write_json(folder / "index.json", index)
+            files.write_json(folder / "index.json", index)  # first: a part that exists is not looked at again
+            files.write_bytes(_part(folder, first + number), buffer.getvalue())
     files.write_json(folder / "index.json", index | {"complete": True})
     left_out = f", {len(index['unreadable'])} unreadable left out" if index["unreadable"] else ""
     total = len(source) - len(index["unreadable"])
@@ -174,7 +172,7 @@ def _parts(
         while rows[0] >= (number + 1) * size:
             yield number, *_joined(held, empty)
             number, held = number + 1, []
-        held.append((rows, features_of(encoder, images, which, fixed=True)))
+        held.append((rows, features_of(encoder, images, which, CHUNK, fixed=True)))
         progress(int(rows[-1]) + 1, len(source))
     while number < count:
         yield number, *_joined(held, empty)

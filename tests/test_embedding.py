@@ -51,19 +51,21 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path, encoder
     np.testing.assert_allclose(found, encoder.embed(opened[0].arrays()), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(np.concatenate([np.load(path)["labels"] for path in parts]), opened[1])
 
-    written, write = [], embedding.files.write_bytes
+    write = embedding.files.write_bytes
 
     def killed(path, content):
-        if len(written) == 2:
+        if path.name == "part-00002.npz":
             raise KeyboardInterrupt
-        written.append(path)
         write(path, content)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(embedding.files, "write_bytes", killed)
         embedding.write_folder(tmp_path / "killed", encoder, opened, "cls")
+    assert sorted(contents(tmp_path / "killed")) == ["index.json", "part-00000.npz", "part-00001.npz"]
+    kept = (tmp_path / "killed" / "part-00000.npz").stat().st_mtime_ns
     embedding.write_folder(tmp_path / "killed", encoder, opened, "cls")
     assert contents(tmp_path / "killed") == contents(whole)
+    assert (tmp_path / "killed" / "part-00000.npz").stat().st_mtime_ns == kept
     embedding.write_folder(whole, encoder, opened, "cls")  # nothing is left to do
     assert contents(tmp_path / "killed") == contents(whole)
 
