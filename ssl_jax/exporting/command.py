@@ -248,6 +248,9 @@ def _weights(subject: Subject, kind: str, folder: Path, images: np.ndarray) -> t
     except ImportError as error:
         facts += [f"Not run: {library} is not installed here ({first_line(error)}); the file was not compared"]
         return facts, made.call, {"differences": {}, "compared": "not run"}
+    except Exception as error:  # whatever the other library raises
+        problem = error if isinstance(error, UserError) else f"{library} cannot run the files: {first_line(error)}"
+        raise UserError(f"--format={kind}: not written: {problem}") from error
     with jax.default_matmul_precision("highest"):
         own = inference.in_float32(encoder)
         wanted = {"embedding": own.embed(images)}

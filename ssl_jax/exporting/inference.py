@@ -34,7 +34,9 @@ def resized(images: jax.Array, size: int) -> jax.Array:
     """The central square of each image [N, H, W, C], 0 to 255, at `size` px: whole numbers, float32.
 
     As Pillow resizes files here: bilinear with antialias, along the rows and then along the columns, and rounded after
-    each. N, H and W may be symbolic. Source: precompute_coeffs in Pillow's src/libImaging/Resample.c.
+    each. A pixel may differ by one or two of 255: where the exact value lies halfway between two integers, and in
+    images higher than wide, of which Pillow 13 resizes the columns first. N, H and W may be symbolic.
+    Source: precompute_coeffs in Pillow's src/libImaging/Resample.c.
     """
     height, width = (jnp.asarray(side, jnp.float32) for side in images.shape[1:3])
     side = jnp.minimum(height, width)

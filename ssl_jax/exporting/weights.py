@@ -305,7 +305,7 @@ def run_there(kind: str, folder: Any, images: np.ndarray, classifier: bool, pool
         module.fc = module.fc if classifier else torch.nn.Identity()
         lacking, strange = module.load_state_dict(state, strict=False)
         if strange or [key for key in lacking if not key.endswith("num_batches_tracked")]:
-            raise UserError(f"--format=torchvision: {name} does not take these weights: {[*lacking, *strange][0]}")
+            raise UserError(f"{name} does not take these weights: {[*lacking, *strange][0]}")
     else:
         import transformers
 
