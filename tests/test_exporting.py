@@ -1,5 +1,6 @@
 """`ssl-jax export`: what is written computes what the network computes, or nothing is written."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -13,8 +14,8 @@ from ssl_jax import cli
 from ssl_jax.config import Model, View
 from ssl_jax.data.images import as_images
 from ssl_jax.embedding import features_of
+from ssl_jax.encoder import Encoder, build
 from ssl_jax.encoder import export as save
-from ssl_jax.encoder import random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import Classifier
 from ssl_jax.evaluate.linear import Probe
@@ -29,10 +30,18 @@ needs_onnx = pytest.mark.skipif(
 
 
 def encoder_of(size=16, channels=3, **model):
-    """With other statistics than a new network's, so that BatchNorm does something."""
-    made = random_encoder(Model(**model), size, channels, seed=0)
-    stats = jax.tree.map(lambda x: np.asarray(x) + RNG.uniform(0, 0.5, x.shape).astype(np.float32), made.stats)
-    return made._replace(stats=stats)
+    """With random weights and statistics, drawn in NumPy: a network's own would take seconds to compile."""
+    model = Model(**model)
+    network, image = build(model, channels, size), jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+
+    def draw(shape):
+        scale = max(1, np.prod(shape.shape[:-1])) ** -0.5
+        positive = len(shape.shape) == 1  # BatchNorm's variances, too
+        return (RNG.uniform(0.5, 1, shape.shape) if positive else RNG.normal(0, scale, shape.shape)).astype(np.float32)
+
+    params, stats = jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0), image))
+    about = {"model": dataclasses.asdict(model), "size": size, "channels": channels, "method": "scratch"}
+    return Encoder(network, params, stats, size, channels, about)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +52,11 @@ def vit():
 @pytest.fixture(scope="module")
 def resnet():
     return encoder_of(name="resnet18", width=0.0625, stem="imagenet", size=48, channels=1)
+
+
+@pytest.fixture(scope="module")
+def thin():
+    return encoder_of(name="resnet_thin", width=0.125, size=24, channels=1)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +127,7 @@ def test_a_program_runs_in_a_new_process_with_any_number_and_size_of_images(vit,
 
 
 @needs_onnx
-@pytest.mark.parametrize("which", ["vit", "resnet"])
+@pytest.mark.parametrize("which", ["vit", "thin"])
 def test_onnx_runtime_computes_the_same(which, request, tmp_path):
     import onnx
 
@@ -128,6 +142,39 @@ def test_onnx_runtime_computes_the_same(which, request, tmp_path):
     batches = [pictures(n, h, w, encoder.channels) for n, h, w in ((3, size, size), (1, 2 * size, size))]
     for found, images in zip(checking.run_onnx(path, batches), batches, strict=True):
         assert checking.compare(found, features_of(encoder, images, "both")) < 1e-4
+
+
+@needs_onnx
+def test_operations_of_onnx_are_those_of_jax(tmp_path):
+    """Those that the two networks above lack, and what is broadcast; the number of rows is symbolic."""
+    import flax.linen as nn
+    import onnx
+
+    from ssl_jax.exporting import onnx_writer
+
+    kernel, row = RNG.normal(0, 1, (3, 3, 4, 6)).astype(np.float32), RNG.normal(0, 1, 4).astype(np.float32)
+
+    def function(x):
+        q = x.reshape(x.shape[0], 16, 2, 2)
+        y = {"pool": nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)]), "row": x * row - row[:, None] @ row[None]}
+        y["conv"] = jax.lax.conv_general_dilated(
+            x, kernel, (2, 1), [(1, 1), (0, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y["attention"] = jax.nn.dot_product_attention(q, q * 2, q + 1)
+        y["chosen"] = jnp.where(x > row, jnp.pad(x, ((0, 0), (1, 0), (0, 1), (0, 0)))[:, 1:, :-1], jnp.abs(x) ** 0.5)
+        y["parts"] = jnp.concatenate([x[:, ::2], x[:, 1:3] ** 3], axis=1)
+        y["least"] = x.min((1, 2)) + jnp.log1p(0.0) + jnp.tanh(x).max((1, 2))
+        y["first"] = x.reshape(x.shape[0], -1).argmax(1)
+        return y | {"gelu": nn.gelu(x, approximate=False), "silu": nn.silu(x), "both": (x >= 0) & (x != row)}
+
+    image = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("N"), 4, 4, 4), np.float32)
+    model = onnx_writer.write(function, image, 18, {})
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save_model(model, path := tmp_path / "model.onnx")
+    batches = [RNG.normal(0, 1, (n, 4, 4, 4)).astype(np.float32) for n in (1, 3)]
+    for found, x in zip(checking.run_onnx(path, batches), batches, strict=True):
+        for name, wanted in function(x).items():
+            np.testing.assert_allclose(found[name], wanted, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @needs_onnx
