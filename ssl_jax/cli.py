@@ -18,7 +18,7 @@ RUN = "run folder, written by `ssl-jax pretrain`"
 ENCODER = f"{RUN}, or a classifier folder, written by `ssl-jax finetune`"
 STEP = ("", "checkpoint to use instead of the finished encoder: its step, or latest; the run may go on meanwhile")
 # These accept --config.KEY=VALUE but have no --config.
-OVERRIDES = ("evaluate", "finetune", "predict", "embed", "select", "check", "search")
+OVERRIDES = ("evaluate", "finetune", "predict", "embed", "export", "select", "check", "search")
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 JSON = (False, "end the output with one line of JSON, for programs")
 DRY_RUN = (False, "say what this would read, need and write, after a few steps; write nothing")
@@ -121,7 +121,20 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "workdir": (..., ENCODER),
             "step": STEP,
             "data": (..., DATA),
-            "out": (..., ".npz, .csv or .parquet file to write"),
+            "features": ("cls", "cls (the embedding), patch (the last feature map) or both"),
+            "out": (..., ".npz, .csv or .parquet file; or a folder, for many images: written in parts, resumable"),
+        },
+    ),
+    "export": (
+        "write an encoder or classifier as a file for other programs, run and compared before it is said to be written",
+        {
+            "workdir": (..., ENCODER),
+            "step": STEP,
+            "format": (..., "onnx, stablehlo, timm, torchvision or huggingface"),
+            "features": ("cls", "of an encoder: cls (the embedding), patch (the last feature map) or both"),
+            "opset": (18, "of ONNX: 18 or more"),
+            "out": (..., "folder to create, with the file, a model card and the names of the classes"),
+            "json": JSON,
         },
     ),
     "select": (
@@ -236,7 +249,7 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("evaluate", "finetune", "predict", "embed", "select"), ("workdir", "data")),
     "study": ("config", "data"),
     "plan": ("config",),
-    "report": ("workdir",),
+    **dict.fromkeys(("report", "export"), ("workdir",)),
     "check": ("data",),
     "search": ("workdir", "query", "data"),
     "compare": ("runs",),

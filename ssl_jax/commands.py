@@ -266,20 +266,20 @@ def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) ->
     return {"predictions": len(scores), "classes": classes, "out": out}
 
 
-def embed(workdir: str, data: str, out: str, step: int | str = "", overrides: Sequence[str] = ()) -> None:
-    """Writes the embeddings of images, their paths and, where the data have them, their labels: see
-    `outputs.write_embeddings`."""
-    from ssl_jax.load import load_with_settings
-    from ssl_jax.outputs import write_embeddings
+def embed(
+    workdir: str, data: str, out: str, step: int | str = "", features: str = "cls", overrides: Sequence[str] = ()
+) -> None:
+    """See `ssl_jax.embedding`."""
+    from ssl_jax import embedding
 
-    path = Path(out)
-    _require_ending(path, "--out", (".npz", ".csv", ".parquet"))
-    encoder, config = load_with_settings(workdir, step, overrides)
-    source, labels = _open_readable(encoder, data, config, labelled=True)
-    features, classes = encoder.embed(source.arrays()), source.classes
-    write_embeddings(path, source.names, features, labels, classes)
-    beside = "" if labels is None else f", labels of {len(classes)} classes"
-    print(f"{len(features)} embeddings of {features.shape[1]} dimensions{beside}: {out}")
+    embedding.embed(workdir, data, Path(out), step, features, overrides, _open_readable)
+
+
+def export(workdir: str, format: str, out: str, **more: Any) -> dict[str, Any]:
+    """See `ssl_jax.exporting.command`."""
+    from ssl_jax.exporting import command
+
+    return command.export(workdir, format, out, **more)
 
 
 def check(
@@ -476,10 +476,10 @@ def _require_ending(path: Path, flag: str, endings: Sequence[str]) -> None:
 
 
 def _open_readable(
-    encoder: Encoder, data: str, config: Config, labelled: bool = False
+    encoder: Encoder, data: str, config: Config, labelled: bool = False, decoded: bool = True
 ) -> tuple[Source, np.ndarray | None]:
     """All images that can be read, however few, and with `labelled` their labels, if there are any; the source logs the
-    other images."""
+    other images. With decoded=False they are in it, as nothing has been read yet."""
     spec = encoder.data(data_of(data, "--data", config.data))
     unlabelled = images_only(spec)
     try:
@@ -491,7 +491,8 @@ def _open_readable(
         source = open_source(unlabelled, "all")
     labels = source.labels if labelled else None
     source.forget_labels()  # so that any image may stand in for a damaged one
-    source.arrays()
+    if decoded:
+        source.arrays()
     readable = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in shows another file's image
     if len(readable) == len(source):
         return source, labels

@@ -70,8 +70,8 @@ class Encoder(NamedTuple):
         return dataclasses.replace(data, size=self.size, channels=self.channels)
 
 
-def _embed(network, params, stats, images):
-    return network.apply(params, stats, center_view(images, images.shape[1]), train=False)[0]
+def _embed(network, params, stats, images, **dense):
+    return network.apply(params, stats, center_view(images, images.shape[1]), train=False, **dense)[0]
 
 
 @functools.cache
@@ -83,7 +83,7 @@ def compiled_embed() -> Any:
         jax.jit(jnp.negative, compiler_options=options).lower(1.0).compile()
     except Exception:  # another platform, or a version of XLA that does not know it
         options = {}
-    return jax.jit(_embed, static_argnums=0, compiler_options=options)
+    return jax.jit(_embed, static_argnums=0, static_argnames="dense", compiler_options=options)
 
 
 # Equal networks must be the same object, so that jit compiles each only once per process.

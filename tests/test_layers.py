@@ -25,6 +25,8 @@ LAYERS = [
     {"study", "plan", "evaluation", "dry_runs", "sklearn", "check", "searching", "comparing", "to_label"},
     {"sweep"},
     {"outputs"},
+    {"embedding"},
+    {"exporting"},
     {"commands"},
     {"cli"},
 ]
