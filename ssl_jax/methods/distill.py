@@ -69,7 +69,10 @@ def make(config, encoder, run):
         heads = {"projector": key_heads, **({"patch_projector": jax.random.fold_in(key_heads, 1)} if dense else {})}
         head, x = mlp((config.hidden, others.shape[1]), norm=False, bias=True, gelu=True), jnp.zeros((1, mine.shape[1]))
         made = {"encoder": params, **{name: head.init(k, x)[0] for name, k in heads.items()}}
-        memory = {"teacher": jax.tree.map(jnp.asarray, frozen[0]), "teacher_stats": jax.tree.map(jnp.asarray, frozen[1])}
+        memory = {
+            "teacher": jax.tree.map(jnp.asarray, frozen[0]),
+            "teacher_stats": jax.tree.map(jnp.asarray, frozen[1]),
+        }
         return made, State({"encoder": stats}, memory)
 
     def project(params, x):
@@ -79,9 +82,7 @@ def make(config, encoder, run):
     def forward(params, target, state, batch, key):
         del target, key
         (images,) = batch["views"]
-        (y, places), stats = encoder.apply(
-            params["encoder"], state.stats["encoder"], images, train=True, dense=True
-        )
+        (y, places), stats = encoder.apply(params["encoder"], state.stats["encoder"], images, train=True, dense=True)
         frozen = jax.lax.stop_gradient((state.memory["teacher"], state.memory["teacher_stats"]))
         (features, map_), _ = network.apply(*frozen, images, train=False, dense=True)
         outputs = {"embedding": y, "whole": (project(params["projector"], y), features.astype(y.dtype))}

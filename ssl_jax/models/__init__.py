@@ -2,6 +2,7 @@
 
 from ssl_jax.models.build import build_encoder, normalization, resolve_model
 from ssl_jax.models.layers import linear, mlp, resolve_conv
+from ssl_jax.models.predictor import predictor
 from ssl_jax.models.torch_weights import from_torch, to_torch
 from ssl_jax.models.vit import decoder, patchify
 
@@ -13,6 +14,7 @@ __all__ = [
     "mlp",
     "normalization",
     "patchify",
+    "predictor",
     "resolve_conv",
     "resolve_model",
     "to_torch",
