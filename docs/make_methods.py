@@ -41,7 +41,8 @@ reason has failed when `projection_std` (about 1/√D is healthy for normalised 
 0.""",
     "Clustering and distillation": """\
 Targets are probabilities over K outputs. There are two ways to collapse: `target_entropy` at ln K means targets
-without any preference, `mean_target_entropy` near 0 means that all images share one output.""",
+without any preference, `mean_target_entropy` near 0 means that all images share one output. `distill` is different: its
+teacher never changes, so `projection_std` near 0 means that the teacher itself tells no images apart.""",
     "Pretext tasks": """\
 One network, and one question whose answer is known because we asked it. These methods cannot collapse, but shortcuts
 can solve the task without learning anything useful; each method closes the known ones. They are weaker than the others

@@ -8,8 +8,9 @@ import numpy as np
 def sig_reg(z: jax.Array, directions: jax.Array, *, knots: int = 17, limit: float = 3.0) -> jax.Array:
     """The Epps-Pulley statistic of z [B, D] along directions [S, D], averaged over the directions.
 
-    B times the integral over t from -limit to limit of |mean_i exp(i t x_i) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), where x is
-    z along one direction: 0 only if x is standard normal. By the trapezoidal rule with `knots` points from 0 on, twice.
+    B times the integral over t from -limit to limit of |mean_i exp(i t x_i) - exp(-t^2 / 2)|^2 exp(-t^2 / 2), where x
+    is z along one direction: 0 only if x is standard normal. By the trapezoidal rule with `knots` points from 0 on,
+    doubled.
 
     directions: normalised here.
 

@@ -40,8 +40,8 @@ def prototype_cross_entropy(
 
     >>> same = jnp.eye(4)[:2, None]
     >>> sharp = {"temperature": 0.1, "teacher_temperature": 0.04}
-    >>> loss = prototype_cross_entropy(same, same, jnp.ones((2, 1, 1)) / 2, jnp.eye(4), jnp.eye(4), jnp.zeros(4), **sharp)
-    >>> round(float(loss), 3)
+    >>> weights, eye = jnp.ones((2, 1, 1)) / 2, jnp.eye(4)
+    >>> round(float(prototype_cross_entropy(same, same, weights, eye, eye, jnp.zeros(4), **sharp)), 3)
     0.0
     """
     teacher, target_prototypes, shift = jax.lax.stop_gradient((teacher, target_prototypes, shift))

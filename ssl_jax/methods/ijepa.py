@@ -1,7 +1,7 @@
-r"""I-JEPA: from a part of an image, predict the features that a slow copy gives to other blocks of it; one crop, no colours.
+r"""I-JEPA: from a part of an image, predict the features that a slow copy of the encoder gives to other blocks of it.
 
-No hand-made transforms but a crop, so nothing is learnt to be ignored: for images whose colours and textures matter. The
-context is about a quarter of the patches, so a step is cheap. Needs a ViT, and is best with large ones and long
+There is no transform but a crop, so colours and textures are not learnt to be ignored. The context is a quarter of the
+patches, so a step is cheap. Needs a ViT, and is best with large ones and long
 training. The embedding is the mean of the patches; the class token is not trained. The moving average is what is
 exported.
 
@@ -9,7 +9,7 @@ $$\mathrm{mean}_{i \in \mathrm{blocks}}\ \mathrm{smooth}_{L_1}\big(q(f(\mathrm{c
 
 Source: https://arxiv.org/abs/2301.08243; facebookresearch/ijepa, src/train.py.
 
-Family: clustering and distillation.
+Family: without negatives.
 """
 
 from dataclasses import dataclass

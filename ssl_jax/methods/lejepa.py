@@ -1,4 +1,4 @@
-r"""LeJEPA: views of an image agree, and the projections of all images are a Gaussian cloud; no target, nothing is stopped.
+r"""LeJEPA: views of an image agree, and the projections of all images form a Gaussian cloud; no target network.
 
 One weight to choose, and no stop-gradient, queue, teacher or predictor. A collapse costs more than it gains, because in
 random directions the projections are compared with a normal distribution (SIGReg, the test of Epps and Pulley). Local

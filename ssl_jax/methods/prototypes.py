@@ -38,7 +38,7 @@ def draw_prototypes(key: jax.Array, config: Any) -> jax.Array:
 
 
 def warmed(config: Any, run: RunInfo, step: jax.Array) -> jax.Array:
-    """The teacher's temperature: from warmup_temperature to teacher_temperature in the first share `warmup` of the run."""
+    """The teacher's temperature: from warmup_temperature to teacher_temperature over the first share `warmup`."""
     share = jnp.minimum(1, step / max(1, config.warmup * run.steps))
     return config.warmup_temperature + share * (config.teacher_temperature - config.warmup_temperature)
 
@@ -54,11 +54,11 @@ def masked_self_distillation(
     centring: str = "centre",
     patch_head: str = "tied",
 ) -> Method:
-    """iBOT or DINOv2, from the options that their configs have in common.
+    """The method iBOT or DINOv2, from the options that their configs have in common.
 
     least: patches of the smallest masked block; None: the square of a third of the side.
     koleo_weight: of the entropy of the student's embeddings, for each whole view.
-    centring: what keeps the teacher's outputs apart: "centre" subtracts a moving average, "sinkhorn" balances the batch.
+    centring: what keeps the teacher's outputs apart: "centre" subtracts a moving average, "sinkhorn" balances a batch.
     patch_head: of the patches: "tied" (the image's), "layer" (a last layer of its own) or "own".
 
     The last layer is applied in the loss, to the masked patches of the whole batch, so that micro-batches need not keep
