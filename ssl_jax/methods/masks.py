@@ -85,7 +85,8 @@ def multi_block(
     def size(keys, scale, aspect):
         area = jnp.floor(patches * jax.random.uniform(keys[0], minval=scale[0], maxval=scale[1]))
         ratio = jax.random.uniform(keys[1], minval=aspect[0], maxval=aspect[1])
-        return [jnp.clip(jnp.round(jnp.sqrt(a)), 1, max(1, side - 1)) for a in (area * ratio, area / ratio)]
+        sides = (jnp.round(jnp.sqrt(a)).astype(int) for a in (area * ratio, area / ratio))
+        return [jnp.clip(s, 1, max(1, side - 1)) for s in sides]
 
     def one(key):
         keys = jax.random.split(key, 7)
