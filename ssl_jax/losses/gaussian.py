@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ssl_jax.losses.contrastive import normalize
+
 
 def sig_reg(z: jax.Array, directions: jax.Array, *, knots: int = 17, limit: float = 3.0) -> jax.Array:
     """The Epps-Pulley statistic of z [B, D] along directions [S, D], averaged over the directions.
@@ -24,8 +26,7 @@ def sig_reg(z: jax.Array, directions: jax.Array, *, knots: int = 17, limit: floa
     normal = np.exp(-(t**2) / 2)
     step = np.full(knots, 2 * limit / (knots - 1))
     step[[0, -1]] /= 2
-    directions = directions / jnp.linalg.norm(directions, axis=1, keepdims=True)
-    angles = (z @ directions.T)[..., None] * t.astype(z.dtype)  # [B, S, knots]
+    angles = (z @ normalize(directions).T)[..., None] * t.astype(z.dtype)  # [B, S, knots]
     error = (jnp.cos(angles).mean(axis=0) - normal.astype(z.dtype)) ** 2 + jnp.sin(angles).mean(axis=0) ** 2
     return len(z) * (error @ (step * normal).astype(z.dtype)).mean()
 
