@@ -5,7 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-ATTEMPTS = 10  # in a row without a place for a block, after which a mask stays as it is
+FAILURES = 10  # in a row without a place for a block, after which a mask stays as it is (dinov2/data/masking.py)
+ATTEMPTS = 40  # in all: ours, so that all random numbers are drawn at once, which compiles several times faster
 
 
 def block_mask(key: jax.Array, side: int, count: jax.Array, *, least: int, most: int) -> jax.Array:
@@ -15,30 +16,27 @@ def block_mask(key: jax.Array, side: int, count: jax.Array, *, least: int, most:
     missing. Source: BEiT, algorithm 1, https://arxiv.org/abs/2106.08254; facebookresearch/dinov2,
     dinov2/data/masking.py.
     """
-    ends = math.log(0.3), -math.log(0.3)
-    place = jnp.arange(side)
+    place, widest = jnp.arange(side), -math.log(0.3)
+    draws = jax.vmap(lambda k: jax.random.uniform(k, (ATTEMPTS, 4)))(key)
 
-    def one(key, count):
-        def attempt(carry):
-            key, mask, failed = carry
-            key, *keys = jax.random.split(key, 5)
-            limit = jnp.minimum(count - mask.sum(), most)
-            area = least + jax.random.uniform(keys[0]) * (limit - least)
-            aspect = jnp.exp(jax.random.uniform(keys[1], minval=ends[0], maxval=ends[1]))
-            sides = jnp.round(jnp.sqrt(jnp.stack([area * aspect, area / aspect]))).astype(int)
-            starts = [jax.random.randint(k, (), 0, jnp.maximum(1, side - s + 1)) for k, s in zip(keys[2:], sides)]
+    def one(draws, count):
+        def attempt(carry, u):
+            mask, failed = carry
+            missing = count - mask.sum()
+            limit = jnp.minimum(missing, most)
+            area, root = least + u[0] * (limit - least), jnp.exp(0.5 * widest * (2 * u[1] - 1))
+            sides = jnp.round(jnp.sqrt(area) * jnp.stack([root, 1 / root]))
+            starts = jnp.floor(u[2:] * jnp.maximum(1, side - sides + 1))
             rows, columns = ((place >= start) & (place < start + s) for start, s in zip(starts, sides))
             block = rows[:, None] & columns
             new = (block & ~mask).sum()
-            fits = jnp.all(sides < side) & (new > 0) & (new <= limit)
-            return key, mask | (block & fits), jnp.where(fits, 0, failed + 1)
+            fits = jnp.all(sides < side) & (new > 0) & (new <= limit) & (missing > 0) & (failed < FAILURES)
+            return (mask | (block & fits), jnp.where(fits, 0, failed + 1)), None
 
-        def missing(carry):
-            return (carry[1].sum() < count) & (carry[2] < ATTEMPTS)
+        start = jnp.zeros((side, side), bool), jnp.zeros((), int)
+        return jax.lax.scan(attempt, start, draws)[0][0].ravel()
 
-        return jax.lax.while_loop(missing, attempt, (key, jnp.zeros((side, side), bool), 0))[1].ravel()
-
-    return jax.vmap(one)(key, count)
+    return jax.vmap(one)(draws, count)
 
 
 def first_of(mask: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
@@ -72,29 +70,28 @@ def multi_block(
     draws sizes once for a batch and cuts all contexts to the smallest one of the batch.
     """
     patches = side * side
-    area_of = [int(patches * scale) for scale in target_scale]
-    most = min(largest_block(area_of[1], aspect), (side - 1) ** 2 if side > 1 else 1)
+    most = min(largest_block(int(patches * target_scale[1]), aspect), max(1, side - 1) ** 2)
     place = jnp.arange(side)
+    draws = jax.vmap(lambda k: jax.random.uniform(k, (5 + 2 * targets + patches,)))(key)
 
-    def rectangle(key, height, width):
-        keys = jax.random.split(key)
-        starts = [jax.random.randint(k, (), 0, jnp.maximum(1, side - s)) for k, s in zip(keys, (height, width))]
-        rows, columns = ((place >= start) & (place < start + s) for start, s in zip(starts, (height, width)))
+    def rectangle(u, sides):
+        starts = jnp.floor(u * jnp.maximum(1, side - sides))
+        rows, columns = ((place >= start) & (place < start + s) for start, s in zip(starts, sides))
         return (rows[:, None] & columns).ravel()
 
-    def size(keys, scale, aspect):
-        area = jnp.floor(patches * jax.random.uniform(keys[0], minval=scale[0], maxval=scale[1]))
-        ratio = jax.random.uniform(keys[1], minval=aspect[0], maxval=aspect[1])
-        sides = (jnp.round(jnp.sqrt(a)).astype(int) for a in (area * ratio, area / ratio))
-        return [jnp.clip(s, 1, max(1, side - 1)) for s in sides]
+    def size(share, ratio):
+        area = jnp.floor(patches * share)
+        return jnp.clip(jnp.round(jnp.sqrt(jnp.stack([area * ratio, area / ratio]))), 1, max(1, side - 1))
 
-    def one(key):
-        keys = jax.random.split(key, 7)
-        block = size(keys[:2], target_scale, aspect)
-        blocks = jax.vmap(lambda k: rectangle(k, *block))(jax.random.split(keys[2], targets))
-        seen = rectangle(keys[3], *size(keys[4:6], context_scale, (1.0, 1.0))) & ~blocks.any(axis=0)
-        order = jnp.argsort(jnp.where(seen, 0, 2) + jax.random.uniform(keys[6], (patches,)))
+    def between(u, ends):
+        return ends[0] + u * (ends[1] - ends[0])
+
+    def one(u):
+        block = size(between(u[0], target_scale), between(u[1], aspect))
+        blocks = jax.vmap(lambda at: rectangle(at, block))(u[5 : 5 + 2 * targets].reshape(targets, 2))
+        seen = rectangle(u[3:5], size(between(u[2], context_scale), 1.0)) & ~blocks.any(axis=0)
+        order = jnp.argsort(jnp.where(seen, 0, 2) + u[5 + 2 * targets :])
         visible = order[jnp.arange(context) % jnp.clip(seen.sum(), 1, context)]
         return visible, *first_of(blocks, most)
 
-    return jax.vmap(one)(key)
+    return jax.vmap(one)(draws)

@@ -91,14 +91,12 @@ def masked_self_distillation(
         return params, state._replace(memory=memory)
 
     def masks_of(key, side):
-        """[B, N] for a view: `mask_share` of the images are masked, each with a share drawn from `mask`."""
-        keys = jax.vmap(lambda k: jax.random.split(k, 3))(key)
-        low, high = config.mask
-        share = jax.vmap(lambda k: jax.random.uniform(k, minval=low, maxval=high))(keys[:, 0])
-        masked = jax.vmap(jax.random.uniform)(keys[:, 1]) < config.mask_share
-        count = jnp.where(masked, jnp.floor(side * side * share), 0)
+        """[B, N] of key [B]: `mask_share` of the views are masked, each with a share of its patches drawn from `mask`."""
+        keys = jax.vmap(jax.random.split)(key)
+        u, (low, high) = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys[:, 0]), config.mask
+        count = jnp.where(u[:, 0] < config.mask_share, jnp.floor(side * side * (low + u[:, 1] * (high - low))), 0)
         smallest = (side // 3) ** 2 if least is None else least
-        return block_mask(keys[:, 2], side, count, least=smallest, most=largest(side))
+        return block_mask(keys[:, 1], side, count, least=smallest, most=largest(side))
 
     def largest(side):
         return max(1, int(side * side * config.mask[1]))
@@ -109,8 +107,7 @@ def masked_self_distillation(
     def forward(params, target, state, batch, key):
         views, count = batch["views"][:2], len(batch["views"][0])
         side = views[0].shape[1] // patch
-        masks = [masks_of(jax.vmap(jax.random.fold_in, (0, None))(key, v), side) for v in range(2)]
-        images, mask = interleave(views), interleave(masks)
+        images, mask = interleave(views), masks_of(jax.vmap(jax.random.split)(key).ravel(), side)
         index, masked = first_of(mask, largest(side))
 
         def see(params, stats, **kwargs):
