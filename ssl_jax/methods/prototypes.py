@@ -91,7 +91,7 @@ def masked_self_distillation(
         return params, state._replace(memory=memory)
 
     def masks_of(key, side):
-        """[B, N] of key [B]: `mask_share` of the views are masked, each with a share of its patches drawn from `mask`."""
+        """[B, N] of key [B]: `mask_share` of the views are masked, a share of their patches drawn from `mask`."""
         keys = jax.vmap(jax.random.split)(key)
         u, (low, high) = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys[:, 0]), config.mask
         count = jnp.where(u[:, 0] < config.mask_share, jnp.floor(side * side * (low + u[:, 1] * (high - low))), 0)
@@ -107,7 +107,7 @@ def masked_self_distillation(
     def forward(params, target, state, batch, key):
         views, count = batch["views"][:2], len(batch["views"][0])
         side = views[0].shape[1] // patch
-        images, mask = interleave(views), masks_of(jax.vmap(jax.random.split)(key).ravel(), side)
+        images, mask = interleave(views), masks_of(jax.vmap(jax.random.split)(key).reshape(-1), side)
         index, masked = first_of(mask, largest(side))
 
         def see(params, stats, **kwargs):
