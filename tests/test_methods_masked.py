@@ -19,15 +19,16 @@ def keys(count):
 
 def test_block_masks_have_at_most_what_is_asked_for_and_are_blocks():
     count = np.repeat([0, 20, 60, 98], 16)
-    masks = jax.jit(lambda k, c: block_mask(k, 14, c, least=4, most=98))(keys(64), count).reshape(64, 14, 14)
-    sums = np.asarray(masks).sum((1, 2))
+    masks = np.asarray(jax.jit(lambda k, c: block_mask(k, 14, c, least=4, most=98))(keys(64), count))
+    masks = masks.reshape(64, 14, 14)
+    sums = masks.sum((1, 2))
     assert np.all(sums <= count) and not sums[:16].any()
     assert np.all(sums[16:].reshape(3, 16).mean(axis=1) > 0.85 * np.array([20, 60, 98]))
     # Far fewer borders than where as many patches are drawn one by one.
     borders = (masks[:, 1:] != masks[:, :-1]).sum((1, 2)) + (masks[:, :, 1:] != masks[:, :, :-1]).sum((1, 2))
     share = sums / 196
     assert np.mean(borders[16:]) < 0.5 * np.mean((2 * share * (1 - share) * 2 * 14 * 13)[16:])
-    assert len({m.tobytes() for m in np.asarray(masks[48:])}) == 16
+    assert len({m.tobytes() for m in masks[48:]}) == 16
 
 
 def test_the_masked_patches_come_first():
