@@ -41,7 +41,8 @@ reason has failed when `projection_std` (about 1/√D is healthy for normalised 
 0.""",
     "Clustering and distillation": """\
 Targets are probabilities over K outputs. There are two ways to collapse: `target_entropy` at ln K means targets
-without any preference, `mean_target_entropy` near 0 means that all images share one output.""",
+without any preference, `mean_target_entropy` near 0 means that all images share one output. `distill` is different: its
+teacher never changes, so `projection_std` near 0 means that the teacher itself tells no images apart.""",
     "Pretext tasks": """\
 One network, and one question whose answer is known because we asked it. These methods cannot collapse, but shortcuts
 can solve the task without learning anything useful; each method closes the known ones. They are weaker than the others
@@ -96,6 +97,8 @@ def flow(method_name: str) -> str:
     """A mermaid flow chart of a method."""
     config = default(method_name)
     config.method.update({key: value for key, value in SMALL.items() if key in config.method})
+    tiny = getattr(method_module(method_name), "TINY", {})
+    config.update_from_flattened_dict({key: value for key, value in tiny.items() if key.startswith("method.")})
     vit = config.model.name.startswith("vit")
     config.model.update({"name": "vit_tiny", "patch": 4, "depth": 1} if vit else {"name": "resnet_thin"})
     resolved = resolve(config)

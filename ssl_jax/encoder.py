@@ -137,6 +137,13 @@ def load_encoder(path: str | Path) -> Encoder:
     return rebuild(about, read_weights(folder / "encoder.safetensors", cure))
 
 
+def load_in(path: str, dtype: str) -> Encoder:
+    """`load_encoder`, with a network that computes in `dtype`."""
+    found = load_encoder(Path(path).expanduser())
+    model = dataclasses.replace(model_of(found.about), dtype=dtype)
+    return found._replace(network=build(resolve_model(model, found.size), found.channels, found.size))
+
+
 def model_of(about: Mapping[str, Any]) -> Model:
     """The config.model of an encoder, from its `about`, without the weights that it started from."""
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}

@@ -23,7 +23,7 @@ PACKAGES = ("ssl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 # These say where a run computes and what is recorded of it, not what it computes: they may change when it resumes.
 FREE_KEYS = ("config.train.devices:", "config.train.shard:", "config.train.profile:")
 # These name files, which may be moved together with a run.
-PATHS = (("data", "path"), ("data", "cache"), ("model", "init"), ("train", "init"))
+PATHS = (("data", "path"), ("data", "cache"), ("model", "init"), ("train", "init"), ("method", "teacher"))
 
 
 class Folder:
@@ -272,7 +272,7 @@ def _follow(saved: dict[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Takes over into `saved` the new place of files that are gone from the old one; returns a line about each."""
     lines = []
     for section, key in PATHS:
-        before, now = saved[section][key], new[section][key]
+        before, now = saved[section].get(key, ""), new[section].get(key, "")
         absolute = Path(before).is_absolute() and Path(now).is_absolute()
         if absolute and Path(now).exists() and not Path(before).exists():
             saved[section][key] = now

@@ -97,3 +97,23 @@ def dino_targets(teacher: Sequence[jax.Array], centre: jax.Array, *, temperature
     [[0.5, 0.5]]
     """
     return [jax.nn.softmax((t - centre) / temperature) for t in teacher]
+
+
+def msn(scores: Sequence[jax.Array], targets: jax.Array, *, weight: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy of softmax(scores) under targets, plus weight (log K - entropy of the mean prediction).
+
+    Args:
+      scores: V arrays [B, K], cosines with the prototypes / temperature.
+      targets: [B, K], probabilities; they get no gradient.
+
+    Returns the loss and both terms. Source: MSN, equation 1, https://arxiv.org/abs/2204.07141; facebookresearch/msn,
+    src/losses.py.
+
+    >>> round(float(msn([jnp.zeros((2, 4))] * 3, jnp.eye(4)[:2], weight=1.0)[0]), 4)  # uniform: log K, and all are used
+    1.3863
+    """
+    log_p = jnp.stack([jax.nn.log_softmax(s) for s in scores])
+    error = -jnp.sum(jax.lax.stop_gradient(targets) * log_p, axis=-1).mean()
+    mean = jnp.exp(log_p).mean(axis=(0, 1))
+    unused = jnp.log(float(len(mean))) - jax.scipy.special.entr(mean).sum()
+    return error + weight * unused, {"assignment": error, "unused": unused}

@@ -20,7 +20,7 @@ import optax
 
 from ssl_jax.losses import dino, dino_targets, normalize
 from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_with_target
-from ssl_jax.models import mlp
+from ssl_jax.methods.prototypes import dino_head, draw_prototypes, warmed
 from ssl_jax.network import apply_jointly, stack
 from ssl_jax.transforms import cosine_momentum, freeze, track_target
 
@@ -51,13 +51,12 @@ TINY = {"augment.local_views": 2, "augment.local.size": 4}  # for the contract t
 
 
 def make(config, encoder, run):
-    head = mlp((config.hidden, config.hidden, config.bottleneck), norm=False, bias=True, gelu=True)
-    network = stack(encoder=encoder, head=head)
+    network = stack(encoder=encoder, head=dino_head(config))
 
     def init(key, views):
         key_net, key_last = jax.random.split(key)
         params, state = init_with_target(network)(key_net, views)
-        params["last"] = normalize(jax.random.normal(key_last, (config.out, config.bottleneck)))
+        params["last"] = draw_prototypes(key_last, config)
         return params, state._replace(memory={"centre": jnp.zeros(config.out)})
 
     def outputs_of(params, stats, views):
@@ -75,8 +74,7 @@ def make(config, encoder, run):
 
     def loss(outputs, state, batch, ctx):
         del batch
-        share = jnp.minimum(1, ctx.step / max(1, config.warmup * run.steps))
-        cold = config.warmup_temperature + share * (config.teacher_temperature - config.warmup_temperature)
+        cold = warmed(config, run, ctx.step)
         teacher, centre = outputs["teacher"], state.memory["centre"]
         value = dino(outputs["student"], teacher, centre, temperature=config.temperature, teacher_temperature=cold)
         return value, entropies(dino_targets(teacher, centre, temperature=cold))

@@ -3,6 +3,7 @@
 from ssl_jax.models.build import build_encoder, normalization, resolve_model
 from ssl_jax.models.layers import linear, mlp, resolve_conv
 from ssl_jax.models.lora import low_rank, merge
+from ssl_jax.models.predictor import predictor
 from ssl_jax.models.torch_weights import from_torch, to_torch
 from ssl_jax.models.vit import decoder, patchify
 
@@ -16,6 +17,7 @@ __all__ = [
     "mlp",
     "normalization",
     "patchify",
+    "predictor",
     "resolve_conv",
     "resolve_model",
     "to_torch",
