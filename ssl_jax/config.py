@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_dict
 from ssl_jax import fields, registry
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.fields import Duration, option
+from ssl_jax.model_options import Model
 
 FILE_SOURCES = ("folder", "csv", "npz", "chexpert", "fashion_mnist")  # whose data.path is a file or a folder
 
@@ -127,42 +128,6 @@ class Augment:
         rest = {name: value for name, value in values.items() if name not in (*own, "second", "local")}
         views: dict[str, Any] = {"override": fields.convert_all(View, rest, key), "second": second, "local": local}
         return cls(**fields.convert_all(cls, own, key), **views)
-
-
-@dataclass(frozen=True)
-class Model:
-    """The encoder."""
-
-    name: str = option(
-        "", "architecture; empty: resnet_thin for images of up to 32 px on a CPU, else resnet18", registered="model"
-    )
-    stem: Literal["auto", "imagenet", "small"] = option(
-        "auto", "ResNet: imagenet: 7x7, stride 2, and max-pool; small: 3x3, stride 1; auto: small up to 64 px"
-    )
-    width: float = option(1.0, "factor for all channel counts; ViT: for the features of each head", above=0)
-    dtype: Literal["float32", "bfloat16", "float64"] = option(
-        "float32", "of the computation; parameters and statistics stay float32; float64 needs JAX_ENABLE_X64=1"
-    )
-    patch: int = option(0, "ViT: side of a patch in px; 0: 16, up to 64 px the largest with 7 or more in a row", min=0)
-    depth: int = option(12, "ViT: number of blocks", min=1)
-    positions: Literal["fixed", "learned"] = option("fixed", "ViT: position embedding; fixed: sines and cosines")
-    freeze_patch: bool = option(False, "ViT: keep the initial, random projection of the patches (MoCo v3)")
-    pool: Literal["cls", "mean"] = option(
-        "cls", "ViT: the embedding is the class token (cls) or the mean of the patches"
-    )
-    remat: Literal["none", "blocks"] = option(
-        "none", "blocks: recompute the inside of each block for the gradient, which saves memory"
-    )
-    conv: str = option(
-        "auto",
-        "on CPUs, how convolutions are computed: natively, as products of patches, or all by XLA (lax); auto: native",
-        choices=("auto", "native", "patches", "lax"),
-    )
-    mean: tuple[float, ...] = option((), "per channel, for images in [0, 1]; empty: ImageNet's (3 channels) or 0.5")
-    std: tuple[float, ...] = option((), "per channel; empty: ImageNet's (3 channels) or 0.25")
-    init: str = option(
-        "", "start from this exported encoder (a run folder or a .safetensors file); empty: random", path=True
-    )
 
 
 @dataclass(frozen=True)
@@ -400,7 +365,11 @@ def resolve(config: ConfigDict) -> Config:
             raise unknown("config", key, [*SECTIONS, "method", *TOP_LEVEL])
     values = {**{section: {} for section in SECTIONS}, **values}
     values["method"] = fields.build(method_module(name).Config, method, "config.method")
-    return fields.build(Config, {"method_name": name, **values}, "config")
+    config = fields.build(Config, {"method_name": name, **values}, "config")
+    if config.model.init and config.model.name == recipe(name).get("model.name"):
+        # The encoder that the recipe proposes gives way to the one that is loaded.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=""))
+    return config
 
 
 def merge(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ssl_jax import parallel
 from ssl_jax.augment import preset_of
-from ssl_jax.config import Config
+from ssl_jax.config import Config, Model
 from ssl_jax.data import Source
 from ssl_jax.errors import UserError
 from ssl_jax.models import resolve_conv, resolve_model
@@ -77,8 +77,10 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
 
     def model():
         side = min(source.shape[:2])
-        chosen = resolve_model(config.model, side).name
-        if not config.model.name and encoder is None:
+        chosen = decided_model(config.model, side, source.shape[2])
+        if isinstance(chosen, dict) and encoder is None:
+            print(f"model {chosen['name']}, by the weights it starts from (config.model.init)", flush=True)
+        elif not config.model.name and encoder is None:
             print(f"model {chosen}, by the size of the images and this machine (config.model.name)", flush=True)
         if side >= 2 * QUICK and jax.default_backend() == "cpu":
             times = round((side / QUICK) ** 2)
@@ -96,6 +98,12 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
     return {"conv": conv, "model": model, "micro_batch": micro_batch, "data": data}
 
 
+def decided_model(model: Model, size: int, channels: int) -> str | dict[str, Any]:
+    """The name of the network; with model.init all its options, so that the file is not needed to know them again."""
+    resolved = resolve_model(model, size, channels=channels)
+    return {**dataclasses.asdict(resolved), "init": ""} if model.init else resolved.name
+
+
 def measures(source: Source) -> dict[str, Any]:
     """What a run's state depends on in its data: with this, a checkpoint can be read without them (`ssl_jax.load`)."""
     classes = 0 if source.labels is None else len(source.classes)
@@ -104,7 +112,9 @@ def measures(source: Source) -> dict[str, Any]:
 
 def with_decisions(config: Config, decided: Mapping[str, Any]) -> Config:
     """The config with the values of `decisions`."""
-    model = dataclasses.replace(config.model, conv=decided["conv"], name=decided["model"])
+    options = decided["model"] if isinstance(decided["model"], Mapping) else {"name": decided["model"]}
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if key not in ("init", "conv")}
+    model = dataclasses.replace(config.model, **options, conv=decided["conv"])
     return dataclasses.replace(_with_micro_batch(config, decided["micro_batch"]), model=model)
 
 
