@@ -98,7 +98,9 @@ def families():
         y = model.encoder(torch.cat([model.class_token.expand(len(x), -1, -1), y], 1))
         return y[:, 0], y[:, 1:]
 
-    def conv_map(model, x):  # the place-wise LayerNorm of the map is this library's own choice where DINOv3 is not asked
+    def conv_map(
+        model, x
+    ):  # the place-wise LayerNorm of the map is this library's own choice where DINOv3 is not asked
         return model(x).flatten(1), None
 
     swiglu = {"use_swiglu_ffn": True}

@@ -54,5 +54,7 @@ class Model:
     mean: tuple[float, ...] = option((), "per channel, for images in [0, 1]; empty: ImageNet's (3 channels) or 0.5")
     std: tuple[float, ...] = option((), "per channel; empty: ImageNet's (3 channels) or 0.25")
     init: str = option(
-        "", "weights to start from: a run folder, a .safetensors file or its folder (docs/weights.md); empty: random", path=True
+        "",
+        "weights to start from: a run folder, a .safetensors file or its folder (docs/weights.md); empty: random",
+        path=True,
     )

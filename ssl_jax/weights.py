@@ -48,8 +48,12 @@ def _options(model: Model) -> dict[str, Any]:
     return {k: v for k, v in vars(model).items() if v != getattr(usual, k) and k not in ("init", "conv")}
 
 
-def _print(file: str, found: published.Published, model: Model, result: dict[str, Any], size: int, channels: int) -> None:
-    options = " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in result["model"].items())
+def _print(
+    file: str, found: published.Published, model: Model, result: dict[str, Any], size: int, channels: int
+) -> None:
+    options = " ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in result["model"].items()
+    )
     print(f"{found.file.name}: {found.about}")
     print(f"  network     {options}")
     print(f"  parameters  {result['parameters']:,}")
@@ -63,5 +67,9 @@ def _print(file: str, found: published.Published, model: Model, result: dict[str
     if found.channels != channels:
         print(f"  channels    {found.channels} in the file, {channels} in your images: the first layer is adapted")
     if not found.normalised:
-        print("  normalised  with ImageNet's mean and deviation, as no file beside it says otherwise: config.model.mean, std")
-    print(f"  use it      ssl-jax pretrain METHOD DIR --config.model.init={file} --config.data.size={size} --workdir=RUN")
+        print(
+            "  normalised  with ImageNet's mean and deviation; no file beside it names others (config.model.mean, std)"
+        )
+    print(
+        f"  use it      ssl-jax pretrain METHOD DIR --config.model.init={file} --config.data.size={size} --workdir=RUN"
+    )

@@ -152,7 +152,9 @@ def test_chosen_blocks_come_from_the_same_pass(folder):
     init = folder("dinov2-registers")
     network = started_from(build(Model(init=init), 3, 28), init)
     params, stats = network.init(jax.random.key(0), x[:1])
-    run = jax.jit(lambda **kw: network.apply(params, stats, x, train=False, **kw)[0], static_argnames=("dense", "blocks"))
+    run = jax.jit(
+        lambda **kw: network.apply(params, stats, x, train=False, **kw)[0], static_argnames=("dense", "blocks")
+    )
     embedding, patches, (first, last) = run(blocks=(0, -1))
     plain = run(dense=True)
     for found, wanted in zip((embedding, patches), plain, strict=True):

@@ -110,7 +110,9 @@ _PROJECTION = "embeddings.patch_embeddings.projection.weight"
 _PLAIN = {"resize": "plain"}
 _DINOV3 = {"positions": "rotary", "eps": 1e-5}
 FAMILIES = (
-    Family("DINOv2 with registers (Hugging Face)", "vit", _PROJECTION, _HF_VIT, has=("layer_scale1", "register_tokens")),
+    Family(
+        "DINOv2 with registers (Hugging Face)", "vit", _PROJECTION, _HF_VIT, has=("layer_scale1", "register_tokens")
+    ),
     Family("DINOv2 (Hugging Face)", "vit", _PROJECTION, _HF_VIT, has=("layer_scale1",), implied=_PLAIN),
     Family("I-JEPA (Hugging Face)", "vit", _PROJECTION, _HF_VIT, lacks=("embeddings.cls_token",), implied=_PLAIN),
     Family("ViT or ViT-MAE (Hugging Face)", "vit", _PROJECTION, _HF_VIT, implied=_PLAIN),
@@ -163,11 +165,11 @@ def recognise(file: WeightFile) -> Published:
     ignored = [name for name in shapes if not name.startswith(prefix)]
     for name in (name for name in shapes if name.startswith(prefix)):
         short = name.removeprefix(prefix)
+        for pattern, replacement in family.rules:
+            short = re.sub(pattern, replacement, short)
         if _IGNORED.search(short):
             ignored.append(name)
             continue
-        for pattern, replacement in family.rules:
-            short = re.sub(pattern, replacement, short)
         short, _, part = short.partition("#")
         names.setdefault(short, []).append((int(part or 0), name))
     if family.kind == "vit":
@@ -175,7 +177,7 @@ def recognise(file: WeightFile) -> Published:
     parts = {name: [source for _, source in sorted(sources)] for name, sources in names.items()}
     joined = {name: _joined([shapes[source] for source in sources]) for name, sources in parts.items()}
     model, size = _KINDS[family.kind](joined, file)
-    model |= {**family.implied, **_normalisation(file)}
+    model = {**family.implied, **model, **_normalisation(file)}
     channels = next(joined[name][1] for name in FIRST_LAYERS if name in joined)
     return Published(file, family, parts, joined, sorted(ignored), model, size, channels, "mean" in model)
 
@@ -186,9 +188,9 @@ def _family(file: WeightFile, shapes: Shapes) -> tuple[Family, str]:
         prefixes.sort(key=lambda p: (next((i for i, w in enumerate(_PREFERRED) if w in p), len(_PREFERRED)), len(p)))
         for prefix in prefixes:
             own = [name.removeprefix(prefix) for name in shapes if name.startswith(prefix)]
-            if all(any(re.search(pattern, name) for name in own) for pattern in family.has):
-                if not any(name in own for name in family.lacks):
-                    return family, prefix
+            has_all = all(any(re.search(pattern, name) for name in own) for pattern in family.has)
+            if has_all and not any(name in own for name in family.lacks):
+                return family, prefix
     if any(_NOT_WEIGHTS.search(name) for name in shapes):
         raise UserError(f"{file.name}: an optimizer's state, not the weights of a network; allowed: model.safetensors")
     held = ", ".join(sorted(shapes)[:3]) or "nothing"
@@ -213,7 +215,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 
 def _normalisation(file: WeightFile) -> dict[str, Any]:
-    """mean and std, where a file beside the weights names them."""
+    """Mean and std, where a file beside the weights names them."""
     timm = file.config.get("pretrained_cfg", {})
     mean = file.preprocessor.get("image_mean") or timm.get("mean")
     std = file.preprocessor.get("image_std") or timm.get("std")
@@ -341,7 +343,7 @@ def _as_exported(model: Model, file: WeightFile) -> Model:
 
 
 def _adapted_normalisation(implied: Mapping[str, Any], channels: int) -> dict[str, Any]:
-    """mean and std for images of `channels` channels, as `adapted` changes the first layer."""
+    """Mean and std for images of `channels` channels, as `adapted` changes the first layer."""
     mean, std = (implied.get(key) or default for key, default in (("mean", MEAN), ("std", STD)))
     if channels == len(mean):
         return {} if (tuple(mean), tuple(std)) == (MEAN, STD) else {"mean": tuple(mean), "std": tuple(std)}
@@ -375,6 +377,10 @@ def weights_of(found: Published, channels: int) -> dict[str, np.ndarray]:
     for name, sources in found.names.items():
         parts = [np.asarray(arrays[source], np.float32) for source in sources]
         weights[name] = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if name.endswith(".gamma"):  # torchvision's has two further axes
+            weights[name] = weights[name].reshape(-1)
+        if (mask := f"{sources[0]}_mask") in arrays:  # DINOv3's authors: 0 for the biases of keys
+            weights[name] = np.where(arrays[mask] == 0, np.float32(0), weights[name])
     if "pos_embed" in weights and "cls_token" in weights and found.model["grid"] ** 2 == weights["pos_embed"].shape[1]:
         weights["pos_embed"] = np.pad(weights["pos_embed"], ((0, 0), (1, 0), (0, 0)))  # timm: the class token has none
     return adapted_weights(weights, channels)

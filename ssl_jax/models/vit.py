@@ -1,8 +1,9 @@
 """Vision transformers with timm's structure, and the decoder of a masked autoencoder, built from the same blocks.
 
 Source: https://arxiv.org/abs/2010.11929. By default pre-norm, LayerNorm with eps 1e-6, exact GELU, queries, keys and
-values with bias; the options of config.model make it DINOv2's, DINOv3's and others'. Initial values as in facebookresearch/mae: linear layers xavier uniform, tokens normal with deviation 0.02.
-Modules have timm's names with _ for a dot (blocks_0, attn_qkv), from which `torch_weights` derives weight names.
+values with bias; options of config.model make it the ViT of DINOv2, DINOv3 and others. Initial values as in
+facebookresearch/mae: linear layers xavier uniform, tokens normal with deviation 0.02. Modules have timm's names with _
+for a dot (blocks_0, attn_qkv), from which `torch_weights` derives weight names.
 """
 
 import functools
@@ -66,7 +67,7 @@ def rotary(height: int, width: int, features: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _turn(x, turns):
-    """x [B, T, heads, F], turned by (cosines, sines) [B or 1, T, 1, F]."""
+    """Tokens [B, T, heads, F] turned by (cosines, sines) [B or 1, T, 1, F]."""
     cosines, sines = turns
     first, second = jnp.split(x, 2, axis=-1)
     return (x * cosines + jnp.concatenate([-second, first], -1) * sines).astype(x.dtype)
@@ -192,9 +193,7 @@ class ViT(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(
-        self, x, *, train: bool, groups: int = 1, dense: bool = False, blocks=(), visible=None, masked=None
-    ):
+    def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False, blocks=(), visible=None, masked=None):
         del train, groups
         block = rematerialized(Block, self.remat)
         check_patch(self.patch, x.shape[1:3])

@@ -1,4 +1,4 @@
-"""Files of weights as the field has them: .safetensors, .pth, a folder or the local cache of Hugging Face. No network."""
+"""Files of weights as the field has them: .safetensors, .pth, a folder, Hugging Face's local cache. No network."""
 
 import functools
 import importlib.util
@@ -116,7 +116,7 @@ def _header(path: Path, size: int) -> dict[str, Any]:
         length = int.from_bytes(start[:8], "little")
         if start.startswith(b"version https://git-lfs"):
             raise UserError(f"{path}: a pointer of Git LFS, not the weights themselves; `git lfs pull` fetches them")
-        if path.suffix == ".json" or start.lstrip()[:1] in (b"{", b"["):
+        if path.suffix == ".json":
             raise UserError(f"{path}: a JSON file (a config or tokenizer), no weights; allowed: a {SAFETENSORS} file")
         if path.suffix != SAFETENSORS:
             raise UserError(f"{path}: no file of weights; allowed: {SAFETENSORS}, {', '.join(TORCH)}")
@@ -127,7 +127,9 @@ def _header(path: Path, size: int) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError, AttributeError):
             header = None
     if header is None:
-        raise UserError(f"{path}: not readable as {SAFETENSORS}, empty or cut short; {AGAIN}, or restore it from a copy")
+        raise UserError(
+            f"{path}: not readable as {SAFETENSORS}, empty or cut short; {AGAIN}, or restore it from a copy"
+        )
     if size < (total := 8 + length + needed):
         raise UserError(f"{path}: cut short: {size} of {total} bytes; {AGAIN}, or restore it from a copy")
     return header
