@@ -8,7 +8,7 @@ import numpy as np
 from ssl_jax.config import Model
 from ssl_jax.encoder import build
 from ssl_jax.errors import UserError
-from ssl_jax.models import published, resolve_model, to_torch
+from ssl_jax.models import published, resolve_model, to_torch, vit
 
 SHOWN = 6  # names of a list that are printed
 
@@ -21,7 +21,9 @@ def weights(file: str, size: int = 0, channels: int = 3) -> dict[str, Any]:
     """
     found_file = published.locate(file, "FILE")
     if found_file.own and found_file.config:
-        found_file = found_file._replace(config={})  # its own options are for `follow`; the shapes say the same
+        options = found_file.config.get("model", {})
+        heads = options.get("heads") or vit.ARCHITECTURES.get(options.get("name"), (0, 0, 0))[1]
+        found_file = found_file._replace(config={"num_attention_heads": heads})  # what is in no shape
     found = published.recognise(found_file)
     patch = found.model.get("patch", 0)
     size = size or (max(1, round(224 / patch)) * patch if patch else 224)

@@ -18,7 +18,7 @@ from ssl_jax.models import convnext, resnet, vit
 from ssl_jax.models.weight_files import WeightFile, arrays_of, locate, shapes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
-Rules = tuple[tuple[str, str], ...]
+Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 # name: (pattern, replacement). "#0" and so on: the parts that are joined along the first axis, in this order.
 _HF_VIT: Rules = (
@@ -82,8 +82,8 @@ _AUTHORS_CONVNEXT: Rules = (
 )
 _TORCHVISION_CONVNEXT: Rules = (
     (r"^features\.0\.", "stem."),
-    (r"^features\.([246])\.", lambda m: f"stages.{int(m[1]) // 2}.downsample."),  # type: ignore[assignment]
-    (r"^features\.([1357])\.(\d+)\.", lambda m: f"stages.{int(m[1]) // 2}.blocks.{m[2]}."),  # type: ignore[assignment]
+    (r"^features\.([246])\.", lambda m: f"stages.{int(m[1]) // 2}.downsample."),
+    (r"^features\.([1357])\.(\d+)\.", lambda m: f"stages.{int(m[1]) // 2}.blocks.{m[2]}."),
     (r"\.layer_scale$", ".gamma"),
     (r"\.block\.0\.", ".conv_dw."),
     (r"\.block\.2\.", ".norm."),

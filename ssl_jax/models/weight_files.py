@@ -77,8 +77,9 @@ def _beside(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and preprocessor_config.json; of an encoder of this library, encoder.json. {} without them."""
     if name == "encoder.safetensors":
         return _json(folder / "encoder.json"), {}
-    is_model = name.startswith(("model.", "model-", "pytorch_model"))
-    return tuple(_json(folder / f) if is_model else {} for f in ("config.json", "preprocessor_config.json"))  # type: ignore[return-value]
+    if not name.startswith(("model.", "model-", "pytorch_model")):
+        return {}, {}
+    return _json(folder / "config.json"), _json(folder / "preprocessor_config.json")
 
 
 def _json(path: Path) -> dict[str, Any]:
