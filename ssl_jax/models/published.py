@@ -309,7 +309,9 @@ def follow(model: Model, channels: int, size: int = 0) -> Model:
         return _as_exported(model, file)
     found = recognise(file)
     usual = Model()
-    implied = {**found.model, **_adapted_normalisation(found.model, channels)}
+    implied = dict(found.model)
+    if found.normalised or found.channels != channels:
+        implied |= _adapted_normalisation(found.model, channels)
     for key, value in implied.items():
         given = getattr(model, key)
         if given in (getattr(usual, key), value) or _means_the_same(key, given, value, found):
