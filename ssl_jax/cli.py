@@ -237,6 +237,15 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "test": (300, "number of test images, with clean labels"),
         },
     ),
+    "weights": (
+        "say what a file of weights is, what of it would be used, and how to start from it",
+        {
+            "file": (..., "run folder, .safetensors or .pth file, its folder, or OWNER/NAME in Hugging Face's cache"),
+            "size": (0, "side of your images in px"),
+            "channels": (3, "their channels"),
+            "json": JSON,
+        },
+    ),
     "methods": ("list the methods, their sources and the data they need", {"json": JSON}),
     "completion": (
         'complete commands and flags with the tab key: eval "$(ssl-jax completion bash)" in ~/.bashrc',
@@ -254,6 +263,7 @@ POSITIONAL: dict[str, tuple[str, ...]] = {
     "search": ("workdir", "query", "data"),
     "compare": ("runs",),
     "phantom": ("out",),
+    "weights": ("file",),
     "completion": ("shell",),
 }
 SEVERAL = {"compare": "runs"}  # the flag that takes all bare words

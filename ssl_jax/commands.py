@@ -20,6 +20,7 @@ from ssl_jax.encoder import Encoder, random_encoder
 from ssl_jax.errors import BusyError, NoPartError, UserError, unknown
 from ssl_jax.run_folder import RunFolder, StudyFolder
 from ssl_jax.settings import data_of, images_only, settings_of
+from ssl_jax.weights import weights as weights
 
 # Options of config.data that a classifier keeps: its images are read as in training.
 READ = ("window", "frontal", "background")

@@ -16,7 +16,7 @@ from ssl_jax.config import Config, Data, Model
 from ssl_jax.data.images import as_images
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import COPY, read_json, read_weights, write_json, write_weights
-from ssl_jax.models import build_encoder, from_torch, normalization, resolve_model, to_torch
+from ssl_jax.models import build_encoder, from_torch, normalization, published, resolve_model, to_torch
 from ssl_jax.network import Network
 from ssl_jax.run_folder import RunFolder
 
@@ -92,7 +92,7 @@ build = functools.cache(build_encoder)
 
 def random_encoder(model: Model, size: int, channels: int, seed: int) -> Encoder:
     """A freshly initialised encoder: the start of training from scratch."""
-    model = resolve_model(model, size)
+    model = resolve_model(model, size, channels=channels)
     network = build(model, channels, size)
     params, stats = jax.jit(network.init)(jax.random.key(seed), jnp.zeros((1, size, size, channels)))
     metadata = _metadata(model, size, channels, method="scratch", seed=seed)
@@ -167,16 +167,38 @@ def rebuild(about: dict[str, Any], weights: Mapping[str, np.ndarray]) -> Encoder
 
 
 def started_from(network: Network, init: str) -> Network:
-    """`network` with the weights of an exported encoder as its initial ones (config.model.init)."""
-    path = Path(init).expanduser()
-    if path.is_dir():
-        exported = RunFolder(path).encoder / "encoder.safetensors"
-        path = exported if exported.exists() else path / "encoder.safetensors"
-    if not path.is_file():
-        raise UserError(f"config.model.init={init!r}: not found; allowed: a run folder or a .safetensors file")
+    """`network` with the weights of an exported or published encoder as its initial ones (config.model.init).
+
+    The first layer is adapted to the channels of the images (`published.adapted`).
+    Raises UserError if there is no such file; its init does so if the weights are damaged or of another network.
+    """
+    file = published.locate(init)
 
     def load(rng, x):
-        weights = read_weights(path, f"config.model.init needs a run folder or a sound .safetensors file; {COPY}")
-        return from_torch(weights, *network.init(rng, x))
+        return from_torch(_weights_of(file, x.shape[-1]), *network.init(rng, x))
 
     return network._replace(init=load)
+
+
+def _weights_of(file: published.WeightFile, channels: int) -> Mapping[str, np.ndarray]:
+    cure = f"config.model.init needs a run folder or a sound .safetensors file; {COPY}"
+    if file.own:
+        return published.adapted_weights(read_weights(file.paths[0], cure), channels)
+    try:
+        found = published.recognise(file)
+    except UserError:  # of a network of another package; what is none here has been refused before (`resolve_model`)
+        return published.arrays_of(file)
+    return published.weights_of(found, channels)
+
+
+def published_encoder(model: Model, size: int, channels: int) -> Encoder:
+    """The encoder with the weights of model.init, as it is, for images of `size` px with `channels` channels.
+
+    Its network follows from the file, where `model` leaves it open. Raises UserError as `resolve_model` and
+    `started_from` do.
+    """
+    encoder = random_encoder(model, size, channels, seed=0)
+    network = started_from(encoder.network, model.init)
+    params, stats = network.init(jax.random.key(0), jnp.zeros((1, size, size, channels)))
+    about = {**encoder.about, "method": Path(model.init).name}
+    return encoder._replace(params=params, stats=stats, about=about)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,11 @@ from ssl_jax.data import Source, open_source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import DamagedError, UserError
 from ssl_jax.files import read_json
-from ssl_jax.models import resolve_conv, resolve_model
+from ssl_jax.models import resolve_conv
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.settings import settings_of
 from ssl_jax.train import init_state, set_up
-from ssl_jax.train.memory import with_decisions
+from ssl_jax.train.memory import decided_model, with_decisions
 from ssl_jax.train.step import encoder_of
 
 
@@ -62,9 +62,7 @@ def _from_checkpoint(run: RunFolder, step: int) -> Encoder:
     with contextlib.suppress(DamagedError):  # then it is as if nothing had been recorded
         recorded = read_json(run.environment)
     source = _stand_in(**recorded["data"]) if "data" in recorded else open_source(config.data)
-    if "model" not in recorded:  # what is missing beside it had not to be decided then
-        recorded = _decided(config, min(source.shape[:2])) | recorded
-    config = with_decisions(config, recorded)
+    config = with_decisions(config, _decided(config, source.shape, recorded))
     # Where the weights came from does not matter any more, and need not be there.
     setup = set_up(dataclasses.replace(config, model=dataclasses.replace(config.model, init="")), source)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -74,15 +72,12 @@ def _from_checkpoint(run: RunFolder, step: int) -> Encoder:
     return encoder_of(setup, config, checkpoint.restore(run.checkpoints, step, like))
 
 
-def _decided(config: Config, size: int) -> dict[str, Any]:
+def _decided(config: Config, shape: tuple[int, ...], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """What a run decides at its start (`train.memory.decisions`), as far as its encoder depends on it."""
-    model = config.model
-    return {
-        "conv": resolve_conv(model.conv),
-        "model": resolve_model(model, size).name,
-        "stem": resolve_model(model, size).stem,
-        "micro_batch": config.train.part,
-    }
+    decided = {"conv": resolve_conv(config.model.conv), "micro_batch": config.train.part, **recorded}
+    if "model" not in decided:  # only then, as the weights that it started from may be gone
+        decided["model"] = decided_model(config.model, min(shape[:2]), shape[2])
+    return decided
 
 
 def _stand_in(images: int, shape: list[int], classes: int) -> Source:

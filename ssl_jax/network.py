@@ -23,8 +23,9 @@ class Network(NamedTuple):
     patch: side of a ViT's patches, px; 0 for any other network
 
     An encoder takes images [B, H, W, C] in [0, 1] and returns embeddings [B, D]; with dense=True it returns these and
-    its last feature map [B, h, w, D] (of a ResNet, what the embedding is the mean of; of a ViT, the patches). A head
-    takes [B, D].
+    its last feature map [B, h, w, D] (of a ResNet, what the embedding is the mean of; of a ViT, the patches). A ViT
+    with blocks=(-2, -1) returns both and, third, the outputs of these blocks, each as (class token [B, D], patches
+    [B, h, w, D]). A head takes [B, D].
     """
 
     init: Callable[..., tuple[Params, Any]]

@@ -202,7 +202,7 @@ def estimate(config: Config, topology: str, source: Source) -> Plan:
     train = config.train
     mesh = parallel.mesh_of(devices, train.batch, train.part, train.shard)
     conv = resolve_conv(config.model.conv, backend="tpu")
-    model = resolve_model(dataclasses.replace(config.model, conv=conv), min(source.shape[:2]), "tpu")
+    model = resolve_model(dataclasses.replace(config.model, conv=conv), min(source.shape[:2]), "tpu", source.shape[2])
     config = dataclasses.replace(config, model=model)
     setup = set_up(config, source)
     args = memory.abstract_arguments(setup, config, source, mesh)

@@ -22,7 +22,7 @@ LAYERS = [
     {"train"},
     {"load", "testing", "audit", "phantom"},
     {"report"},
-    {"study", "plan", "evaluation", "dry_runs", "sklearn", "check", "searching", "comparing", "to_label"},
+    {"study", "plan", "evaluation", "dry_runs", "sklearn", "check", "searching", "comparing", "to_label", "weights"},
     {"sweep"},
     {"outputs"},
     {"embedding"},

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
@@ -13,7 +12,7 @@ from rich.table import Table
 from ssl_jax import files
 from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source, phantom
-from ssl_jax.encoder import Encoder, load_encoder, random_encoder, started_from
+from ssl_jax.encoder import Encoder, load_encoder, published_encoder, random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.settings import data_of, settings_of
@@ -92,12 +91,11 @@ def _subject(config: Config | None, workdir: str, data: str) -> tuple[Encoder, S
     images = data_of(data, "--data", config.data) if data else config.data
     source = open_source(images)
     size, channels = config.augment.override.get("size") or min(source.shape[:2]), source.shape[2]
-    encoder = random_encoder(config.model, size, channels, config.train.seed)
-    name = f"{encoder.about['model']['name']} with random weights"
     if config.model.init:
-        imported = started_from(encoder.network, config.model.init)
-        params, stats = imported.init(jax.random.key(0), jax.numpy.zeros((1, size, size, channels)))
-        encoder, name = encoder._replace(params=params, stats=stats), Path(config.model.init).name
+        encoder, name = published_encoder(config.model, size, channels), Path(config.model.init).name
+    else:
+        encoder = random_encoder(config.model, size, channels, config.train.seed)
+        name = f"{encoder.about['model']['name']} with random weights"
     return encoder, source, f"{name}, on {kind(images)}images"
 
 

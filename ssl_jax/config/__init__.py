@@ -18,6 +18,7 @@ from ssl_jax.config.build import (
     to_json,
     to_steps,
 )
+from ssl_jax.config.model import Model
 from ssl_jax.config.sections import (
     FILE_SOURCES,
     SECTIONS,
@@ -28,7 +29,6 @@ from ssl_jax.config.sections import (
     Data,
     Eval,
     Finetune,
-    Model,
     Optim,
     Study,
     Train,

@@ -83,7 +83,11 @@ def resolve(config: ConfigDict) -> Config:
             raise unknown("config", key, [*SECTIONS, "method", *TOP_LEVEL])
     values = {**{section: {} for section in SECTIONS}, **values}
     values["method"] = fields.build(method_module(name).Config, method, "config.method")
-    return fields.build(Config, {"method_name": name, **values}, "config")
+    config = fields.build(Config, {"method_name": name, **values}, "config")
+    if config.model.init and config.model.name == recipe(name).get("model.name"):
+        # The encoder that the recipe proposes gives way to the one that is loaded.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=""))
+    return config
 
 
 def merge(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ssl_jax import fields
+from ssl_jax.config.model import Model
 from ssl_jax.errors import UserError
 from ssl_jax.fields import Duration, option
 
@@ -118,47 +119,6 @@ class Augment:
         rest = {name: value for name, value in values.items() if name not in (*own, "second", "local")}
         views: dict[str, Any] = {"override": fields.convert_all(View, rest, key), "second": second, "local": local}
         return cls(**fields.convert_all(cls, own, key), **views)
-
-
-@dataclass(frozen=True)
-class Model:
-    """The encoder."""
-
-    name: str = option(
-        "", "architecture; empty: resnet_thin for images of up to 32 px on a CPU, else resnet18", registered="model"
-    )
-    stem: Literal["auto", "imagenet", "small"] = option(
-        "auto",
-        "ResNet: imagenet: 7x7, stride 2, and max-pool; small: 3x3, stride 1; auto: small up to 64 px, unless a CPU "
-        "chooses the model",
-    )
-    width: float = option(1.0, "factor for all channel counts; ViT: for the features of each head", above=0)
-    dtype: Literal["float32", "bfloat16", "float64"] = option(
-        "float32", "of the computation; parameters and statistics stay float32; float64 needs JAX_ENABLE_X64=1"
-    )
-    patch: int = option(0, "ViT: side of a patch in px; 0: 16, up to 64 px the largest with 7 or more in a row", min=0)
-    depth: int = option(12, "ViT: number of blocks", min=1)
-    positions: Literal["fixed", "learned"] = option("fixed", "ViT: position embedding; fixed: sines and cosines")
-    freeze_patch: bool = option(False, "ViT: keep the initial, random projection of the patches (MoCo v3)")
-    pool: Literal["cls", "mean"] = option(
-        "cls", "ViT: the embedding is the class token (cls) or the mean of the patches"
-    )
-    remat: Literal["none", "blocks"] = option(
-        "none", "blocks: recompute the inside of each block for the gradient, which saves memory"
-    )
-    conv: str = option(
-        "auto",
-        "on CPUs, how convolutions are computed: natively, as products of patches, or all by XLA (lax); auto: native",
-        choices=("auto", "native", "patches", "lax"),
-    )
-    mean: tuple[float, ...] = option((), "per channel, for images in [0, 1]; empty: ImageNet's (3 channels) or 0.5")
-    std: tuple[float, ...] = option((), "per channel; empty: ImageNet's (3 channels) or 0.25")
-    init: str = option(
-        "", "start from this exported encoder (a run folder or a .safetensors file); empty: random", path=True
-    )
-    lora: int = option(
-        0, "ViT: train only low-rank adapters of this rank, added to its blocks' matrices; 0: train all", min=0
-    )
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def select_entries(*names: str) -> Callable[[Params], Params]:
 def require_vit(encoder: Network, method: str) -> int:
     """The encoder's patch size. UserError if it is not a ViT."""
     if not encoder.patch:
-        raise UserError(f"config.model.name: {method} masks patches; allowed: vit_tiny, vit_small, vit_base")
+        raise UserError(f"config.model.name: {method} masks patches; allowed: vit_tiny, vit_small, vit_base, ...")
     return encoder.patch
 
 

@@ -7,11 +7,11 @@ import jax
 from ssl_jax import fields, registry
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
-from ssl_jax.models import resnet, vit
+from ssl_jax.models import convnext, published, resnet, vit
 from ssl_jax.network import Network
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ARCHITECTURES = (*resnet.ARCHITECTURES, *vit.ARCHITECTURES)
+IMAGENET_MEAN, IMAGENET_STD = published.MEAN, published.STD
+ARCHITECTURES = (*resnet.ARCHITECTURES, *vit.ARCHITECTURES, *convnext.ARCHITECTURES)
 
 
 def build_encoder(model: Model, channels: int, size: int = 224) -> Network:
@@ -21,21 +21,25 @@ def build_encoder(model: Model, channels: int, size: int = 224) -> Network:
     name or a value that is not allowed.
     """
     fields.check(model, "config.model")
-    model = resolve_model(model, size)
+    model = resolve_model(model, size, channels=channels)
     return registry.find("model", model.name).build(model, channels, size)
 
 
 THIN_UP_TO = 32  # px: a ResNet-18 of small images is too slow to try things on a CPU (benchmarks/README.md)
 
 
-def resolve_model(model: Model, size: int, backend: str | None = None) -> Model:
-    """The model, with a name if it has none: a small network for small images on a CPU, else a ResNet-18.
+def resolve_model(model: Model, size: int, backend: str | None = None, channels: int = 3) -> Model:
+    """The model with what is left open: what follows from the weights of model.init, and a name if it has none: a small
+    network for small images on a CPU, else a ResNet-18.
 
     On a CPU, this ResNet-18 has the stem of large images from 33 px on: with the small one, images of 64 px take longer
     than images of 224 px with the other.
 
-    backend: the platform that it is for, such as "tpu"; None for this machine's.
+    size, channels: of the images. backend: the platform that it is for, such as "tpu"; None for this machine's.
+    Raises UserError for weights that are not known, and for options that contradict them.
     """
+    if model.init and (not model.name or model.name in ARCHITECTURES):
+        model = published.follow(model, channels, size)
     if model.name:
         return model
     on_cpu = (backend or jax.default_backend()) == "cpu"
@@ -45,7 +49,7 @@ def resolve_model(model: Model, size: int, backend: str | None = None) -> Model:
 
 
 def build(model: Model, channels: int, size: int, *, zero_init: bool = False) -> Network:
-    """A ResNet or ViT. It then takes images of any size (a ViT: any that its patch divides).
+    """A ResNet, ViT or ConvNeXt. It then takes images of any size (a ViT: any that its patch divides).
 
     zero_init: blocks of a ResNet start as the identity (https://arxiv.org/abs/1706.02677, section 5.1).
     Raises UserError if mean or std do not have `channels` values, or if the patch does not divide `size`.
@@ -53,6 +57,8 @@ def build(model: Model, channels: int, size: int, *, zero_init: bool = False) ->
     mean, std = normalization(model, channels)
     if model.name in vit.ARCHITECTURES:
         return vit.build_vit(model, size, mean, std)
+    if model.name in convnext.ARCHITECTURES:
+        return convnext.build_convnext(model, mean, std)
     return resnet.build_resnet(model, size, mean, std, zero_init=zero_init)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
 from ssl_jax.models.layers import network
-from ssl_jax.models.vit import Block, Norm, sin_cos, token_init, xavier
+from ssl_jax.models.vit import Block, BlockOptions, Norm, sin_cos, token_init, xavier
 from ssl_jax.network import Network
 
 
@@ -32,7 +32,7 @@ class Predictor(nn.Module):
         x = nn.Dense(self.width, kernel_init=xavier, name="embed")(x) + positions[visible]
         x = jnp.concatenate([x, token + positions[hidden]], axis=1)
         for i in range(self.depth):
-            x = Block(self.heads, x.dtype, name=f"blocks_{i}")(x)
+            x = Block(BlockOptions(self.heads, x.dtype), name=f"blocks_{i}")(x)
         return nn.Dense(self.out, kernel_init=xavier, name="proj")(Norm(name="norm")(x[:, visible.shape[1] :]))
 
 

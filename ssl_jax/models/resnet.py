@@ -94,6 +94,8 @@ ARCHITECTURES: dict[str, tuple] = {
     "resnet18": ((64, 128, 256, 512), (2, 2, 2, 2), basic),
     "resnet34": ((64, 128, 256, 512), (3, 4, 6, 3), basic),
     "resnet50": ((64, 128, 256, 512), (3, 4, 6, 3), bottleneck),
+    "resnet101": ((64, 128, 256, 512), (3, 4, 23, 3), bottleneck),
+    "resnet152": ((64, 128, 256, 512), (3, 8, 36, 3), bottleneck),
     "resnet_thin": ((24, 48, 96), (2, 2, 2), basic),  # 25 million multiplications at 28 px: for CPUs
 }
 
@@ -103,7 +105,7 @@ def build_resnet(
 ) -> Network:
     """The ResNet that `config.model` describes. `size` matters only for stem="auto".
 
-    Embeddings have 512 (resnet18, resnet34), 2048 (resnet50) or 96 (resnet_thin) features, times model.width.
+    Embeddings have 512 (resnet18, resnet34), 2048 (from resnet50 on) or 96 (resnet_thin) features, times model.width.
     resnet_thin always has the same stem, 5x5 with stride 2. Raises UserError for an unknown stem.
     """
     stem, pool = _stem(model, size)

@@ -11,11 +11,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ssl_jax.errors import UserError
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_LEAVES |= {"attn_q_bias": "attn.q_bias", "attn_v_bias": "attn.v_bias"}  # of a ViT without a bias for keys
 # Prefixes that training scripts add to the names, such as MoCo's "module.encoder_q.".
 _PREFIX = re.compile(r"^((module|encoder_q|encoder|backbone|base_encoder|online_encoder|model|resnet)\.)+")
-_IGNORED = re.compile(r"^(fc|head)\.|(^|\.)num_batches_tracked$")
-# Underscores in a module's name that stand for a dot: layer1_0, patch_embed_proj, but not patch_embed.
-_DOT = re.compile(r"_(?=\d|qkv|proj|fc)")
+_IGNORED = re.compile(r"^(fc|head)\.(?!norm\.)|(^|\.)num_batches_tracked$")
+# Underscores in a module's name that stand for a dot: layer1_0, patch_embed_proj, head_norm, but not patch_embed.
+_DOT = re.compile(r"_(?=\d|qkv|proj|fc|norm$)")
 # Number of dimensions (4: convolution, 2: linear layer) -> axes that turn a kernel into torch's weight, and back.
 _TO_TORCH, _FROM_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}, {4: (2, 3, 1, 0), 2: (1, 0)}
 

@@ -1,11 +1,13 @@
 """Vision transformers with timm's structure, and the decoder of a masked autoencoder, built from the same blocks.
 
-Source: https://arxiv.org/abs/2010.11929. Pre-norm, LayerNorm with eps 1e-6, exact GELU, queries, keys and values with
-bias. Initial values as in facebookresearch/mae: linear layers xavier uniform, tokens normal with deviation 0.02.
-Modules have timm's names with _ for a dot (blocks_0, attn_qkv), from which `torch_weights` derives weight names.
+Source: https://arxiv.org/abs/2010.11929. By default pre-norm, LayerNorm with eps 1e-6, exact GELU, queries, keys and
+values with bias; options of config.model make it the ViT of DINOv2, DINOv3 and others. Initial values as in
+facebookresearch/mae: linear layers xavier uniform, tokens normal with deviation 0.02. Modules have timm's names with _
+for a dot (blocks_0, attn_qkv), from which `torch_weights` derives weight names.
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -23,7 +25,15 @@ xavier = nn.initializers.xavier_uniform()
 token_init = nn.initializers.normal(0.02)
 Norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
 
-ARCHITECTURES = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}  # heads, of 64 features each
+# name: (features, heads, blocks); giant is DINOv2's (https://arxiv.org/abs/2304.07193)
+ARCHITECTURES = {
+    "vit_tiny": (192, 3, 12),
+    "vit_small": (384, 6, 12),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 16, 24),
+    "vit_huge": (1280, 16, 32),
+    "vit_giant": (1536, 24, 40),
+}
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:
@@ -43,22 +53,88 @@ def sin_cos(height: int, width: int, features: int) -> np.ndarray:
     return np.concatenate([np.sin(rows), np.cos(rows), np.sin(columns), np.cos(columns)], 1).astype(np.float32)
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block, with an MLP four times as wide. The residual stream stays float32 or wider."""
+def rotary(height: int, width: int, features: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [height * width, features] by which the queries and keys of patches are turned.
+
+    Positions are the centres of the patches, from -1 to 1 along each side; frequencies fall from 1 to 1 / 100 turns.
+    `features`, of one head, is divisible by 4. Source: DINOv3, facebookresearch/dinov3, rope_position_encoding.py.
+    """
+    frequency = 100.0 ** -(np.arange(features // 4) / (features // 4))
+    centres = [(np.arange(n) + 0.5) / n * 2 - 1 for n in (height, width)]
+    places = np.stack(np.meshgrid(*centres, indexing="ij"), -1).reshape(-1, 2, 1)
+    angles = np.tile((2 * np.pi * places * frequency).reshape(len(places), -1), 2)
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
+def _turn(x, turns):
+    """Tokens [B, T, heads, F] turned by (cosines, sines) [B or 1, T, 1, F]."""
+    cosines, sines = turns
+    first, second = jnp.split(x, 2, axis=-1)
+    return (x * cosines + jnp.concatenate([-second, first], -1) * sines).astype(x.dtype)
+
+
+def cubic(old: int, new: int) -> np.ndarray:
+    """The matrix [new, old] of torch's bicubic interpolation without antialiasing (a = -0.75, edges repeated)."""
+    at = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(at)[:, None] + np.arange(-1, 3)
+    distance, a = np.abs(at[:, None] - taps), -0.75
+    near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
+    far = a * (((distance - 5) * distance + 8) * distance - 4)
+    matrix = np.zeros((new, old), np.float32)
+    rows = np.broadcast_to(np.arange(new)[:, None], taps.shape)
+    np.add.at(matrix, (rows, np.clip(taps, 0, old - 1).astype(int)), np.where(distance <= 1, near, far))
+    return matrix
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What the blocks of a network have in common."""
 
     heads: int
     dtype: Any
+    hidden: int = 0  # features inside the MLP; 0: four times those outside
+    swiglu: bool = False  # https://arxiv.org/abs/2002.05202
+    qkv_bias: str = "all"  # "no_key": of queries and values alone; "none"
+    layer_scale: float = 0.0  # initial factors of the branches; 0: none. https://arxiv.org/abs/2103.17239
+    eps: float = 1e-6
+
+
+class LayerScale(nn.Module):
+    start: float
 
     @nn.compact
     def __call__(self, x):
+        return x * self.param("gamma", nn.initializers.constant(self.start), x.shape[-1:])
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block. The residual stream stays float32 or wider. turns: see `rotary`."""
+
+    options: BlockOptions
+
+    @nn.compact
+    def __call__(self, x, turns=None):
+        o = self.options
         batch, tokens, width = x.shape
-        dense = functools.partial(nn.Dense, kernel_init=xavier, dtype=self.dtype)
-        y = dense(3 * width, name="attn_qkv")(Norm(dtype=self.dtype, name="norm1")(x))
-        q, k, v = jnp.moveaxis(y.reshape(batch, tokens, 3, self.heads, width // self.heads), 2, 0)
+        dense = functools.partial(nn.Dense, kernel_init=xavier, dtype=o.dtype)
+        norm = functools.partial(Norm, epsilon=o.eps, dtype=o.dtype)
+
+        def scaled(y, name):
+            return LayerScale(o.layer_scale, name=name)(y) if o.layer_scale else y
+
+        y = dense(3 * width, use_bias=o.qkv_bias == "all", name="attn_qkv")(norm(name="norm1")(x))
+        if o.qkv_bias == "no_key":
+            bias = [self.param(f"attn_{name}_bias", nn.initializers.zeros, (width,)) for name in "qv"]
+            y = y + jnp.concatenate([bias[0], jnp.zeros_like(bias[0]), bias[1]]).astype(y.dtype)
+        q, k, v = jnp.moveaxis(y.reshape(batch, tokens, 3, o.heads, width // o.heads), 2, 0)
+        if turns is not None:
+            q, k = _turn(q, turns), _turn(k, turns)
         y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-        x = x + dense(width, name="attn_proj")(y)
-        y = dense(4 * width, name="mlp_fc1")(Norm(dtype=self.dtype, name="norm2")(x))
-        return x + dense(width, name="mlp_fc2")(nn.gelu(y, approximate=False))
+        x = x + scaled(dense(width, name="attn_proj")(y), "ls1")
+        hidden = o.hidden or 4 * width
+        y = dense(2 * hidden if o.swiglu else hidden, name="mlp_fc1")(norm(name="norm2")(x))
+        y = nn.silu(y[..., :hidden]) * y[..., hidden:] if o.swiglu else nn.gelu(y, approximate=False)
+        return x + scaled(dense(width, name="mlp_fc2")(y), "ls2")
 
 
 class Projection(nn.Module):
@@ -93,31 +169,37 @@ class ViT(nn.Module):
     """Images [B, H, W, C] in [0, 1] -> embeddings float32 [B, D]; N = H / patch * W / patch tokens and a class token.
 
     dense: also return the patches' tokens [B, H / patch, W / patch, D].
+    blocks: also return, after these, the outputs of these blocks, such as (-2, -1), each as (class token [B, D],
+        patches [B, H / patch, W / patch, D]) after the last LayerNorm.
     visible: indices [B, n] of the only patches to process; returns tokens [B, 1 + n, D] with the class token first.
     masked: (mask [B, N], token [D]): the token replaces masked patches; their positions are added to it.
+
+    Registers come between the class token and the patches, and are never returned (https://arxiv.org/abs/2309.16588).
     """
 
     width: int
-    heads: int
     depth: int
     patch: int
-    side: int  # patches along a side for which positions are learned; those of other sizes are interpolated
+    grid: int  # patches along a side for which positions are learned; those of other sizes are interpolated
     positions: str
+    resize: str
     freeze_patch: bool
+    class_token: bool
+    registers: int
     pool: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    dtype: Any
+    block: BlockOptions
     remat: str
 
     @nn.compact
-    def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False, visible=None, masked=None):
+    def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False, blocks=(), visible=None, masked=None):
         del train, groups
         block = rematerialized(Block, self.remat)
         check_patch(self.patch, x.shape[1:3])
         batch, height, width = len(x), x.shape[1] // self.patch, x.shape[2] // self.patch
         x = (x - jnp.array(self.mean)) / jnp.array(self.std)
-        x = Projection(self.width, self.patch, self.freeze_patch, self.dtype, name="patch_embed_proj")(x)
+        x = Projection(self.width, self.patch, self.freeze_patch, self.block.dtype, name="patch_embed_proj")(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if masked is not None:
             mask, token = masked
@@ -126,25 +208,55 @@ class ViT(nn.Module):
         x = x + patch_positions
         if visible is not None:
             x = jnp.take_along_axis(x, visible[..., None], axis=1)
-        class_token = self.param("cls_token", token_init, (1, 1, self.width)) + class_position
-        x = jnp.concatenate([jnp.broadcast_to(class_token, (batch, 1, self.width)), x], axis=1)
+        first = [self.param("cls_token", token_init, (1, 1, self.width)) + class_position] if self.class_token else []
+        if self.registers:
+            first.append(self.param("reg_token", token_init, (1, self.registers, self.width)))
+        x = jnp.concatenate([*(jnp.broadcast_to(t, (batch, *t.shape[1:])) for t in first), x], axis=1)
+        before = self.class_token + self.registers
+        turns, norm = self._turns(height, width, before, visible), Norm(epsilon=self.block.eps, name="norm")
+        chosen, kept = {i % self.depth for i in blocks}, {}
         for i in range(self.depth):
-            x = block(self.heads, self.dtype, name=f"blocks_{i}")(x)
-        x = Norm(name="norm")(x)
+            x = block(self.block, name=f"blocks_{i}")(x, turns)
+            if i in chosen:
+                kept[i] = norm(x)
+        x = norm(x)
         if visible is not None:
-            return x
-        y = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)
-        return (y, x[:, 1:].reshape(batch, height, width, self.width)) if dense else y
+            return jnp.concatenate([x[:, : int(self.class_token)], x[:, before:]], axis=1)
+
+        def parts(x):
+            patches = x[:, before:]
+            class_token = x[:, 0] if self.class_token else patches.mean(1)
+            return class_token, patches.reshape(batch, height, width, self.width)
+
+        y = x[:, 0] if self.pool == "cls" else x[:, before:].mean(1)
+        if blocks:
+            return y, parts(x)[1], tuple(parts(kept[i % self.depth]) for i in blocks)
+        return (y, parts(x)[1]) if dense else y
 
     def _positions(self, height, width):
-        """Positions of the class token [D] and of the patches [N, D]."""
+        """Positions of the class token [D] and of the patches [N, D], which are added to the tokens."""
+        if self.positions == "rotary":
+            return 0.0, 0.0
         if self.positions == "fixed":
             return 0.0, sin_cos(height, width, self.width)
-        table = self.param("pos_embed", token_init, (1, 1 + self.side**2, self.width))[0]
-        grid = table[1:].reshape(self.side, self.side, self.width)
-        if (height, width) != (self.side, self.side):
-            grid = jax.image.resize(grid, (height, width, self.width), "bicubic")
-        return table[0], grid.reshape(-1, self.width)
+        table = self.param("pos_embed", token_init, (1, self.class_token + self.grid**2, self.width))[0]
+        grid = table[int(self.class_token) :].reshape(self.grid, self.grid, self.width)
+        if (height, width) != (self.grid, self.grid):
+            if self.resize == "antialias":
+                grid = jax.image.resize(grid, (height, width, self.width), "bicubic")
+            else:
+                grid = jnp.einsum("hi,wj,ijd->hwd", cubic(self.grid, height), cubic(self.grid, width), grid)
+        return table[0] if self.class_token else 0.0, grid.reshape(-1, self.width)
+
+    def _turns(self, height, width, before, visible):
+        """By what queries and keys are turned: (cosines, sines) [B or 1, T, 1, F]; not the `before` other tokens."""
+        if self.positions != "rotary":
+            return None
+        turns = []
+        for table, still in zip(rotary(height, width, self.width // self.block.heads), (1.0, 0.0), strict=True):
+            each = jnp.asarray(table)[None] if visible is None else jnp.asarray(table)[visible]
+            turns.append(jnp.pad(each, ((0, 0), (before, 0), (0, 0)), constant_values=still)[:, :, None])
+        return tuple(turns)
 
 
 class Decoder(nn.Module):
@@ -173,7 +285,7 @@ class Decoder(nn.Module):
         side = round(x.shape[1] ** 0.5)
         x = jnp.concatenate([class_token, x + sin_cos(side, side, self.width)], axis=1)
         for i in range(self.depth):
-            x = Block(self.heads, x.dtype, name=f"blocks_{i}")(x)
+            x = Block(BlockOptions(self.heads, x.dtype), name=f"blocks_{i}")(x)
         return nn.Dense(self.out, kernel_init=xavier, name="pixels")(Norm(name="norm")(x[:, 1:]))
 
 
@@ -198,27 +310,39 @@ def check_patch(patch: int, sides: tuple[int, ...]) -> None:
 def build_vit(model: Model, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Network:
     """The ViT that `config.model` describes, for images of `size` px.
 
-    Embeddings have 192, 384 or 768 features, times model.width, which scales the features of each head.
-    Raises UserError if the patch does not divide `size`.
+    Embeddings have the features of ARCHITECTURES, times model.width, which scales the features of each head.
+    Raises UserError if the patch does not divide `size`, or if options do not fit each other.
     """
-    heads = ARCHITECTURES[model.name]
+    features, heads, depth = ARCHITECTURES[model.name]
+    heads = model.heads or heads
     patch = model.patch or 16
     if not model.patch and size <= SMALL_UP_TO:
         patch = next(p for p in range(max(1, size // 7), 0, -1) if size % p == 0)
     check_patch(patch, (size,))
+    if not model.class_token and model.pool == "cls":
+        raise UserError("config.model.pool='cls': there is no class token (config.model.class_token); allowed: mean")
+    width = heads * 4 * max(1, round(features / heads / 4 * model.width))  # divisible by 4, which positions need
+    swiglu = model.mlp == "swiglu"
+    hidden = round(width * (model.mlp_ratio or 4))
+    if swiglu and not model.mlp_ratio:  # DINOv2's: two thirds of 4 times the width, rounded up to a multiple of 8
+        hidden = -(-(4 * width * 2 // 3) // 8) * 8
     vit = network(
         ViT(
-            width=heads * 4 * max(1, round(16 * model.width)),  # divisible by 4, which fixed positions need
-            heads=heads,
-            depth=model.depth,
+            width=width,
+            depth=model.depth or depth,
             patch=patch,
-            side=size // patch,
+            grid=model.grid or size // patch,
             positions=model.positions,
+            resize=model.resize,
             freeze_patch=model.freeze_patch,
+            class_token=model.class_token,
+            registers=model.registers,
             pool=model.pool,
             mean=mean,
             std=std,
-            dtype=jnp.dtype(model.dtype),
+            block=BlockOptions(
+                heads, jnp.dtype(model.dtype), hidden, swiglu, model.qkv_bias, model.layer_scale, model.eps
+            ),
             remat=model.remat,
         )
     )

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ssl_jax import parallel
 from ssl_jax.augment import preset_of
-from ssl_jax.config import Config
+from ssl_jax.config import Config, Model
 from ssl_jax.data import Source
 from ssl_jax.errors import UserError
 from ssl_jax.models import resolve_conv, resolve_model
@@ -77,9 +77,12 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
 
     def model():
         side = min(source.shape[:2])
-        chosen = resolve_model(config.model, side).name
+        chosen = decided_model(config.model, side, source.shape[2])
+        name = chosen if isinstance(chosen, str) else chosen["name"]
         if not config.model.name and encoder is None:
-            print(f"model {chosen}, by the size of the images and this machine (config.model.name)", flush=True)
+            why = "the weights it starts from (config.model.init)" if config.model.init else ""
+            why = why or "the size of the images and this machine (config.model.name)"
+            print(f"model {name}, by {why}", flush=True)
         if side >= 2 * QUICK and jax.default_backend() == "cpu":
             times = round((side / QUICK) ** 2)
             quick = f"config.data.size={QUICK} is about {times} times as fast"
@@ -93,11 +96,16 @@ def decisions(config: Config, source: Source, encoder: Network | None = None) ->
         return measures(source)
 
     conv = functools.partial(resolve_conv, config.model.conv)
+    return {"conv": conv, "model": model, "micro_batch": micro_batch, "data": data}
 
-    def stem():
-        return resolve_model(config.model, min(source.shape[:2])).stem
 
-    return {"conv": conv, "model": model, "stem": stem, "micro_batch": micro_batch, "data": data}
+def decided_model(model: Model, size: int, channels: int) -> str | dict[str, Any]:
+    """The name of the network, with a stem if that was chosen, too. With model.init it is all options, so that the file
+    is not needed to know them again."""
+    resolved = resolve_model(model, size, channels=channels)
+    if model.init:
+        return {**dataclasses.asdict(resolved), "init": ""}
+    return resolved.name if resolved.stem == model.stem else {"name": resolved.name, "stem": resolved.stem}
 
 
 def measures(source: Source) -> dict[str, Any]:
@@ -108,9 +116,10 @@ def measures(source: Source) -> dict[str, Any]:
 
 def with_decisions(config: Config, decided: Mapping[str, Any]) -> Config:
     """The config with the values of `decisions`."""
-    # A run that began before stems were decided has none.
-    names = {"conv": decided["conv"], "name": decided["model"], "stem": decided.get("stem", config.model.stem)}
-    model = dataclasses.replace(config.model, **names)
+    options = decided["model"] if isinstance(decided["model"], Mapping) else {"name": decided["model"]}
+    kept = ("init", "lora", "conv")
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if key not in kept}
+    model = dataclasses.replace(config.model, **options, conv=decided["conv"])
     return dataclasses.replace(_with_micro_batch(config, decided["micro_batch"]), model=model)
 
 
