@@ -1,5 +1,6 @@
 """Going on from given weights: adapters, layers that learn less or not at all, and what is forgotten."""
 
+import dataclasses
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from ssl_jax.models import build_encoder, low_rank, merge
 from ssl_jax.report.record import read_run
 from ssl_jax.report.training import forgotten, health
 from ssl_jax.run_folder import RunFolder
+from ssl_jax.study import encoders_of_runs
 from ssl_jax.testing.tiny import Images, tiny_config
 from ssl_jax.transforms import layers, optimizer
 
@@ -161,3 +163,13 @@ def test_what_the_loaded_weights_could_is_known_and_forgetting_is_said(start, tm
     assert not forgotten(record._replace(checks=[first, first]))
     lines = (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["step"] == 0 for line in lines) == 1
+
+
+def test_an_arm_of_a_study_takes_weights_from_a_file(start):
+    folder, before = start
+    config, file = tiny_config("simclr"), folder / "encoder" / "encoder.safetensors"
+    study = dataclasses.replace(config.study, arms={"loaded": {"from": str(file)}, "run": {"from": str(folder)}})
+    found = encoders_of_runs(dataclasses.replace(config, study=study), IMAGES)
+    images = IMAGES.load_many(range(4))
+    for arm in ("loaded", "run"):
+        np.testing.assert_allclose(found[arm].embed(images), before.embed(images), atol=1e-6)
