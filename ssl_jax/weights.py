@@ -64,7 +64,7 @@ def _print(
     for key, words in (("ignored", "not needed"), ("missing", ""), ("unknown", "of no layer here")):
         names = result[key]
         more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        listed = f"{len(names)} arrays {words}".rstrip() + ": " + ", ".join(names[:SHOWN]) + more
+        listed = f"{len(names)} {words}".rstrip() + ": " + ", ".join(names[:SHOWN]) + more
         print(f"  {key:11} {listed if names else 'nothing'}")
     if found.channels != channels:
         print(f"  channels    {found.channels} in the file, {channels} in your images: the first layer is adapted")
