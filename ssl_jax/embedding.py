@@ -66,7 +66,7 @@ def features_of(encoder: Encoder, images: Any, which: str, batch: int = CHUNK, f
         parts.append([np.asarray(each)[: len(part)] for each in _dense(own, padded)])
     if not parts:
         parts.append([np.zeros((0, *shape[1:]), np.float32) for shape in shapes_of(encoder)])
-    embedding, patches = map(np.concatenate, zip(*parts, strict=True))
+    embedding, patches = (np.concatenate(each) for each in zip(*parts, strict=True))
     return {"patches": patches} if which == "patch" else {"embedding": embedding, "patches": patches}
 
 
@@ -123,13 +123,13 @@ def write_folder(folder: Path, encoder: Encoder, opened: Opened, which: str) -> 
     Raises UserError if the folder holds something else, or features of another encoder or other images.
     """
     source, labels = opened
-    shapes = {"embedding": (encoder.width,)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (encoder.width,)}
     if which != "cls":
         shapes = dict(zip(("embedding", "patches"), (shape[1:] for shape in shapes_of(encoder)), strict=True))
         shapes = shapes if which == "both" else {"patches": shapes["patches"]}
     each = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
     size = CHUNK * min(MOST // CHUNK, max(1, PART_BYTES // (each * CHUNK)))
-    index = {
+    index: dict[str, Any] = {
         "features": which,
         "images": len(source),
         "images_per_part": size,

@@ -18,8 +18,9 @@ Outputs = dict[str, np.ndarray]
 # A process of its own, which has nothing but JAX and the file.
 PROGRAM = """
 import pathlib, sys
-import jax, numpy as np
-program = jax.export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
+import numpy as np
+from jax import export
+program = export.deserialize(bytearray(pathlib.Path(sys.argv[1]).read_bytes()))
 with np.load(sys.argv[2]) as images:
     found = {f"{n}/{k}": np.asarray(v) for n, x in images.items() for k, v in program.call(x).items()}
 np.savez(sys.argv[3], **found)

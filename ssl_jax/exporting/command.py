@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import numpy as np
 
 from ssl_jax import embedding, files
@@ -212,8 +213,8 @@ def _use(kind: str, name: str) -> str:
             'outputs = session.run(None, {"images": images})  # uint8 [N, H, W, C]'
         )
     return (
-        "import pathlib\nimport jax\n\n"
-        f'program = jax.export.deserialize(bytearray(pathlib.Path("{name}").read_bytes()))\n'
+        "import pathlib\n\nfrom jax import export\n\n"
+        f'program = export.deserialize(bytearray(pathlib.Path("{name}").read_bytes()))\n'
         "outputs = program.call(images)  # uint8 [N, H, W, C]; a dict"
     )
 
