@@ -148,7 +148,7 @@ def write_folder(folder: Path, encoder: Encoder, opened: Opened, which: str) -> 
         for number, rows, found in _parts(rest, encoder, which, size, progress):
             rows = rows + first * size
             names, known = [source.names[i] for i in rows], None if labels is None else labels[rows]
-            arrays = _arrays(found, names, known, source.classes)
+            arrays: Any = _arrays(found, names, known, source.classes)
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)  # not compressed: features hardly are, and it takes longer than embedding
             index["unreadable"] |= {name: reason for name, (_, reason) in rest.unreadable.items()}

@@ -137,7 +137,7 @@ def load_encoder(path: str | Path) -> Encoder:
     return rebuild(about, read_weights(folder / "encoder.safetensors", cure))
 
 
-def load_in(path: str, dtype: str) -> Encoder:
+def load_in(path: str, dtype: Any) -> Encoder:
     """`load_encoder`, with a network that computes in `dtype`."""
     found = load_encoder(Path(path).expanduser())
     model = dataclasses.replace(model_of(found.about), dtype=dtype)

@@ -144,7 +144,7 @@ def encoders_of_runs(config: Config, train: Source) -> dict[str, Encoder]:
         path = Path(changes[FROM]).expanduser()
         try:
             if path.is_file() or (path / "model.safetensors").is_file():
-                found[arm] = published_encoder(dataclasses.replace(config.model, init=str(path)), size, channels)
+                found[arm] = published_encoder(Model(init=str(path)), size, channels)
                 continue
             encoder = load_encoder(path)
         except UserError as error:  # it begins with the path

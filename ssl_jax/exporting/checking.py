@@ -43,7 +43,8 @@ def run_stablehlo(path: Path, batches: Sequence[np.ndarray]) -> list[Outputs]:
     """What a new process computes with the file. Raises UserError if it cannot run it."""
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "images.npz", Path(folder) / "outputs.npz"
-        np.savez(given, **{str(i): images for i, images in enumerate(batches)})
+        named: Any = {str(i): images for i, images in enumerate(batches)}
+        np.savez(given, **named)
         command = [sys.executable, "-c", PROGRAM, str(path.absolute()), str(given), str(made)]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode:

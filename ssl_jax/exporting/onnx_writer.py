@@ -289,7 +289,7 @@ class _Graph:
             dilations=list(params["rhs_dilation"]),
             group=params["feature_group_count"],
         )
-        return self.transpose(y, np.argsort(y_order))
+        return self.transpose(y, np.argsort(y_order).tolist())
 
     def _reduce_window_max(self, x, *, shape, out, window_dimensions, window_strides, padding, **dilations):
         if {*dilations["base_dilation"], *dilations["window_dilation"]} != {1}:
@@ -304,7 +304,7 @@ class _Graph:
         kernel, strides = ([int(each[axis]) for axis in pooled] for each in (window_dimensions, window_strides))
         small = (*y.shape[:2], *(shape[axis] for axis in pooled))
         y = self.add("MaxPool", [y], small, kernel_shape=kernel, strides=strides, pads=pads)
-        return self.transpose(self.reshape(y, tuple(shape[axis] for axis in order)), np.argsort(order))
+        return self.transpose(self.reshape(y, tuple(shape[axis] for axis in order)), np.argsort(order).tolist())
 
     def _reduce(self, op, x, shape, axes):
         return self.add(op, [x, self.numbers([int(axis) for axis in axes])], shape, keepdims=0)

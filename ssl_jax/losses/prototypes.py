@@ -4,6 +4,7 @@ Scores are products of unit vectors with prototypes. Where rows x prototypes is 
 rows at a time, and once more for the gradient: memory grows with rows + chunk x prototypes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,7 +90,8 @@ def sinkhorn_shift(
         return jax.nn.logsumexp(jnp.where(where[:, None], scores, -jnp.inf), axis=0)
 
     for i in range(iterations):
-        totals = _in_chunks(lambda b, s=shift, f=i == 0: part(b, s, f), (rows, where), len(prototypes))
+        each = functools.partial(part, shift=shift, first=i == 0)
+        totals = _in_chunks(each, (rows, where), len(prototypes))
         total = jax.nn.logsumexp(totals, axis=0)
         shift = -jnp.where(jnp.isfinite(total), total, 0)
     return jax.lax.stop_gradient(shift)

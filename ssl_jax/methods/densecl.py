@@ -99,8 +99,8 @@ def make(config, encoder, run):
         del batch
         query, key, queue = outputs["query"], outputs["key"], state.memory["queue"]
         whole = info_nce(query, key, queue, temperature=config.temperature)
-        pairs = [outputs[name].reshape(-1, config.out) for name in ("places", "matches")]
-        places = info_nce(*pairs, state.memory["dense_queue"], temperature=config.temperature)
+        ours, theirs = (outputs[name].reshape(-1, config.out) for name in ("places", "matches"))
+        places = info_nce(ours, theirs, state.memory["dense_queue"], temperature=config.temperature)
         weight = jnp.where(ctx.step < config.dense_start * run.steps, 0, config.dense_weight)
         metrics = search_metrics(whole, similarities(query[METRIC_ROWS], key[METRIC_ROWS], queue))
         return (1 - weight) * whole + weight * places, {**metrics, "dense_loss": places}

@@ -165,9 +165,10 @@ def masked_self_distillation(
 
         masked = outputs["masked"].astype(student.dtype)
         of_patch = masked / jnp.maximum(1, masked.sum(axis=-1, keepdims=True)) / (2 * count)
-        rows = [outputs[name].reshape(-1, 1, config.bottleneck) for name in ("student_patches", "teacher_patches")]
+        ours, theirs = (outputs[f"{name}_patches"].reshape(-1, 1, config.bottleneck) for name in ("student", "teacher"))
         patches = prototype_cross_entropy(
-            *rows,
+            ours,
+            theirs,
             of_patch.reshape(-1, 1, 1),
             normalize(ctx.params[last_of_patches]),
             normalize(memory[f"target_{last_of_patches}"]),

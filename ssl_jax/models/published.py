@@ -340,7 +340,9 @@ def _as_exported(model: Model, file: WeightFile) -> Model:
     if model.name or not isinstance(options, dict):
         return model
     kept = {"dtype": model.dtype, "remat": model.remat, "conv": model.conv, "init": model.init}
-    known = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if hasattr(model, key)}
+    known: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if hasattr(model, key)
+    }
     return replace(model, **{**known, **kept})
 
 
