@@ -238,7 +238,7 @@ class Study:
 
     arms: Mapping[str, Any] = option(
         dict,
-        'arm -> what differs from the config, nested like it; {"from": PATH}: encoder of a run, or published weights',
+        'arm -> what differs from the config, nested like it; {"from": PATH}: encoder of a run, or given weights',
     )
     baseline: str = option("scratch", "arm that the others are compared with; an empty arm starts from random weights")
     protocol: Literal["finetune", "linear"] = option("finetune", "how encoders are evaluated")
