@@ -113,7 +113,7 @@ def families():
     yield "vit-mae", *transformers_model("ViTMAE", **SMALL, mask_ratio=0.0), mae, VIT_SIZES
     yield "vit-hf", *transformers_model("ViT", **SMALL), tokens(1, **resize), VIT_SIZES
     yield "ijepa", *transformers_model("IJepa", **SMALL), tokens(0, **resize), VIT_SIZES
-    for name, more in {"dinov3": {}, "dinov3-swiglu": {"use_gated_mlp": True}}.items():
+    for name, more in {"dinov3": {}, "dinov3-swiglu": {"use_gated_mlp": True, "hidden_act": "silu"}}.items():
         made = transformers_model("DINOv3ViT", **SMALL, **registers, **more)
         yield name, *made, (lambda m, x: (tokens(1)(m, x)[0], tokens(5)(m, x)[1])), VIT_SIZES
     for name in ("vit_small_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_giant_patch14_dinov2"):

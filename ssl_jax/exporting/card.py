@@ -27,7 +27,8 @@ def card(
     what = f"classifier of {len(classes)} classes" if classes else "encoder"
     name = model.get("name") or "network"
     front = ["---", f"tags: [self-supervised-learning, {about.get('method') or 'scratch'}, ssl_jax]"]
-    front += [f"library_name: {LIBRARIES[kind]}"] * (kind in LIBRARIES)
+    if kind in LIBRARIES:
+        front.append(f"library_name: {LIBRARIES[kind]}")
     front += ["license: other  # fill in; it depends on the training images, too", "---"]
     parts = ["\n".join(front), f"# {name}, {what}", _list(facts), f"## Use\n\n```python\n{use}\n```"]
     parts += ["## Training", _list(_training(about, config, images))]

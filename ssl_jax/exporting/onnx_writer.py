@@ -230,6 +230,23 @@ class _Graph:
         inputs = [*map(self.numbers, parts), self.numbers(axes), self.numbers([steps[axis] for axis in axes])]
         return self.add("Slice", [x, *inputs], shape)
 
+    def _gather(self, x, start, *, shape, out, dimension_numbers, slice_sizes, **params):
+        """Slices, which JAX writes so where another side is symbolic: x[:, 1:] and x[:, ::2]."""
+        del params
+        numbers, sides = dimension_numbers, range(len(x.shape))
+        known = isinstance(start.data, np.ndarray) and not numbers.operand_batching_dims
+        if known and not numbers.collapsed_slice_dims:
+            first = dict(zip(numbers.start_index_map, start.data.ravel().tolist(), strict=True))
+            starts = [first.get(axis, 0) for axis in sides]
+            limits = [begin + side if begin else side for begin, side in zip(starts, slice_sizes, strict=True)]
+            return self._slice(x, shape=shape, out=out, start_indices=starts, limit_indices=limits, strides=None)
+        axis = numbers.collapsed_slice_dims[0]
+        whole = all(str(slice_sizes[i]) == str(x.shape[i]) for i in sides if i != axis)
+        if known and whole and numbers.start_index_map == numbers.collapsed_slice_dims == (axis,):
+            if numbers.offset_dims == tuple(i for i in sides if i != axis):
+                return self.add("Gather", [x, self.numbers(start.data.ravel().tolist())], shape, axis=axis)
+        raise UserError("--format=onnx: gather: an operation that the ONNX writer does not know")
+
     def _pad(self, x, value, *, shape, out, padding_config):
         if any(inner for _, _, inner in padding_config) or any(min(p[:2]) < 0 for p in padding_config):
             raise UserError("--format=onnx: pad between or within: an operation that the ONNX writer does not know")
