@@ -242,9 +242,9 @@ class _Graph:
             return self._slice(x, shape=shape, out=out, start_indices=starts, limit_indices=limits, strides=None)
         axis = numbers.collapsed_slice_dims[0]
         whole = all(str(slice_sizes[i]) == str(x.shape[i]) for i in sides if i != axis)
-        if known and whole and numbers.start_index_map == numbers.collapsed_slice_dims == (axis,):
-            if numbers.offset_dims == tuple(i for i in sides if i != axis):
-                return self.add("Gather", [x, self.numbers(start.data.ravel().tolist())], shape, axis=axis)
+        one = numbers.start_index_map == numbers.collapsed_slice_dims == (axis,)
+        if known and whole and one and numbers.offset_dims == tuple(i for i in sides if i != axis):
+            return self.add("Gather", [x, self.numbers(start.data.ravel().tolist())], shape, axis=axis)
         raise UserError("--format=onnx: gather: an operation that the ONNX writer does not know")
 
     def _pad(self, x, value, *, shape, out, padding_config):

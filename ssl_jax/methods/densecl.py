@@ -37,7 +37,7 @@ from ssl_jax.transforms import track_target
 class Config:
     queue: int = 65536  # keys remembered, any number (configs/selfsup/densecl, as everything below)
     momentum: float = 0.999  # of the key encoder
-    temperature: float = 0.2
+    temperature: float = 0.2  # of images and of places
     dense_weight: float = option(0.5, "weight of the places; the whole images have the rest", min=0, max=1)
     dense_start: float = option(0.0, "share of the run without the places", min=0, max=1)  # a hook has 1000 steps
     hidden: int = 2048  # of both projectors
