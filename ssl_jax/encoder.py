@@ -137,13 +137,6 @@ def load_encoder(path: str | Path) -> Encoder:
     return rebuild(about, read_weights(folder / "encoder.safetensors", cure))
 
 
-def load_in(path: str, dtype: Any) -> Encoder:
-    """`load_encoder`, with a network that computes in `dtype`."""
-    found = load_encoder(Path(path).expanduser())
-    model = dataclasses.replace(model_of(found.about), dtype=dtype)
-    return found._replace(network=build(resolve_model(model, found.size), found.channels, found.size))
-
-
 def model_of(about: Mapping[str, Any]) -> Model:
     """The config.model of an encoder, from its `about`, without the weights that it started from."""
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about["model"].items()}
@@ -202,3 +195,16 @@ def published_encoder(model: Model, size: int, channels: int) -> Encoder:
     params, stats = network.init(jax.random.key(0), jnp.zeros((1, size, size, channels)))
     about = {**encoder.about, "method": Path(model.init).name}
     return encoder._replace(params=params, stats=stats, about=about)
+
+
+def given_encoder(path: str, size: int, channels: int, dtype: Any = "") -> Encoder:
+    """The encoder of a run or an export, or published weights for images of `size` px. dtype: that it computes in; "":
+    as it was trained, or float32."""
+    place = Path(path).expanduser()
+    if place.is_file() or (place / "model.safetensors").is_file():
+        return published_encoder(Model(init=str(place), dtype=dtype or "float32"), size, channels)
+    found = load_encoder(place)
+    if not dtype:
+        return found
+    model = dataclasses.replace(model_of(found.about), dtype=dtype)
+    return found._replace(network=build(resolve_model(model, found.size), found.channels, found.size))

@@ -29,7 +29,7 @@ from ssl_jax.config import Config, Data, Finetune, Model, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_indices, labelled_part
 from ssl_jax.data.source import Source
-from ssl_jax.encoder import Encoder, load_encoder, model_of, plain, published_encoder
+from ssl_jax.encoder import Encoder, given_encoder, model_of, plain
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import loss_curve
 from ssl_jax.evaluate.linear import linear_probe
@@ -141,12 +141,8 @@ def encoders_of_runs(config: Config, train: Source) -> dict[str, Encoder]:
         if FROM not in changes:
             continue
         key = f"config.study.arms: {arm}: {FROM}"
-        path = Path(changes[FROM]).expanduser()
         try:
-            if path.is_file() or (path / "model.safetensors").is_file():
-                found[arm] = published_encoder(Model(init=str(path)), size, channels)
-                continue
-            encoder = load_encoder(path)
+            encoder = given_encoder(changes[FROM], size, channels)
         except UserError as error:  # it begins with the path
             raise UserError(f"{key}={error}") from error
         if (encoder.size, encoder.channels) != (size, channels):

@@ -167,7 +167,7 @@ _BLOCK = re.compile(r"(blocks|layer|stages)_?\d")
 def layers(encoder: Any) -> tuple[dict[str, int], int]:
     """The layer of each top-level module of an encoder's params, and their number; 0: what comes before the blocks.
 
-    The blocks follow in their order, then the last norm; heads come after all. Source of this count:
+    The blocks follow in their order (the stages of a ConvNeXt), then the last norm; heads come after all. Source:
     microsoft/unilm, beit/optim_factory.py.
     """
     blocks = sorted(filter(_BLOCK.match, encoder), key=lambda name: [int(n) for n in re.findall(r"\d+", name)])

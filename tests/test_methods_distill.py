@@ -109,3 +109,9 @@ def test_a_relative_folder_becomes_absolute(folder, tmp_path, monkeypatch):
     config = default("distill")
     config.method.teacher = "runs/a"
     assert resolve(config).method.teacher == str(tmp_path / "runs/a")
+
+
+def test_weights_in_a_file_teach_too(folder):
+    file = taught(f"{folder}/encoder.safetensors")
+    memory = [train.init_state(train.set_up(c, Images()), 0).model_state.memory for c in (file, taught(folder))]
+    jax.tree.map(np.testing.assert_array_equal, *jax.device_get(memory))

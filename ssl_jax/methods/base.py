@@ -36,7 +36,7 @@ class RunInfo(NamedTuple):
     examples: int  # images in the data set
     classes: int  # number of label classes, 0 without labels
     bn_batch: int = 0  # images that share BatchNorm statistics (config.train.bn_group, micro_batch); 0: the batch
-    load_encoder: Callable[[str, str], Any] | None = None  # (path, dtype) -> `ssl_jax.encoder.Encoder`; None: cannot
+    load_encoder: Callable[..., Any] | None = None  # (path, dtype=) -> `ssl_jax.encoder.Encoder`; None: cannot
 
 
 class State(NamedTuple):

@@ -31,7 +31,9 @@ from ssl_jax.models import mlp
 
 @dataclass(frozen=True)
 class Config:
-    teacher: str = option("", "folder of the run whose encoder teaches; has to be given", path=True)
+    teacher: str = option(
+        "", "the encoder that teaches: folder of a run, or published weights (docs/weights.md)", path=True
+    )
     random_teacher: bool = False  # instead: a random network like the student; what no teacher's knowledge is worth
     dtype: Literal["float32", "bfloat16"] = "float32"  # the teacher computes in it
     patches: float = option(0.0, "weight of the feature map's places beside the whole image's 1; 0: none", min=0)
@@ -114,9 +116,11 @@ def distance(prediction, features):
 def find_teacher(config, run):
     """The teacher, an `Encoder`. UserError if it is not named or cannot be read."""
     if not config.teacher:
-        raise UserError("config.method.teacher: has to be given; allowed: the folder of a finished run")
+        raise UserError(
+            "config.method.teacher: has to be given; allowed: the folder of a finished run, or published weights"
+        )
     try:
-        return run.load_encoder(config.teacher, config.dtype)
+        return run.load_encoder(config.teacher, dtype=config.dtype)
     except UserError as error:
         raise UserError(f"config.method.teacher={config.teacher!r}: {error}") from error
 

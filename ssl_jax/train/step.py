@@ -21,7 +21,7 @@ from ssl_jax.collapse import embedding_std
 from ssl_jax.config import Config, View, method_module, to_steps
 from ssl_jax.data import Source
 from ssl_jax.data import batches as host_batches
-from ssl_jax.encoder import Encoder, build, encoder_metadata, load_in, plain, started_from
+from ssl_jax.encoder import Encoder, build, encoder_metadata, given_encoder, plain, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Context, Method, RunInfo, State
@@ -74,7 +74,8 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
         encoder = started_from(encoder, config.model.init)
     if config.model.lora:
         encoder = low_rank(encoder, config.model.lora)
-    run = RunInfo(steps, examples // batch, examples, classes, bn_batch if bn_batch < batch else 0, load_in)
+    given = functools.partial(given_encoder, size=size, channels=shape[2])
+    run = RunInfo(steps, examples // batch, examples, classes, bn_batch if bn_batch < batch else 0, given)
     method: Method = module.make(config.method, encoder, run)
     if "label" in method.needs and not classes:
         raise UserError(
