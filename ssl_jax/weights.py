@@ -20,13 +20,16 @@ def weights(file: str, size: int = 0, channels: int = 3) -> dict[str, Any]:
     Raises UserError, one line, if there is no such file or it holds nothing known here.
     """
     found_file = published.locate(file, "FILE")
+    trained = 0
     if found_file.own and found_file.config:
+        trained = found_file.config.get("size", 0)
         options = found_file.config.get("model", {})
         heads = options.get("heads") or vit.ARCHITECTURES.get(options.get("name"), (0, 0, 0))[1]
         found_file = found_file._replace(config={"num_attention_heads": heads})  # what is in no shape
     found = published.recognise(found_file)
     patch = found.model.get("patch", 0)
-    size = size or (max(1, round(224 / patch)) * patch if patch else 224)
+    usual, trained = max(1, round(224 / patch)) * patch if patch else 224, trained or found.size
+    size = size or (min(trained, usual) if trained else usual)
     model = resolve_model(Model(init=file), size, channels=channels)
     network = build(model, channels, size)
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, size, size, channels), np.float32))
@@ -68,7 +71,7 @@ def _print(
         print(f"  {key:11} {listed if names else 'nothing'}")
     if found.channels != channels:
         print(f"  channels    {found.channels} in the file, {channels} in your images: the first layer is adapted")
-    if not found.normalised:
+    if not found.normalised and not found.file.own:
         print(
             "  normalised  with ImageNet's mean and deviation; no file beside it names others (config.model.mean, std)"
         )
