@@ -14,6 +14,6 @@ def get_config(method="simclr"):
     config = default(method)
     config.optim.lr *= 0.1
     config.optim.layer_decay = 0.8
-    config.optim.warmup = "1 epochs"
+    config.optim.warmup = "0.5 epochs"
     config.train.duration = "20 epochs"
     return config
