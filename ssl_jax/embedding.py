@@ -157,7 +157,7 @@ def write_folder(folder: Path, encoder: Encoder, opened: Opened, which: str) -> 
     files.write_json(folder / "index.json", index | {"complete": True})
     left_out = f", {len(index['unreadable'])} unreadable left out" if index["unreadable"] else ""
     total = len(source) - len(index["unreadable"])
-    return f"{_described(total, shapes)}{left_out}, in {count} parts: {folder}"
+    return f"{_described(total, shapes)}{left_out}, in {count} part{'s' * (count > 1)}: {folder}"
 
 
 def _parts(
