@@ -191,8 +191,8 @@ def published_encoder(model: Model, size: int, channels: int) -> Encoder:
     `started_from` do.
     """
     encoder = random_encoder(model, size, channels, seed=0)
-    network = started_from(encoder.network, model.init)
-    params, stats = network.init(jax.random.key(0), jnp.zeros((1, size, size, channels)))
+    weights = _weights_of(published.locate(model.init), channels)
+    params, stats = from_torch(weights, encoder.params, encoder.stats)
     about = {**encoder.about, "method": Path(model.init).name}
     return encoder._replace(params=params, stats=stats, about=about)
 

@@ -184,10 +184,16 @@ def _vit(encoder: Encoder, weights: Arrays) -> _ViT:
         raise _NoCounterpartError(f"{min(strange)}: a part of the ViT that this format is not written for")
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    heads = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}.get(_model(encoder).name, 0)
+    model, side = _model(encoder), encoder.size // patch
+    heads = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}.get(model.name, 0)
     if not heads or not {f"blocks.{i}.attn.qkv.bias" for i in range(depth)} <= set(weights):
-        raise _NoCounterpartError(f"model.name={_model(encoder).name}: not a plain ViT")
-    side = encoder.size // patch
+        raise _NoCounterpartError(f"model.name={model.name}: not a plain ViT")
+    # What no name of a weight shows, and what the tables of options here do not say.
+    plain = {"heads": (0, heads), "mlp": ("gelu",), "eps": (1e-6,), "positions": ("fixed", "learned")}
+    plain |= {"class_token": (True,), "grid": (0, side)}
+    for key, allowed in plain.items():
+        if getattr(model, key) not in allowed:
+            raise _NoCounterpartError(f"model.{key}={getattr(model, key)!r}: not a plain ViT")
     if "pos_embed" not in weights:  # fixed ones, of which the class token has none
         table = np.concatenate([np.zeros((1, width), np.float32), sin_cos(side, side, width)])
         weights = weights | {"pos_embed": table[None]}
