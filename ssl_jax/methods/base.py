@@ -72,6 +72,12 @@ def online_encoder(params: Params, target: Params, state: State) -> tuple[Params
     return params["encoder"], state.stats["encoder"]
 
 
+def target_encoder(params: Params, target: Params, state: State) -> tuple[Params, Stats]:
+    """The `encoder` of a method that exports its moving average, with statistics of its own."""
+    del params
+    return target["encoder"], state.stats["target"]["encoder"]
+
+
 class Method(NamedTuple):
     """A self-supervised (or supervised) method. Shapes: B images per batch, V views, D features.
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from ssl_jax.losses import dino, dino_targets, normalize
-from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_with_target
+from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_with_target, target_encoder
 from ssl_jax.methods.prototypes import dino_head, draw_prototypes, warmed
 from ssl_jax.network import apply_jointly, stack
 from ssl_jax.transforms import cosine_momentum, freeze, track_target
@@ -94,7 +94,7 @@ def make(config, encoder, run):
             track_target(cosine_momentum(config.momentum, run.steps)),
         ),
         post_update=move_centre,
-        encoder=lambda params, target, state: (target["encoder"], state.stats["target"]["encoder"]),
+        encoder=target_encoder,
         collapsed=entropy_collapse(
             config.out,
             uniform="teacher_temperature too high, or a learning rate too high",

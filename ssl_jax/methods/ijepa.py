@@ -21,7 +21,7 @@ import optax
 from ssl_jax.collapse import embedding_std
 from ssl_jax.fields import option
 from ssl_jax.losses import smooth_l1
-from ssl_jax.methods.base import Method, State, require_vit, select_entries, std_collapse
+from ssl_jax.methods.base import Method, State, require_vit, select_entries, std_collapse, target_encoder
 from ssl_jax.methods.masks import multi_block
 from ssl_jax.models import predictor
 from ssl_jax.transforms import track_target
@@ -114,7 +114,7 @@ def make(config, encoder, run):
         loss,
         views=1,
         transform=track_target(momentum, select_entries("encoder")),
-        encoder=lambda params, target, state: (target["encoder"], state.stats["target"]["encoder"]),
+        encoder=target_encoder,
         collapsed=std_collapse("a target that moves too fast, or a learning rate too high"),
     )
 

@@ -28,6 +28,7 @@ from ssl_jax.methods.base import (
     require_batch,
     require_vit,
     select_entries,
+    target_encoder,
 )
 from ssl_jax.models import mlp
 from ssl_jax.network import apply_jointly, stack
@@ -129,7 +130,7 @@ def make(config, encoder, run):
         transform=track_target(
             optax.linear_schedule(config.momentum, 1.0, run.steps), select_entries("encoder", "projector")
         ),
-        encoder=lambda params, target, state: (target["encoder"], state.stats["target"]["encoder"]),
+        encoder=target_encoder,
         collapsed=entropy_collapse(
             config.prototypes,
             uniform="sharpen too high, or a learning rate too high",

@@ -20,6 +20,7 @@ from ssl_jax.methods.base import (
     init_with_target,
     require_vit,
     select_entries,
+    target_encoder,
 )
 from ssl_jax.methods.masks import block_mask, first_of
 from ssl_jax.models import mlp
@@ -221,7 +222,7 @@ def masked_self_distillation(
             track_target(tau, select_entries(*moving)),
         ),
         post_update=after,
-        encoder=lambda params, target, state: (target["encoder"], state.stats["target"]["encoder"]),
+        encoder=target_encoder,
         collapsed=entropy_collapse(
             config.out,
             uniform="teacher_temperature too high, or a learning rate too high",
