@@ -15,7 +15,7 @@ from ssl_jax import cli
 from ssl_jax.config import Model, View
 from ssl_jax.data.images import as_images
 from ssl_jax.embedding import features_of
-from ssl_jax.encoder import Encoder, build
+from ssl_jax.encoder import Encoder, build, random_encoder
 from ssl_jax.encoder import export as save
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import Classifier
@@ -281,6 +281,16 @@ def test_a_network_without_a_counterpart_is_refused(resnet):
     assert "encoder.stages.1.layers.0.shortcut.convolution.weight" in named.weights
     assert named.files["config.json"]["hidden_sizes"] == [4, 8, 16, 32]
     assert "preprocessor_config.json" not in named.files  # its processors take colour images
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mlp", "swiglu"), ("positions", "rotary"), ("eps", 1e-5), ("class_token", False), ("heads", 1)]
+)
+def test_a_vit_that_computes_something_else_is_refused(key, value):
+    more = {"pool": "mean"} if key == "class_token" else {}
+    encoder = random_encoder(Model(name="vit_tiny", width=0.25, depth=1, patch=4, **{key: value}, **more), 8, 3, seed=0)
+    with pytest.raises(UserError, match=r"--format=timm: .*; use --format=onnx or stablehlo"):
+        weights.exported("timm", encoder, inference.preprocessing(encoder), None, [])
 
 
 def test_a_table_of_differences_is_judged_by_its_limits():
