@@ -2,7 +2,7 @@
 
 import sys
 
-from ssl_jax.cli import main
+from ssl_jax.cli import start
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    sys.exit(start("evaluate"))

@@ -107,7 +107,7 @@ def jax_embed(name, stem, x, how):
     images = jnp.asarray(x * 255, jnp.uint8)
 
     def step():
-        return jax.block_until_ready(compiled_embed()(network, *state, images))
+        return jax.block_until_ready(compiled_embed(network)(*state, images))
 
     start = time.perf_counter()
     step()

@@ -15,8 +15,7 @@ import numpy as np
 
 from ssl_jax import files
 from ssl_jax.data import Source
-from ssl_jax.data.images import as_images
-from ssl_jax.encoder import Encoder, compiled_embed
+from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.load import load_with_settings
 from ssl_jax.outputs import write_embeddings
@@ -58,33 +57,8 @@ def features_of(encoder: Encoder, images: Any, which: str, batch: int = CHUNK, f
     """
     if which == "cls":
         return {"embedding": encoder.embed(images, batch, fixed)}
-    own, parts = (encoder.network, encoder.params, encoder.stats), list[Any]()
-    full = batch if fixed else min(batch, 1 << (max(1, len(images)) - 1).bit_length())
-    for start in range(0, len(images), full):
-        part = as_images(images, slice(start, start + full), encoder.size, encoder.channels)
-        padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
-        parts.append([np.asarray(each)[: len(part)] for each in _dense(own, padded)])
-    if not parts:
-        parts.append([np.zeros((0, *shape[1:]), np.float32) for shape in shapes_of(encoder)])
-    embedding, patches = (np.concatenate(each) for each in zip(*parts, strict=True))
+    embedding, patches = encoder.embed_dense(images, batch, fixed)
     return {"patches": patches} if which == "patch" else {"embedding": embedding, "patches": patches}
-
-
-def shapes_of(encoder: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of the embedding [1, D] and the feature map [1, h, w, D] of one image."""
-    image = jax.ShapeDtypeStruct((1, encoder.size, encoder.size, encoder.channels), np.uint8)
-    own = encoder.network, encoder.params, encoder.stats
-    embedding, patches = _dense(own, image, compiled_embed().eval_shape)
-    return embedding.shape, patches.shape
-
-
-def _dense(own: tuple[Any, Any, Any], images: Any, call: Callable[..., Any] | None = None) -> Any:
-    try:
-        return (call or compiled_embed())(*own, images, dense=True)
-    except TypeError as error:
-        if "dense" not in str(error):
-            raise
-        raise UserError("--features=patch: this network has no feature map; allowed: cls") from None
 
 
 def check_out(path: Path, which: str) -> None:
@@ -125,7 +99,7 @@ def write_folder(folder: Path, encoder: Encoder, opened: Opened, which: str) -> 
     source, labels = opened
     shapes: dict[str, tuple[int, ...]] = {"embedding": (encoder.width,)}
     if which != "cls":
-        shapes = dict(zip(("embedding", "patches"), (shape[1:] for shape in shapes_of(encoder)), strict=True))
+        shapes = dict(zip(("embedding", "patches"), encoder.shapes(dense=True), strict=True))
         shapes = shapes if which == "both" else {"patches": shapes["patches"]}
     each = 4 * sum(int(np.prod(shape)) for shape in shapes.values())
     size = CHUNK * min(MOST // CHUNK, max(1, PART_BYTES // (each * CHUNK)))

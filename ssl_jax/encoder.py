@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,45 +45,71 @@ class Encoder(NamedTuple):
 
         Raises UserError for images of other values, axes or channels. No images have embeddings [0, D].
         """
+        return self._features(images, batch, fixed)[0]
+
+    def embed_dense(self, images: Any, batch: int = 256, fixed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """`embed`, and the last feature map float32 [N, h, w, D]. UserError if the network has none."""
+        embeddings, maps = self._features(images, batch, fixed, dense=True)
+        return embeddings, maps
+
+    @property
+    def width(self) -> int:
+        """D, the number of dimensions of an embedding."""
+        return self.shapes()[0][0]
+
+    def shapes(self, dense: bool = False) -> list[tuple[int, ...]]:
+        """Of the embedding [D] and, if `dense`, the feature map [h, w, D] of an image."""
+        image = jax.ShapeDtypeStruct((1, self.size, self.size, self.channels), np.uint8)
+        return [found.shape[1:] for found in self._call(compiled_embed(self.network).eval_shape, image, dense)]
+
+    def _features(self, images: Any, batch: int, fixed: bool, dense: bool = False) -> list[np.ndarray]:
         try:
             count = len(images)
         except TypeError:  # a number, a single Pillow image, a generator
             kind = type(images).__name__
             raise UserError(f"images: {kind}; allowed: an array [N, H, W, C], or a list such as [image]") from None
         if not count:
-            return np.zeros((0, self.width), np.float32)
+            return [np.zeros((0, *shape), np.float32) for shape in self.shapes(dense)]
         full, parts = batch if fixed else min(batch, 1 << (count - 1).bit_length()), []
         for start in range(0, count, full):
             part = as_images(images, slice(start, start + full), self.size, self.channels)
             padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
-            parts.append(np.asarray(compiled_embed()(self.network, self.params, self.stats, padded))[: len(part)])
-        return np.concatenate(parts)
+            found = self._call(compiled_embed(self.network), padded, dense)
+            parts.append([np.asarray(each)[: len(part)] for each in found])
+        return [np.concatenate(each) for each in zip(*parts, strict=True)]
 
-    @property
-    def width(self) -> int:
-        """D, the number of dimensions of an embedding."""
-        image = jax.ShapeDtypeStruct((1, self.size, self.size, self.channels), np.uint8)
-        return compiled_embed().eval_shape(self.network, self.params, self.stats, image).shape[1]
+    def _call(self, function: Callable[..., Any], images: Any, dense: bool) -> tuple[Any, ...]:
+        if not dense:
+            return (function(self.params, self.stats, images),)
+        try:
+            return function(self.params, self.stats, images, dense=True)
+        except TypeError as error:
+            if "dense" not in str(error):
+                raise
+            raise UserError("features: this network has no feature map; allowed: cls, the embedding") from None
 
     def data(self, data: Data) -> Data:
         """`data` with the size and channels that this encoder expects."""
         return dataclasses.replace(data, size=self.size, channels=self.channels)
 
 
-def _embed(network, params, stats, images, **dense):
-    return network.apply(params, stats, center_view(images, images.shape[1]), train=False, **dense)[0]
-
-
 @functools.cache
-def compiled_embed() -> Any:
-    """`_embed` under jit. On a CPU without YNNPACK, whose products are slower here than XLA's other ones: benchmarks/.
-    (Training is faster with it.)"""
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+def compiled_embed(network: Network) -> Any:
+    """(params, stats, images uint8 [N, S, S, C], dense=False) -> embeddings, or with dense=True embeddings and maps.
+
+    On a CPU, ResNets do without YNNPACK, whose products are slower there than XLA's other ones: benchmarks/. (Training
+    is faster with it, and so are ViTs.)
+    """
+
+    def embed(params, stats, images, **dense):
+        return network.apply(params, stats, center_view(images, images.shape[1]), train=False, **dense)[0]
+
+    options = {} if network.patch else {"xla_cpu_experimental_ynn_fusion_type": ""}
     try:
         jax.jit(jnp.negative, compiler_options=options).lower(1.0).compile()
     except Exception:  # another platform, or a version of XLA that does not know it
         options = {}
-    return jax.jit(_embed, static_argnums=0, static_argnames="dense", compiler_options=options)
+    return jax.jit(embed, static_argnames="dense", compiler_options=options)
 
 
 # Equal networks must be the same object, so that jit compiles each only once per process.

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ssl_jax import cli
+from ssl_jax.command_table import COMMANDS
 from ssl_jax.config import TOP_LEVEL, default, method_names
 
 ROOT = Path(__file__).parent.parent
@@ -249,7 +250,7 @@ def test_help_is_quick_and_imports_are_light():
 
 
 def test_help_of_every_command(capsys):
-    for command, (_, flags) in cli.COMMANDS.items():
+    for command, (_, flags) in COMMANDS.items():
         assert ssl_jax(command, "--help") == 0
         shown = capsys.readouterr().out
         assert all(f"--{flag}" in shown for flag in flags)

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "ssl_jax"
 LAYERS = [
     {"errors"},
     {"registry", "files", "progress", "hlo", "parallel", "interrupts", "start", "completion", "neighbours"},
+    {"huge_pages", "command_table"},
     {"fields", "checkpoint", "plotting"},
     {"config"},
     {"collapse", "losses", "augment", "transforms", "run_folder", "config_file"},

@@ -11,7 +11,8 @@ from scipy.special import erf, softmax
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
 from ssl_jax.models import build_encoder, from_torch, patchify, to_torch
-from ssl_jax.models.vit import build_vit
+from ssl_jax.models.layers import gelu
+from ssl_jax.models.vit import attention, build_vit
 
 SMALL = {"name": "vit_tiny", "width": 1 / 8, "depth": 2, "patch": 4}  # 24 features, 3 heads
 
@@ -261,3 +262,29 @@ def test_initial_values():
 def test_a_patch_must_divide_the_images():
     with pytest.raises(UserError, match=r"config.model.patch=16: .* 28 px; allowed: 1, 2, 4, 7, 14, 28"):
         build_encoder(Model(name="vit_tiny", patch=16), 1, 28)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.02)])
+def test_attention_is_that_of_jax_with_its_gradients(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    q, k, v, w = (jnp.asarray(3 * rng.standard_normal((2, 5, 3, 8)), dtype) for _ in range(4))
+
+    def of(function, dtype):
+        return jax.value_and_grad(lambda *x: jnp.sum(function(*x) * w.astype(dtype)), argnums=(0, 1, 2))(
+            *(x.astype(dtype) for x in (q, k, v))
+        )
+
+    expected, found = of(jax.nn.dot_product_attention, "float32"), of(attention, dtype)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == dtype
+        np.testing.assert_allclose(one.astype("float32"), other, atol=tolerance * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-7), ("bfloat16", 2**-8)])
+def test_gelu_is_exact_with_its_gradient(dtype, tolerance):
+    x = jnp.linspace(-8, 8, 1001).astype(dtype)
+    z = np.asarray(x, np.float64)
+    below = (1 + erf(z / np.sqrt(2))) / 2
+    np.testing.assert_allclose(np.asarray(gelu(x), np.float64), z * below, rtol=tolerance, atol=8 * tolerance)
+    slope = below + z * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+    np.testing.assert_allclose(np.asarray(jax.vmap(jax.grad(gelu))(x), np.float64), slope, atol=4 * tolerance)

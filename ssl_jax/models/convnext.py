@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ssl_jax.config import Model
-from ssl_jax.models.layers import conv, network, rematerialized, resolve_conv
+from ssl_jax.models.layers import conv, gelu, network, rematerialized, resolve_conv
 from ssl_jax.models.vit import Norm
 from ssl_jax.network import Network
 
@@ -53,7 +53,7 @@ class Block(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         y = Norm(dtype=self.dtype, name="norm")(Depthwise(name="conv_dw")(x.astype(self.dtype)))
-        y = nn.gelu(nn.Dense(4 * width, kernel_init=init, dtype=self.dtype, name="mlp_fc1")(y), approximate=False)
+        y = gelu(nn.Dense(4 * width, kernel_init=init, dtype=self.dtype, name="mlp_fc1")(y))
         y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_fc2")(y)
         return x + y * self.param("gamma", nn.initializers.constant(1e-6), (width,))
 

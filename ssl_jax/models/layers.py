@@ -147,6 +147,13 @@ class Linear(nn.Module):
         return x
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU. With erf, where its rounding does no harm: on CPUs it takes half the time of Flax's erfc."""
+    if jnp.finfo(x.dtype).bits < 32:
+        return nn.gelu(x, approximate=False)
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 class MLP(nn.Module):
     sizes: tuple[int, ...]
     norm: bool
@@ -161,7 +168,7 @@ class MLP(nn.Module):
             x = Linear(size, self.bias, name=f"linear{i}")(x)
             if self.norm:
                 x = BatchNorm(name=f"bn{i}")(x, train=train, groups=groups)
-            x = nn.gelu(x, approximate=False) if self.gelu else nn.relu(x)
+            x = gelu(x) if self.gelu else nn.relu(x)
         n = len(self.sizes)
         x = Linear(self.sizes[-1], self.last_bias, name=f"linear{n}")(x)
         if self.last_norm:
