@@ -2,6 +2,7 @@
 
     pip install torch==2.13.0
     python benchmarks/conv_bench.py [--repeats=10] [--task=training,embedding]
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/conv_bench.py    # large pages, for both
 
 Steps of the two alternate, and the fastest of each counts, so that other work on the machine disturbs both alike.
 PyTorch runs the same layers in its fastest memory format for CPUs (channels last).
@@ -17,7 +18,7 @@ import torch
 from torch_resnet import resnet
 
 from ssl_jax.config import Model
-from ssl_jax.encoder import compiled_embed
+from ssl_jax.encoder import Encoder
 from ssl_jax.models import build_encoder
 from ssl_jax.models.resnet import ARCHITECTURES
 
@@ -101,13 +102,13 @@ def torch_embed(name, stem, x):
 
 
 def jax_embed(name, stem, x, how):
-    """As `Encoder.embed` does it, from uint8."""
+    """`Encoder.embed`, from uint8 to numpy."""
     network = build_encoder(Model(name=name, stem=stem, conv=how), x.shape[-1], x.shape[1])
-    state = jax.jit(network.init)(jax.random.key(0), x)
-    images = jnp.asarray(x * 255, jnp.uint8)
+    encoder = Encoder(network, *jax.jit(network.init)(jax.random.key(0), x), x.shape[1], x.shape[-1], {})
+    images = np.asarray(x * 255, np.uint8)
 
     def step():
-        return jax.block_until_ready(compiled_embed(network)(*state, images))
+        return encoder.embed(images)
 
     start = time.perf_counter()
     step()
