@@ -20,7 +20,6 @@ from ssl_jax.models import build_encoder, from_torch, normalization, published, 
 from ssl_jax.network import Network
 from ssl_jax.run_folder import RunFolder
 
-
 PIXELS_ON_CPU = 2**20  # at a time: 16 images of 224 px. ViT-S/16 is up to 40 % slower with 32 of them
 
 

@@ -21,6 +21,8 @@ class Network(NamedTuple):
            train=False uses the stored statistics and returns them unchanged. groups > 1 cuts the batch into that many
            equal parts, each normalised by its own statistics (MoCo's cure against cheating through BatchNorm).
     patch: side of a ViT's patches, px; 0 for any other network
+    drop_path: largest probability with which apply(..., train=True, keys=) leaves out a branch, for each image by its
+           key of keys [B]; without keys, nothing is left out
 
     An encoder takes images [B, H, W, C] in [0, 1] and returns embeddings [B, D]; with dense=True it returns these and
     its last feature map [B, h, w, D] (of a ResNet, what the embedding is the mean of; of a ViT, the patches). A ViT
@@ -31,6 +33,7 @@ class Network(NamedTuple):
     init: Callable[..., tuple[Params, Any]]
     apply: Callable[..., tuple[jax.Array, Any]]
     patch: int = 0
+    drop_path: float = 0.0
 
 
 def stack(**networks: Network) -> Network:
@@ -55,6 +58,28 @@ def stack(**networks: Network) -> Network:
         return outputs, after
 
     return Network(init, apply)
+
+
+KEYS = "drop_path"
+
+
+def with_keys(network: Network) -> Network:
+    """`network` with drop path, whose keys lie in its statistics under KEYS: one for each image that a batch is drawn
+    from, of which the views of it are neighbours. A moving average, whose statistics have none, drops nothing.
+    """
+
+    def apply(params, stats, x, *, train, **kwargs):
+        own = {name: value for name, value in stats.items() if name != KEYS}
+        if not train or KEYS not in stats:
+            y, own = network.apply(params, own, x, train=train, **kwargs)
+            return y, {**stats, **own}
+        keys = stats[KEYS]
+        views = jnp.arange(len(x) // len(keys))
+        each = jax.vmap(lambda key: jax.vmap(lambda view: jax.random.fold_in(key, view))(views))(keys).reshape(-1)
+        y, own = network.apply(params, own, x, train=True, keys=each, **kwargs)
+        return y, {**own, KEYS: jax.vmap(jax.random.split)(keys)[:, 0]}  # other ones for the next pass
+
+    return network._replace(apply=apply)
 
 
 def siamese(encoder: Network) -> Network:

@@ -48,6 +48,9 @@ class Model:
     remat: Literal["none", "blocks"] = option(
         "none", "blocks: recompute the inside of each block for the gradient, which saves memory"
     )
+    drop_path: float = option(
+        0.0, "ViT and ConvNeXt: probability of leaving out a branch in training, in the last block", min=0, below=1
+    )
     conv: str = option(
         "auto",
         "on CPUs, how convolutions are computed: natively, as products of patches, or all by XLA (lax); auto: native",

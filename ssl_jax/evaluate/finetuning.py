@@ -409,10 +409,13 @@ def _step(state, data, key, step, lr, ratio, decay, network: Network, frozen: bo
 
     def loss_of(params):
         def predict(x):
-            features, new_stats = network.apply(params["encoder"], stats, x, train=not frozen)
+            drops = {} if frozen or not network.drop_path else {"keys": jax.random.split(key_paths, len(x))}
+            features, new_stats = network.apply(params["encoder"], stats, x, train=not frozen, **drops)
             return features @ params["head"]["w"] + params["head"]["b"], new_stats
 
-        return objective(predict, data, jax.random.fold_in(key, step))
+        own = jax.random.fold_in(key, step)
+        key_paths = jax.random.fold_in(own, 1) if network.drop_path else own
+        return objective(predict, data, own)
 
     (_, (new_stats, loss)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, opt_state = _adamw(lr, ratio, decay).update(grads, opt_state, params)

@@ -8,10 +8,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ssl_jax.config import Model
-from ssl_jax.models.layers import conv, gelu, network, rematerialized, resolve_conv
+from ssl_jax.models.layers import conv, gelu, kept, network, rematerialized, resolve_conv
 from ssl_jax.models.vit import Norm
 from ssl_jax.network import Network
 
@@ -45,17 +46,21 @@ class Depthwise(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise convolution, LayerNorm, an MLP four times as wide, LayerScale. The stream stays float32 or wider."""
+    """Depthwise convolution, LayerNorm, an MLP four times as wide, LayerScale. The stream stays float32 or wider.
+
+    keep: factors [B, 2] of the branch, see `kept`; the second is not used.
+    """
 
     dtype: Any
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, keep=None):
         width = x.shape[-1]
         y = Norm(dtype=self.dtype, name="norm")(Depthwise(name="conv_dw")(x.astype(self.dtype)))
         y = gelu(nn.Dense(4 * width, kernel_init=init, dtype=self.dtype, name="mlp_fc1")(y))
         y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_fc2")(y)
-        return x + y * self.param("gamma", nn.initializers.constant(1e-6), (width,))
+        y = y * self.param("gamma", nn.initializers.constant(1e-6), (width,))
+        return x + (y if keep is None else y * keep[:, 0, None, None, None].astype(y.dtype))
 
 
 class Stage(nn.Module):
@@ -67,13 +72,14 @@ class Stage(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, keep):
+        """keep: of each block."""
         if not self.first:
             x = Norm(dtype=self.dtype, name="downsample_0")(x)
             x = Downsample(self.width, 2, self.how, name="downsample_1")(x)
             x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         for i in range(self.depth):
-            x = rematerialized(Block, self.remat)(self.dtype, name=f"blocks_{i}")(x)
+            x = rematerialized(Block, self.remat)(self.dtype, name=f"blocks_{i}")(x, keep[i])
         return x
 
 
@@ -82,6 +88,7 @@ class ConvNeXt(nn.Module):
 
     dense: also return the feature map [B, H // 32, W // 32, D] of the last stage, each place after the same LayerNorm
     (as DINOv3 does). Sides have 32 px or more.
+    keys: [B], for drop path, whose rate grows from 0 in the first block to drop_path in the last.
     """
 
     widths: tuple[int, ...]  # of the stages
@@ -91,15 +98,19 @@ class ConvNeXt(nn.Module):
     dtype: Any
     how: str
     remat: str
+    drop_path: float
 
     @nn.compact
-    def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False):
+    def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False, keys=None):
         del train, groups
         x = ((x - jnp.array(self.mean)) / jnp.array(self.std)).astype(self.dtype)
         x = Downsample(self.widths[0], 4, self.how, name="stem_0")(x)
         x = Norm(name="stem_1")(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        rates = np.linspace(0, self.drop_path, sum(self.depths))
+        keep = [kept(rate, keys, i) for i, rate in enumerate(rates)]
         for i, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            x = Stage(width, depth, i == 0, self.dtype, self.how, self.remat, name=f"stages_{i}")(x)
+            x = Stage(width, depth, i == 0, self.dtype, self.how, self.remat, name=f"stages_{i}")(x, keep[:depth])
+            keep = keep[depth:]
         norm = Norm(name="head_norm")
         y = norm(x.mean((1, 2)))
         return (y, norm(x)) if dense else y
@@ -126,5 +137,6 @@ def build_convnext(model: Model, mean: tuple[float, ...], std: tuple[float, ...]
             dtype=jnp.dtype(model.dtype),
             how=resolve_conv(model.conv),
             remat=model.remat,
+            drop_path=model.drop_path,
         )
-    )
+    )._replace(drop_path=model.drop_path)

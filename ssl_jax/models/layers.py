@@ -43,6 +43,15 @@ def rematerialized(block: type[nn.Module], remat: str, static: tuple[int, ...] =
     return nn.remat(block, static_argnums=static) if remat == "blocks" else block
 
 
+def kept(rate: float, keys: jax.Array | None, block: int) -> jax.Array | None:
+    """Drop path (https://arxiv.org/abs/1603.09382) of one block: the factors [B, 2] of its two branches, 0 with
+    probability `rate` or 1 / (1 - rate). None, which changes nothing, for rate 0 and without keys [B]."""
+    if keys is None or not rate:
+        return None
+    own = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, block), 1 - rate, (2,)))(keys)
+    return own / (1 - rate)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last (https://arxiv.org/abs/1502.03167), with PyTorch's conventions.
 

@@ -339,7 +339,7 @@ def _as_exported(model: Model, file: WeightFile) -> Model:
     options = file.config.get("model")
     if model.name or not isinstance(options, dict):
         return model
-    kept = {key: getattr(model, key) for key in ("dtype", "remat", "conv", "init", "lora")}
+    kept = {key: getattr(model, key) for key in ("dtype", "remat", "drop_path", "conv", "init", "lora")}
     known: dict[str, Any] = {
         key: tuple(v) if isinstance(v, list) else v for key, v in options.items() if hasattr(model, key)
     }

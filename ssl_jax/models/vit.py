@@ -17,7 +17,7 @@ import numpy as np
 
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
-from ssl_jax.models.layers import gelu, network, rematerialized
+from ssl_jax.models.layers import gelu, kept, network, rematerialized
 from ssl_jax.network import Network
 
 SMALL_UP_TO = 64  # px: the largest images for which patch=0 is not 16
@@ -124,19 +124,23 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. The residual stream stays float32 or wider. turns: see `rotary`."""
+    """A pre-norm transformer block. The residual stream stays float32 or wider.
+
+    turns: see `rotary`; keep: factors [B, 2] of the two branches, see `kept`.
+    """
 
     options: BlockOptions
 
     @nn.compact
-    def __call__(self, x, turns=None):
+    def __call__(self, x, turns=None, keep=None):
         o = self.options
         batch, tokens, width = x.shape
         dense = functools.partial(nn.Dense, kernel_init=xavier, dtype=o.dtype)
         norm = functools.partial(Norm, epsilon=o.eps, dtype=o.dtype)
 
-        def scaled(y, name):
-            return LayerScale(o.layer_scale, name=name)(y) if o.layer_scale else y
+        def branch(y, number):
+            y = LayerScale(o.layer_scale, name=f"ls{number}")(y) if o.layer_scale else y
+            return y if keep is None else y * keep[:, number - 1, None, None].astype(y.dtype)
 
         y = dense(3 * width, use_bias=o.qkv_bias == "all", name="attn_qkv")(norm(name="norm1")(x))
         if o.qkv_bias == "no_key":
@@ -146,11 +150,11 @@ class Block(nn.Module):
         if turns is not None:
             q, k = _turn(q, turns), _turn(k, turns)
         y = attention(q, k, v).reshape(x.shape)
-        x = x + scaled(dense(width, name="attn_proj")(y), "ls1")
+        x = x + branch(dense(width, name="attn_proj")(y), 1)
         hidden = o.hidden or 4 * width
         y = dense(2 * hidden if o.swiglu else hidden, name="mlp_fc1")(norm(name="norm2")(x))
         y = nn.silu(y[..., :hidden]) * y[..., hidden:] if o.swiglu else gelu(y)
-        return x + scaled(dense(width, name="mlp_fc2")(y), "ls2")
+        return x + branch(dense(width, name="mlp_fc2")(y), 2)
 
 
 class Projection(nn.Module):
@@ -189,6 +193,7 @@ class ViT(nn.Module):
         patches [B, H / patch, W / patch, D]) after the last LayerNorm.
     visible: indices [B, n] of the only patches to process; returns tokens [B, 1 + n, D] with the class token first.
     masked: (mask [B, N], token [D]): the token replaces masked patches; their positions are added to it.
+    keys: [B], for drop path, whose rate grows from 0 in the first block to drop_path in the last.
 
     Registers come between the class token and the patches, and are never returned (https://arxiv.org/abs/2309.16588).
     """
@@ -207,11 +212,14 @@ class ViT(nn.Module):
     std: tuple[float, ...]
     block: BlockOptions
     remat: str
+    drop_path: float
 
     @nn.compact
-    def __call__(self, x, *, train: bool, groups: int = 1, dense: bool = False, blocks=(), visible=None, masked=None):
+    def __call__(
+        self, x, *, train: bool, groups: int = 1, dense: bool = False, blocks=(), visible=None, masked=None, keys=None
+    ):
         del train, groups
-        block = rematerialized(Block, self.remat)
+        block, rates = rematerialized(Block, self.remat), np.linspace(0, self.drop_path, self.depth)
         check_patch(self.patch, x.shape[1:3])
         batch, height, width = len(x), x.shape[1] // self.patch, x.shape[2] // self.patch
         x = (x - jnp.array(self.mean)) / jnp.array(self.std)
@@ -230,11 +238,11 @@ class ViT(nn.Module):
         x = jnp.concatenate([*(jnp.broadcast_to(t, (batch, *t.shape[1:])) for t in first), x], axis=1)
         before = self.class_token + self.registers
         turns, norm = self._turns(height, width, before, visible), Norm(epsilon=self.block.eps, name="norm")
-        chosen, kept = {i % self.depth for i in blocks}, {}
+        chosen, after = {i % self.depth for i in blocks}, {}
         for i in range(self.depth):
-            x = block(self.block, name=f"blocks_{i}")(x, turns)
+            x = block(self.block, name=f"blocks_{i}")(x, turns, kept(rates[i], keys, i))
             if i in chosen:
-                kept[i] = norm(x)
+                after[i] = norm(x)
         x = norm(x)
         if visible is not None:
             return jnp.concatenate([x[:, : int(self.class_token)], x[:, before:]], axis=1)
@@ -246,7 +254,7 @@ class ViT(nn.Module):
 
         y = x[:, 0] if self.pool == "cls" else x[:, before:].mean(1)
         if blocks:
-            return y, parts(x)[1], tuple(parts(kept[i % self.depth]) for i in blocks)
+            return y, parts(x)[1], tuple(parts(after[i % self.depth]) for i in blocks)
         return (y, parts(x)[1]) if dense else y
 
     def _positions(self, height, width):
@@ -360,6 +368,7 @@ def build_vit(model: Model, size: int, mean: tuple[float, ...], std: tuple[float
                 heads, jnp.dtype(model.dtype), hidden, swiglu, model.qkv_bias, model.layer_scale, model.eps
             ),
             remat=model.remat,
+            drop_path=model.drop_path,
         )
     )
-    return vit._replace(patch=patch)
+    return vit._replace(patch=patch, drop_path=model.drop_path)

@@ -26,7 +26,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Context, Method, RunInfo, State
 from ssl_jax.models import low_rank, merge
-from ssl_jax.network import Network
+from ssl_jax.network import KEYS, Network, with_keys
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
 
@@ -74,6 +74,11 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
         encoder = started_from(encoder, config.model.init)
     if config.model.lora:
         encoder = low_rank(encoder, config.model.lora)
+    if config.model.drop_path:
+        if not encoder.drop_path:
+            key = f"config.model.drop_path={config.model.drop_path:g}"
+            raise UserError(f"{key}: leaves out branches of a ViT or ConvNeXt; allowed for other networks: 0")
+        encoder = with_keys(encoder)
     given = functools.partial(given_encoder, size=size, channels=shape[2])
     run = RunInfo(steps, examples // batch, examples, classes, bn_batch if bn_batch < batch else 0, given)
     method: Method = module.make(config.method, encoder, run)
@@ -127,7 +132,8 @@ def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState,
     """
     method, augment = setup.method, make_views(setup.views, setup.method.shares)
     train = config.train
-    gradient = make_gradient(method, augment, micro_batch=train.part, bn_group=train.bn_group, mesh=mesh)
+    parts = {"micro_batch": train.part, "bn_group": train.bn_group}
+    gradient = make_gradient(method, augment, **parts, drop_path=bool(config.model.drop_path), mesh=mesh)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(train.seed), state.step)
@@ -288,7 +294,13 @@ def keys_at(key: jax.Array, positions: jax.Array) -> jax.Array:
 
 
 def make_gradient(
-    method: Method, augment: Callable[..., Any], *, micro_batch: int = 0, bn_group: int = 0, mesh: Mesh | None = None
+    method: Method,
+    augment: Callable[..., Any],
+    *,
+    micro_batch: int = 0,
+    bn_group: int = 0,
+    drop_path: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[..., Any]:
     """A function (ctx, target, state, inputs, keys) -> (loss, (outputs, stats, metrics)), gradients of ctx.params.
 
@@ -297,6 +309,7 @@ def make_gradient(
     micro_batch: images embedded at a time, a divisor of B; 0: all.
     bn_group: number of neighbouring images that share BatchNorm statistics, a divisor of micro_batch; 0: all that are
     embedded at a time. Micro-batches never split a group, nor do devices if their number divides that of the groups.
+    drop_path: whether the encoder finds keys in its statistics (`network.with_keys`).
     mesh: where `parallel.shard_batch` in a method's forward lays out images, unless BatchNorm works in groups.
     """
     stretch = bn_group or 1
@@ -306,18 +319,27 @@ def make_gradient(
         views, drawn = augment(key_views, inputs["image"], inputs.get("pair"), inputs["position"])
         batch = {"views": views, "drawn": drawn, **{name: inputs[name] for name in method.needs}}
         key = keys_at(key_forward, inputs["position"])
+        run = functools.partial(dropping if drop_path else method.forward, params, target, state)
         if not bn_group or bn_group == len(key):
             with parallel.use_mesh(mesh):
-                outputs, stats = method.forward(params, target, state, batch, key)
+                outputs, stats = run(batch, key)
         else:
             groups = split_batch((batch, key), len(key) // bn_group, bn_group)
-            outputs, stats = jax.vmap(lambda group: method.forward(params, target, state, *group))(groups)
+            outputs, stats = jax.vmap(lambda group: run(*group))(groups)
             outputs, stats = (
                 join_batch(outputs, bn_group),
                 jax.tree.map(lambda x, new: x + (new - x).mean(axis=0), state.stats, stats),
             )
         check_structure("forward", "statistics", stats, state.stats)
         return outputs, stats
+
+    def dropping(params, target, state, batch, key):
+        key, for_paths = jnp.moveaxis(jax.vmap(jax.random.split)(key), 1, 0)
+        encoder = {**state.stats["encoder"], KEYS: for_paths}
+        with_keys = state._replace(stats={**state.stats, "encoder": encoder})
+        outputs, stats = method.forward(params, target, with_keys, batch, key)
+        encoder = {name: value for name, value in stats["encoder"].items() if name != KEYS}
+        return outputs, {**stats, "encoder": encoder}
 
     def at_once(ctx, target, state, inputs, keys):
         def objective(params):
