@@ -1,6 +1,6 @@
 """Go on from given weights with your own images, carefully: any method, with a tenth of its learning rate.
 
-    ssl-jax pretrain --config=adapt:mae DIR --config.model.name=vit_base --config.model.init=FILE --workdir=runs/a
+    ssl-jax pretrain --config=adapt:mae DIR --config.model.init=FILE --workdir=runs/a
 
 The first layers learn least, because they know most of what all images have in common; adapters alone (LoRA) change
 even less: --config.model.lora=8. The report says if the encoder classifies worse than before the first step. The

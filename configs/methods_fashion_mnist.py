@@ -65,7 +65,7 @@ def get_config(method="simclr"):
     config.data.update({"name": "fashion_mnist", "limit": 10_000})
     if "augment.preset" not in method_module(method).RECIPE:  # the others have views of their own
         config.augment.update(VIEWS)
-    vit = config.model.name.startswith("vit")
+    vit = "model.name" in method_module(method).RECIPE
     config.model.update({"name": "vit_tiny", "patch": 4, "depth": 3} if vit else {"name": "resnet_thin"})
     config.method.update({key: value for key, value in SMALLER.items() if key in config.method})
     if method in WITH_TARGET:

@@ -99,7 +99,7 @@ def flow(method_name: str) -> str:
     config.method.update({key: value for key, value in SMALL.items() if key in config.method})
     tiny = getattr(method_module(method_name), "TINY", {})
     config.update_from_flattened_dict({key: value for key, value in tiny.items() if key.startswith("method.")})
-    vit = config.model.name.startswith("vit")
+    vit = resolve(config).model.name.startswith("vit")
     config.model.update({"name": "vit_tiny", "patch": 4, "depth": 1} if vit else {"name": "resnet_thin"})
     resolved = resolve(config)
     encoder = build(resolved.model, 3, SIZE)

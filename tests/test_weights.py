@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ssl_jax.config import Model
+from ssl_jax.config import Model, default, merge, resolve
+from ssl_jax.config_file import override
 from ssl_jax.encoder import build, published_encoder, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.models import from_torch, published, resolve_model, weight_files
@@ -178,6 +179,25 @@ def test_settings_that_contradict_a_file(changes, message, folder):
     with pytest.raises(UserError, match=message) as raised:
         resolve_model(Model(init=folder("dinov2"), **changes), 28)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", ["mae", "dinov2", "simclr"])
+def test_only_a_name_that_the_user_chose_is_compared_with_the_file(method, tmp_path):
+    """The encoder that a method proposes gives way to the file's, also in an arm of a study."""
+    init = write(tmp_path / "small", arrays("dinov2"), {**ABOUT["dinov2"]["config"], "num_attention_heads": 6})
+
+    def named(*flags):
+        return resolve(override(default(method), flags))
+
+    def name(config):
+        return resolve_model(config.model, 28).name
+
+    assert name(named(f"--config.model.init={init}")) == "vit_small"
+    assert name(merge(named(), {"model": {"init": init}})) == "vit_small"
+    assert name(named(f"--config.model.init={init}", "--config.model.name=vit_small")) == "vit_small"
+    for chosen in ("vit_tiny", "resnet18"):
+        with pytest.raises(UserError, match=rf"config\.model\.name='{chosen}': .* is a DINOv2 .*name='vit_small'"):
+            name(named(f"--config.model.init={init}", f"--config.model.name={chosen}"))
 
 
 def test_images_that_the_patches_do_not_divide(folder):

@@ -29,14 +29,23 @@ def recipe(method: str) -> dict[str, Any]:
 
 
 def default(method: str = "byol") -> ConfigDict:
-    """A complete config for `method`: every option at its default, then the method's recipe."""
+    """A complete config for `method`: every option at its default, then the method's recipe.
+
+    The encoder that a recipe proposes is left open, so that a name in config.model.name is always the user's choice;
+    `resolve` takes the proposal where nothing else says which encoder it is.
+    """
     config = ConfigDict({name: _to_dict(kind()) for name, kind in SECTIONS.items()})
     for key in TOP_LEVEL:
         config[key] = getattr(Config, key)
     config.method = ConfigDict({"name": method, **_to_dict(method_module(method).Config())})
     for key, value in recipe(method).items():
-        config.update_from_flattened_dict({key: value})
+        if key != "model.name":
+            config.update_from_flattened_dict({key: value})
     return config
+
+
+def _proposed_encoder(method: str) -> str:
+    return recipe(method).get("model.name", "")
 
 
 def _to_dict(value: Any) -> Any:
@@ -84,9 +93,8 @@ def resolve(config: ConfigDict) -> Config:
     values = {**{section: {} for section in SECTIONS}, **values}
     values["method"] = fields.build(method_module(name).Config, method, "config.method")
     config = fields.build(Config, {"method_name": name, **values}, "config")
-    if config.model.init and config.model.name == recipe(name).get("model.name"):
-        # The encoder that the recipe proposes gives way to the one that is loaded.
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=""))
+    if not config.model.name and not config.model.init:  # the encoder that is loaded goes before the proposed one
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=_proposed_encoder(name)))
     return config
 
 
@@ -145,6 +153,8 @@ def from_json(values: Mapping[str, Any]) -> ConfigDict:
                 target[key] = tuple(value) if isinstance(value, list) else value
 
     fill(config, values)
+    if not config.model.init and config.model.name == _proposed_encoder(config.method.name):
+        config.model.name = ""  # open again: weights that an arm or a flag names go before it
     return config
 
 

@@ -86,7 +86,7 @@ def tiny_config(method, **changes):
     config.optim.update({"name": "sgd", "lr": 0.05, "lr_batch": 0, "warmup": "0 steps"})
     config.train.update({"batch": 16, "duration": "20 steps", "log_every": "1 steps", "devices": 1})
     config.data.name = "synthetic"
-    if config.model.name.startswith("vit"):
+    if resolve(config).model.name.startswith("vit"):
         config.model.update({"width": 1 / 16, "depth": 1, "patch": 2})
     else:
         config.model.update({"name": "resnet_thin", "width": 0.25})
