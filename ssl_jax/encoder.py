@@ -16,7 +16,7 @@ from ssl_jax.config import Config, Data, Model
 from ssl_jax.data.images import as_images
 from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import COPY, read_json, read_weights, write_json, write_weights
-from ssl_jax.models import build_encoder, from_torch, normalization, published, resolve_model, to_torch
+from ssl_jax.models import build_encoder, from_torch, normalization, published, resolve_model, to_torch, weight_files
 from ssl_jax.network import Network
 from ssl_jax.run_folder import RunFolder
 
@@ -232,7 +232,8 @@ def given_encoder(path: str, size: int, channels: int, dtype: Any = "") -> Encod
     """The encoder of a run or an export, or published weights for images of `size` px. dtype: that it computes in; "":
     as it was trained, or float32."""
     place = Path(path).expanduser()
-    if place.is_file() or (place / "model.safetensors").is_file():
+    folder = place if place.exists() else weight_files.cached(place) or place
+    if place.is_file() or any((folder / name).is_file() for name in weight_files.HUGGING):
         return published_encoder(Model(init=str(place), dtype=dtype or "float32"), size, channels)
     found = load_encoder(place)
     if not dtype:

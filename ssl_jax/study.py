@@ -231,7 +231,7 @@ def run_study(
     evaluator = _Evaluator(config, arms, train, test.arrays(), test_labels)
     encoders = _Encoders(study, arms, get_encoder, cell_ids)
     subsets = _draw(train, study, cell_ids, encoders)
-    networks = _networks(encoders, study, arms, min(train.shape[:2]))
+    networks = _networks(encoders, study, arms, train)
     compared = References(networks, test.arrays(), test_labels, train.classes, config.eval)
     for cell_id in cell_ids:
         encoder, encoder_digest = encoders.of(cell_id)
@@ -256,14 +256,15 @@ def run_study(
     return write_all(workdir, cells, study.baseline, references) if part is None else rows
 
 
-def _networks(encoders: "_Encoders", study: Study, arms: Mapping[str, Config], size: int) -> dict[str, Encoder]:
+def _networks(encoders: "_Encoders", study: Study, arms: Mapping[str, Config], train: Source) -> dict[str, Encoder]:
     """An encoder of each network that is compared, under the name of its random counterpart."""
+    size, channels = min(train.shape[:2]), train.shape[2]
     first: dict[Model, str] = {}
     for arm in sorted(arms, key=lambda arm: arm != study.baseline):
         model = arms[arm].model
         if FROM in study.arms[arm]:
             model = model_of(encoders.of(CellId(arm, study.labels[0], 0))[0].about)
-        first.setdefault(dataclasses.replace(plain(resolve_model(model, size)), conv="auto"), arm)
+        first.setdefault(dataclasses.replace(plain(resolve_model(model, size, channels=channels)), conv="auto"), arm)
     names = {arm: RANDOM if len(first) == 1 else f"{RANDOM} of {arm}" for arm in first.values()}
     return {name: encoders.of(CellId(arm, study.labels[0], 0))[0] for arm, name in names.items()}
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from ssl_jax import cli
 from ssl_jax.config import Model, default, merge, resolve
 from ssl_jax.config_file import override
-from ssl_jax.encoder import build, published_encoder, started_from
+from ssl_jax.encoder import build, export, given_encoder, published_encoder, random_encoder, started_from
 from ssl_jax.errors import UserError
 from ssl_jax.models import from_torch, published, resolve_model, weight_files
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = runpy.run_path(str(ROOT / "benchmarks" / "weights_reference.py"))
 RESULTS = dict(np.load(ROOT / "tests" / "reference" / "weights.npz"))
 ABOUT = json.loads(str(RESULTS["about"]))
+PATCHES = "embeddings.patch_embeddings.projection.weight"
 
 
 def arrays(name):
@@ -141,7 +143,7 @@ def test_names_in_checkpoints_of_the_authors(prefix, folder, tmp_path):
 def test_first_layer_for_other_channels(channels, factor, folder):
     encoder = published_encoder(Model(init=folder("dinov2")), 28, channels)
     kernel = encoder.params["patch_embed_proj"]["kernel"]
-    own = arrays("dinov2")["embeddings.patch_embeddings.projection.weight"].transpose(2, 3, 1, 0)
+    own = arrays("dinov2")[PATCHES].transpose(2, 3, 1, 0)
     wanted = own.sum(2, keepdims=True) if channels == 1 else own[:, :, [i % 3 for i in range(channels)]] * factor
     np.testing.assert_allclose(kernel, wanted, rtol=1e-6)
     assert encoder.about["mean"] == ((0.449,) if channels == 1 else tuple((0.485, 0.456, 0.406) * 2)[:channels])
@@ -200,6 +202,13 @@ def test_only_a_name_that_the_user_chose_is_compared_with_the_file(method, tmp_p
             name(named(f"--config.model.init={init}", f"--config.model.name={chosen}"))
 
 
+def test_a_name_is_compared_with_that_of_a_run(tmp_path):
+    export(tmp_path, random_encoder(Model(name="vit_tiny", depth=1, width=0.25, patch=4), 8, 3, seed=0))
+    with pytest.raises(UserError, match=r"name='vit_small': .* is the encoder of a run, with name='vit_tiny'; leave"):
+        resolve_model(Model(init=str(tmp_path), name="vit_small"), 8)
+    assert resolve_model(Model(init=str(tmp_path)), 8).width == 0.25
+
+
 def test_images_that_the_patches_do_not_divide(folder):
     with pytest.raises(UserError, match=r"config\.data\.size=30: .* patches of 4 px; allowed: multiples of 4, such as"):
         resolve_model(Model(init=folder("dinov2")), 30)
@@ -244,6 +253,42 @@ def test_another_architecture_is_named(folder, tmp_path):
         published_encoder(Model(init=init), 28, 3)
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Hugging Face's local cache with the model tiny/dinov2, laid out as `hf download` of huggingface_hub 2.4 leaves it:
+    links to blobs, refs, and a note on a file that the model does not have."""
+    pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    model, commit = tmp_path / "hub" / "models--tiny--dinov2", "a" * 40
+    snapshot, missing = model / "snapshots" / commit, model / ".no_exist" / commit
+    for folder in (model / "blobs", model / "refs", snapshot, missing):
+        folder.mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (missing / "model.safetensors.index.json").touch()
+    downloaded = Path(write(tmp_path / "downloaded", arrays("dinov2"), ABOUT["dinov2"]["config"]))
+    for blob, name in enumerate(("model.safetensors", "config.json")):
+        (downloaded / name).rename(model / "blobs" / f"{blob}")
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    return model
+
+
+def test_a_model_in_the_cache_of_hugging_face(cache, capsys):
+    assert cli.main(["weights", "tiny/dinov2"]) == 0
+    told = capsys.readouterr().out
+    assert "DINOv2 (Hugging Face)" in told and "--config.model.init=tiny/dinov2" in told
+    config = resolve(override(default("mae"), ["--config.model.init=tiny/dinov2"]))  # has become an absolute path
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), np.uint8)
+    wanted = published_encoder(Model(init=config.model.init), 28, 3).embed(images)
+    np.testing.assert_array_equal(given_encoder(str(cache.parents[1] / "tiny/dinov2"), 28, 3).embed(images), wanted)
+    for text in ("tiny/gated", "tiny/not--allowed"):
+        with pytest.raises(UserError, match=f"the weights of {text} are not in the local cache; `hf download {text}`"):
+            published.locate(text)
+    (cache / "blobs" / "0").unlink()
+    with pytest.raises(UserError, match=r"not in the local cache; .* a gated model only after its page has granted"):
+        published.locate("tiny/dinov2")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -261,3 +306,33 @@ def test_torch_files_need_torch(tmp_path, monkeypatch):
     (tmp_path / "a.pth").write_bytes(b"x")
     with pytest.raises(UserError, match=r"a\.pth: needs torch to be read: pip install 'ssl_jax\[torch\]'"):
         resolve_model(Model(init=str(tmp_path / "a.pth")), 28)
+
+
+def test_the_command_says_that_the_first_layer_is_adapted(folder, capsys):
+    assert cli.main(["weights", folder("dinov2"), "--channels=1", "--size=28"]) == 0
+    told = capsys.readouterr().out
+    assert "channels    3 in the file, 1 in your images: the first layer is adapted" in told and "mean=(0.449,)" in told
+
+
+def test_heads_in_the_config_of_timm(tmp_path):
+    """As `ssl-jax export --format=timm` writes it, for a width that says nothing about them."""
+    config, wanted = {"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 3}}, ("vit_tiny", 1 / 8)
+    init = write(tmp_path / "timm", arrays("timm-vit_small_patch16_224"), config)
+    model = resolve_model(Model(init=init), 28)
+    assert (model.name, model.width) == wanted
+    with pytest.raises(UserError, match=r"24 features; how many heads they have stands in config\.json: missing"):
+        resolve_model(Model(init=write(tmp_path / "bare", arrays("timm-vit_small_patch16_224"))), 28)
+
+
+@pytest.mark.parametrize("key", ["config.data.size=30", "config.data.size=32"])
+def test_images_of_32_px_and_patches_of_14(key, tmp_path, capsys):
+    """A data set of arrays that are 32 px large, or images that are resized to 30 px."""
+    weights = {**arrays("dinov2"), PATCHES: np.zeros((24, 3, 14, 14), np.float32)}
+    init = write(tmp_path / "patch14", weights, ABOUT["dinov2"]["config"])
+    np.savez(tmp_path / "data.npz", images=np.zeros((8, 32, 32, 3), np.uint8))
+    flags = ["--batch=8", "--steps=1", f"--workdir={tmp_path / 'run'}", f"--config.model.init={init}"]
+    flags += [f"--{key}"] if key.endswith("30") else []
+    assert cli.main(["pretrain", "simclr", str(tmp_path / "data.npz"), *flags]) == 2
+    told = capsys.readouterr().err.splitlines()
+    allowed = "patches of 14 px; allowed: multiples of 14, such as 28"
+    assert len(told) == 1 and f"{key}: " in told[0] and allowed in told[0], told

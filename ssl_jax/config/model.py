@@ -12,7 +12,7 @@ class Model:
 
     name: str = option(
         "",
-        "architecture; empty: that of `init`, else resnet_thin for images of up to 32 px on a CPU, or resnet18",
+        "architecture; empty: that of `init`, else the method's, else resnet_thin up to 32 px on a CPU, or resnet18",
         registered="model",
     )
     stem: Literal["auto", "imagenet", "small"] = option(

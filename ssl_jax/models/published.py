@@ -237,7 +237,8 @@ def _vit(shapes: Shapes, file: WeightFile) -> tuple[dict[str, Any], int]:
     usual = known.get(features, ("", _HEADS.get(features, 0)))[1]
     if features == 1280 and swiglu:  # DINOv3 ViT-H+
         usual = 20
-    heads = file.config.get("num_attention_heads") or usual or (features // 64 if features % 64 == 0 else 0)
+    named = file.config.get("num_attention_heads") or file.config.get("model_args", {}).get("num_heads")  # timm's
+    heads = named or usual or (features // 64 if features % 64 == 0 else 0)
     if not heads:
         raise UserError(f"{file.name}: {features} features; how many heads they have stands in config.json: missing")
     same = [name for name, (_, count, _) in vit.ARCHITECTURES.items() if count == heads]
@@ -335,9 +336,15 @@ def _means_the_same(key: str, given: Any, value: Any, found: Published) -> bool:
 
 
 def _as_exported(model: Model, file: WeightFile) -> Model:
-    """With the options in encoder.json where model.name is left open; else the options as they are."""
+    """With the options in encoder.json where model.name is left open; else the options as they are. UserError if the
+    encoder has another name."""
     options = file.config.get("model")
-    if model.name or not isinstance(options, dict):
+    if not isinstance(options, dict):
+        return model
+    if model.name and model.name != (own := options.get("name") or model.name):
+        what = f"{file.name} is the encoder of a run, with name={own!r}"
+        raise UserError(f"config.model.name={model.name!r}: {what}; leave config.model.name out")
+    if model.name:
         return model
     kept = {key: getattr(model, key) for key in ("dtype", "remat", "drop_path", "conv", "init", "lora")}
     known: dict[str, Any] = {

@@ -1,12 +1,13 @@
 """Files of weights as the field has them: .safetensors, .pth, a folder, Hugging Face's local cache. No network."""
 
+import contextlib
 import functools
 import importlib.util
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from ssl_jax.files import read_weights
 
 SAFETENSORS, TORCH = ".safetensors", (".pth", ".pt", ".bin", ".tar", ".ckpt")
 AGAIN = "download it again"
+HUGGING = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # in a folder of Hugging Face
 
 
 class WeightFile(NamedTuple):
@@ -36,7 +38,7 @@ def locate(text: str, key: str = "config.model.init") -> WeightFile:
     model in the local cache of Hugging Face. Raises UserError if there are none; key: the option to blame."""
     path = Path(text).expanduser()
     if not path.exists():
-        path = _cached(path, text, key)
+        path = cached(path) or _missing(path, text, key)
     if path.is_file():
         return WeightFile((path,), *_beside(path.parent, path.name), own=path.name == "encoder.safetensors")
     for own in (path / "encoder", path):
@@ -56,21 +58,40 @@ def locate(text: str, key: str = "config.model.init") -> WeightFile:
     return WeightFile((preferred[0],), *_beside(path, preferred[0].name))
 
 
-def _cached(path: Path, text: str, key: str) -> Path:
-    """The folder of a model in Hugging Face's local cache. A relative OWNER/NAME has become an absolute path."""
-    wanted = f"{key}={text!r}: not found"
+def cached(path: Path) -> Path | None:
+    """The folder of a model in Hugging Face's local cache, if its weights are there.
+
+    path: OWNER/NAME, which may have become an absolute path
+    """
+    if not _is_hub_name(path) or importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in HUGGING:
+        with contextlib.suppress(ValueError):  # no name that the Hub allows
+            if isinstance(file := try_to_load_from_cache(_hub_name(path), name), str):
+                return Path(file).parent
+    return None
+
+
+def _hub_name(path: Path) -> str:
+    return "/".join(path.parts[-2:])
+
+
+def _is_hub_name(path: Path) -> bool:
+    named = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", _hub_name(path))
+    return bool(named) and path.suffix not in (SAFETENSORS, *TORCH)
+
+
+def _missing(path: Path, text: str, key: str) -> NoReturn:
     allowed = "allowed: a run folder, a .safetensors file or its folder, or OWNER/NAME of Hugging Face's local cache"
-    repo = "/".join(path.parts[-2:])
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo) or path.suffix in (SAFETENSORS, *TORCH):
+    wanted, repo = f"{key}={text!r}: not found", _hub_name(path)
+    if not _is_hub_name(path):
         raise UserError(f"{wanted}; {allowed}")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise UserError(f"{wanted}; {allowed}, which needs: pip install huggingface_hub")
-    from huggingface_hub import try_to_load_from_cache
-
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
-        if isinstance(file := try_to_load_from_cache(repo, name), str):
-            return Path(file).parent
-    raise UserError(f"{wanted}, and {repo} is not in the local cache; `hf download {repo}` fetches it; {allowed}")
+    cure = f"`hf download {repo}` fetches it, a gated model only after its page has granted access"
+    raise UserError(f"{wanted}, and the weights of {repo} are not in the local cache; {cure}; {allowed}")
 
 
 def _beside(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
