@@ -89,7 +89,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     given = {name: values[name].value for name in table}
     if command in SEVERAL and words:
         given[SEVERAL[command]], words = words, []
-    left_out = [n for n in POSITIONAL.get(command, ()) if not (n == "method" and given["config"])]
+    left_out = [n for n in POSITIONAL.get(command, ()) if n not in ("method", "config") or not given["config"]]
     for word, name in zip(words, left_out):
         if values[name].present:
             raise UserError(f"{word!r}: not expected beside --{name}={given[name]}")

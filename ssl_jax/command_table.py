@@ -242,7 +242,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         {"shell": (..., "bash or zsh")},
     ),
 }
-# The flags whose names may be left out: ssl-jax pretrain METHOD DATA. With --config, a method is not expected.
+# The flags whose names may be left out: ssl-jax pretrain METHOD DATA. With --config, neither is a method or config.
 POSITIONAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pretrain", "views", "sweep"), ("method", "data")),
     **dict.fromkeys(("evaluate", "finetune", "predict", "embed", "select"), ("workdir", "data")),

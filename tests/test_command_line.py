@@ -52,6 +52,7 @@ def test_with_a_config_the_first_word_is_the_data(tmp_path):
     assert (changed.data.name, changed.data.path, changed.method_name) == ("folder", str(tmp_path), "moco")
     study = config_of("study", "study_fashion_mnist", str(tmp_path), "--workdir=W")[0]
     assert study.data.path == str(tmp_path) and study.train.duration == "12 epochs"
+    assert study == config_of("study", "--config=study_fashion_mnist", str(tmp_path), "--workdir=W")[0]
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_another_architecture_is_named(folder, tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Hugging Face's local cache with the model tiny/dinov2, laid out as `hf download` of huggingface_hub 2.4 leaves it:
+    """Hugging Face's local cache with the model tiny/dinov2, laid out as `hf download` of version 2.4 leaves it:
     links to blobs, refs, and a note on a file that the model does not have."""
     pytest.importorskip("huggingface_hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
