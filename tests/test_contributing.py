@@ -35,12 +35,15 @@ def logical_lines(block):
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
-def test_commands_in_the_docs_parse(page):
+def test_commands_in_the_docs_parse(page, tmp_path, monkeypatch):
     """Each `ssl-jax ...` line of a shell block names a command, flags and config keys that exist."""
     from ssl_jax import cli
     from ssl_jax.config_file import load_config
 
     text = (ROOT / page).read_text()
+    for name, code in re.findall(r"[Ss]ave this as `(\w+\.py)`:\n\n```python\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(code)
+        monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for kind, block in blocks if kind in ("", "sh", "console") for line in logical_lines(block)]
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("ssl-jax ")]
