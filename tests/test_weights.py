@@ -3,6 +3,8 @@
 import functools
 import json
 import runpy
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -222,7 +224,8 @@ def damaged(path, case):
     weights = {"adam": "state.0.exp_avg", "language": "model.embed_tokens.weight"}
     if case in weights:
         return write(path / case, {weights[case]: np.zeros((2, 2), np.float32)})
-    name = {"tokenizer": "tokenizer.json", "text": "weights.txt"}.get(case, "model.safetensors")
+    names = {"tokenizer": "tokenizer.json", "text": "vocab.txt", "part": "model.safetensors.part"}
+    name = names.get(case, "model.safetensors")
     (file := path / name).write_bytes(texts.get(case, b'{"version": "1.0"}'))
     return str(file)
 
@@ -235,6 +238,8 @@ def damaged(path, case):
         ("header", "empty or cut short; download it again"),
         ("lfs", "pointer of Git LFS"),
         ("tokenizer", r"a JSON file \(a config or tokenizer\), no weights; allowed: a \.safetensors file"),
+        ("text", r"vocab\.txt: no file of weights; allowed: \.safetensors, \.pth"),
+        ("part", "a download that was not finished; download it again"),
         ("adam", "an optimizer's state, not the weights of a network"),
         ("language", r"holds no encoder that is known here \(model\.embed_tokens\.weight, \.\.\.\); known: DINOv2"),
     ],
@@ -306,6 +311,28 @@ def test_torch_files_need_torch(tmp_path, monkeypatch):
     (tmp_path / "a.pth").write_bytes(b"x")
     with pytest.raises(UserError, match=r"a\.pth: needs torch to be read: pip install 'ssl_jax\[torch\]'"):
         resolve_model(Model(init=str(tmp_path / "a.pth")), 28)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("Weights only load failed.\n Unsupported global: GLOBAL argparse.Namespace was", "holds argparse.Namespace"),
+        ("PytorchStreamReader failed reading zip archive", "not a file of torch.save, or cut short; download it again"),
+    ],
+)
+def test_torch_files_that_are_not_loaded(told, message, tmp_path, monkeypatch):
+    """What torch 2.13 says; it is not needed here."""
+
+    def load(path, map_location, weights_only):
+        assert weights_only
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(weight_files.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
+    (tmp_path / "a.pth").write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"a\.pth: {message}") as raised:
+        resolve_model(Model(init=str(tmp_path / "a.pth")), 28)
+    assert "\n" not in str(raised.value)
 
 
 def test_the_command_says_that_the_first_layer_is_adapted(folder, capsys):

@@ -194,7 +194,7 @@ def _family(file: WeightFile, shapes: Shapes) -> tuple[Family, str]:
     if any(_NOT_WEIGHTS.search(name) for name in shapes):
         raise UserError(f"{file.name}: an optimizer's state, not the weights of a network; allowed: model.safetensors")
     held = ", ".join(sorted(shapes)[:3]) or "nothing"
-    known = "; ".join(dict.fromkeys(family.about for family in FAMILIES))
+    known = ", ".join(dict.fromkeys(family.about.partition(" (")[0] for family in FAMILIES))
     raise UserError(f"{file.name}: holds no encoder that is known here ({held}, ...); known: {known}")
 
 

@@ -15,6 +15,7 @@ from ssl_jax.errors import UserError, first_line
 from ssl_jax.files import read_weights
 
 SAFETENSORS, TORCH = ".safetensors", (".pth", ".pt", ".bin", ".tar", ".ckpt")
+UNFINISHED = (".incomplete", ".part", ".crdownload")  # of Hugging Face, curl and browsers
 AGAIN = "download it again"
 HUGGING = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # in a folder of Hugging Face
 
@@ -140,6 +141,8 @@ def _header(path: Path, size: int) -> dict[str, Any]:
             raise UserError(f"{path}: a pointer of Git LFS, not the weights themselves; `git lfs pull` fetches them")
         if path.suffix == ".json":
             raise UserError(f"{path}: a JSON file (a config or tokenizer), no weights; allowed: a {SAFETENSORS} file")
+        if path.suffix in UNFINISHED:
+            raise UserError(f"{path}: a download that was not finished; {AGAIN}")
         if path.suffix != SAFETENSORS:
             raise UserError(f"{path}: no file of weights; allowed: {SAFETENSORS}, {', '.join(TORCH)}")
         opened.seek(8)
@@ -175,8 +178,10 @@ def _torch_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever foreign bytes make it raise
-        reason = "holds more than weights, or is cut short"
-        raise UserError(f"{path}: {reason} ({first_line(error)[:100]}); allowed: {SAFETENSORS}") from error
+        reason = f"not a file of torch.save, or cut short; {AGAIN}"
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"holds {code[1]}, which is more than weights and is not loaded; save the weights alone"
+        raise UserError(f"{path}: {reason}") from error
     arrays: dict[str, np.ndarray] = {}
 
     def flatten(value, name):
