@@ -235,7 +235,12 @@ def given_encoder(path: str, size: int, channels: int, dtype: Any = "") -> Encod
     folder = place if place.exists() else weight_files.cached(place) or place
     if place.is_file() or any((folder / name).is_file() for name in weight_files.HUGGING):
         return published_encoder(Model(init=str(place), dtype=dtype or "float32"), size, channels)
-    found = load_encoder(place)
+    try:
+        found = load_encoder(place)
+    except UserError as error:
+        if place.exists():
+            raise
+        raise UserError(f"{error}, a file of weights, or OWNER/NAME after `hf download`") from error
     if not dtype:
         return found
     model = dataclasses.replace(model_of(found.about), dtype=dtype)

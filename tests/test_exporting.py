@@ -234,6 +234,9 @@ def test_what_computes_something_else_is_not_written(folder, vit, tmp_path, monk
         (["--format=onxx"], "--format='onxx': unknown; did you mean 'onnx'?"),
         (["--format=stablehlo", "--features=all"], "--features='all': unknown; available: both, cls, patch"),
         (["--format=timm", "--features=patch"], "--features=patch: with --format=onnx or stablehlo; timm holds"),
+        pytest.param(
+            ["--format=onnx", "--opset=11"], "--opset=11: allowed: 18 to 2", marks=needs_onnx, id="an old opset"
+        ),
         (["--format=torchvision"], "--format=torchvision: model.name=vit_tiny has no counterpart in torchvision; use"),
     ],
 )

@@ -304,6 +304,8 @@ def test_a_model_in_the_cache_of_hugging_face(cache, capsys):
 def test_weights_that_are_not_there(text, message):
     with pytest.raises(UserError, match=message):
         resolve_model(Model(init=text), 28)
+    with pytest.raises(UserError, match=f"{text}: no encoder.json; .*, a file of weights, or OWNER/NAME after `hf"):
+        given_encoder(text, 28, 3)
 
 
 def test_torch_files_need_torch(tmp_path, monkeypatch):
