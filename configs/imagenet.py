@@ -50,12 +50,13 @@ RECIPES = {
     # google-research/simclr. differs: no BatchNorm after the projector's last layer (model_util.py has one).
     "simclr": {
         "published": "64.5 % linear, ResNet-50, 100 epochs (README); not run here",
+        "model.zero_init": True,  # tf2/resnet.py, init_zero
         "train.batch": 4096,  # README
         "train.duration": "100 epochs",  # README
         "optim.name": "lars",  # run.py
         "optim.lr": 0.3,  # at batch 256 (README)
         "optim.vector_lr": 2.0,  # their loss is twice ours, which under LARS biases and norm scales alone would feel
-        "optim.weight_decay": 1e-6,  # README
+        "optim.weight_decay": 1e-6,  # README of 2020 and 2021; a later one says 1e-4
         "optim.warmup": "10 epochs",  # run.py
         "method.temperature": 0.1,  # README
         "method.hidden": 2048,  # the width of the embedding (model_util.py)
@@ -102,9 +103,10 @@ RECIPES = {
         "method.bn_groups": 8,  # the GPUs of README
         **_MOCO_V2_VIEWS,
     },
-    # facebookresearch/moco-v3. differs: blocks do not start as the identity (main_moco.py, zero_init_residual).
+    # facebookresearch/moco-v3.
     "moco_v3": {
         "published": "74.6 % linear, ResNet-50, 1000 epochs (CONFIG.md; arXiv 2104.02057); not run here",
+        "model.zero_init": True,  # main_moco.py
         "train.batch": 4096,  # CONFIG.md
         "train.duration": "1000 epochs",  # CONFIG.md; 100: lr 0.6, decay 1e-6, momentum 0.99, 68.9 %
         "optim.name": "lars",  # main_moco.py
@@ -141,6 +143,7 @@ RECIPES = {
     # google-deepmind/deepmind-research, byol; its views are the preset (utils/augmentations.py).
     "byol": {
         "published": "74.3 % linear, ResNet-50, 1000 epochs (arXiv 2006.07733, abstract); not run here",
+        "model.zero_init": True,  # a bottleneck of Haiku's ResNet (BlockV1)
         "train.batch": 4096,  # README
         "train.duration": "1000 epochs",  # configs/byol.py, as everything below
         "optim.name": "lars",
@@ -151,9 +154,10 @@ RECIPES = {
         "method.hidden": 4096,
         "method.out": 256,
     },
-    # facebookresearch/simsiam. differs: blocks do not start as the identity.
+    # facebookresearch/simsiam
     "simsiam": {
         "published": "68.1 % linear, ResNet-50, 100 epochs (README; arXiv 2011.10566, table 1); not run here",
+        "model.zero_init": True,  # builder.py
         "train.batch": 512,  # main_simsiam.py, as everything below
         "train.duration": "100 epochs",
         "optim.name": "sgd",
@@ -165,23 +169,25 @@ RECIPES = {
         "method.bottleneck": 512,
         **_MOCO_V2_VIEWS,
     },
-    # facebookresearch/barlowtwins; its views are the preset. differs: blocks do not start as the identity.
+    # facebookresearch/barlowtwins; its views are the preset.
     "barlow_twins": {
-        "published": "73.3 % linear, ResNet-50, 1000 epochs (README; arXiv 2103.03230); not run here",
+        "published": "73.5 % linear, ResNet-50, 1000 epochs (README; 73.2 in arXiv 2103.03230); not run here",
+        "model.zero_init": True,  # main.py
         "train.batch": 2048,  # main.py, as everything below
         "train.duration": "1000 epochs",
         "optim.name": "lars",
         "optim.lr": 0.2,  # at batch 256
-        "optim.vector_lr": 0.024,  # 0.0048 / 0.2
+        "optim.vector_lr": 0.0015,  # 0.0048 / 0.2 / 16: the sum over 16 GPUs has no gradient (lightly, issue 1977)
         "optim.weight_decay": 1e-6,
         "optim.warmup": "10 epochs",
         "method.off_diagonal": 0.0051,
         "method.hidden": 8192,
         "method.out": 8192,
     },
-    # facebookresearch/vicreg; its views are the preset. differs: blocks do not start as the identity.
+    # facebookresearch/vicreg; its views are the preset.
     "vicreg": {
         "published": "73.2 % linear, ResNet-50, 1000 epochs (README; arXiv 2105.04906); not run here",
+        "model.zero_init": True,  # main_vicreg.py
         "train.batch": 2048,  # README
         "train.duration": "1000 epochs",  # README
         "optim.name": "lars",  # main_vicreg.py, as everything below
@@ -195,9 +201,9 @@ RECIPES = {
         "method.out": 8192,
     },
     # facebookresearch/VICRegL; its views are the preset (transforms.py), with two crops of 224 px for a ResNet.
-    # differs: blocks do not start as the identity.
     "vicregl": {
         "published": "70.4 % linear, ResNet-50, alpha 0.75 (README; arXiv 2210.01571); not run here",
+        "model.zero_init": True,  # main_vicregl.py
         "train.batch": 2048,  # README, as everything below
         "train.duration": "300 epochs",
         "optim.name": "lars",
@@ -268,7 +274,7 @@ RECIPES = {
     },
     # facebookresearch/dino. differs: no stochastic depth (0.1), and the gradient is clipped as a whole, not by tensor.
     "dino": {
-        "published": "73.8 % linear, 69.3 % kNN, ViT-S/16, 100 epochs (README; arXiv 2104.14294); not run here",
+        "published": "74.0 % linear, 69.3 % kNN, ViT-S/16, 100 epochs (README; arXiv 2104.14294); not run here",
         "model.name": "vit_small",
         "model.patch": 16,  # main_dino.py
         "model.positions": "learned",  # vision_transformer.py
@@ -302,14 +308,14 @@ RECIPES = {
         "optim.weight_decay": 1e-4,
         "optim.weight_decay_end": -1.0,
         "optim.warmup": "10 epochs",
-        "optim.clip_norm": 0.0,
+        "optim.clip_norm": 3.0,
         "method.momentum": 0.996,  # rises to 1
         "method.freeze_epochs": 1.0,
         "method.out": 65536,
         "augment.crop_scale": (0.14, 1.0),
         "augment.local_views": 6,  # lightly's dino_transform.py
         "augment.local.size": 96,
-        "augment.local.crop_scale": (0.05, 0.4),
+        "augment.local.crop_scale": (0.05, 0.14),
         "augment.local.blur": 0.5,
     },
     # zhirongw/lemniscate.pytorch. differs: the negatives are drawn for a batch, not for each image.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from ssl_jax.losses import interleave
 from ssl_jax.parallel import shard_batch
+from ssl_jax.transforms import layers
 
 Params = Any
 
@@ -58,6 +59,17 @@ def stack(**networks: Network) -> Network:
         return outputs, after
 
     return Network(init, apply)
+
+
+def hold(network: Network, count: int) -> Network:
+    """`network` without a gradient into its first `count` layers (`transforms.layers`), which then is not computed."""
+
+    def apply(params, *args, **kwargs):
+        places, _ = layers(params)
+        held = {name: jax.lax.stop_gradient(own) if places[name] < count else own for name, own in params.items()}
+        return network.apply(held, *args, **kwargs)
+
+    return network._replace(apply=apply)
 
 
 KEYS = "drop_path"

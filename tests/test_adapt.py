@@ -16,6 +16,7 @@ from ssl_jax.config import Model, Optim
 from ssl_jax.encoder import load_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.models import build_encoder, low_rank, merge
+from ssl_jax.network import hold
 from ssl_jax.report.record import read_run
 from ssl_jax.report.training import forgotten, health
 from ssl_jax.run_folder import RunFolder
@@ -41,6 +42,22 @@ def start(tmp_path_factory):
     """(folder of a run, its encoder), from whose weights others go on."""
     folder = tmp_path_factory.mktemp("adapt")
     return folder / "start", run(folder, "start")
+
+
+def test_no_gradient_is_computed_for_layers_that_are_held():
+    network, x = build_encoder(Model(name="vit_tiny", depth=3, width=0.25, patch=4), 3, 8), IMAGES.images[:4] / 255.0
+    params, stats = network.init(jax.random.key(0), x)
+
+    def gradient(network):
+        function = jax.grad(lambda p: jnp.sin(network.apply(p, stats, x, train=True)[0]).sum())
+        return function(params), jax.jit(function).lower(params).compile().cost_analysis()["flops"]
+
+    whole, flops = gradient(network)
+    held, fewer = gradient(hold(network, 3))
+    for name, grads in held.items():
+        same = name in ("blocks_2", "norm")
+        assert equal(grads, whole[name]) if same else not any(np.any(leaf) for leaf in jax.tree.leaves(grads)), name
+    assert fewer < 0.6 * flops  # the passes forward, and back through one block of three
 
 
 def test_adapters_start_as_the_network_itself_and_only_they_have_a_gradient():

@@ -182,7 +182,7 @@ def test_images_are_normalised_inside():
 
 
 def test_initial_values():
-    network = build(Model(name="resnet_thin"), 1, 28, zero_init=True)
+    network = build(Model(name="resnet_thin", zero_init=True), 1, 28)
     params, stats = jax.device_get(network.init(jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32)))
     for block in (params[f"layer{stage}_{i}"] for stage in (1, 2, 3) for i in (0, 1)):
         assert (block["bn1"]["scale"] == 1).all() and (block["bn2"]["scale"] == 0).all()

@@ -20,6 +20,9 @@ class Model:
         "ResNet: imagenet: 7x7, stride 2, and max-pool; small: 3x3, stride 1; auto: small up to 64 px, unless a CPU "
         "chooses the model",
     )
+    zero_init: bool = option(
+        False, "ResNet: blocks start as the identity: the scale of their last norm at 0 (arXiv 1706.02677, 5.1)"
+    )
     width: float = option(1.0, "factor for all channel counts; ViT: for the features of each head", above=0)
     dtype: Literal["float32", "bfloat16", "float64"] = option(
         "float32", "of the computation; parameters and statistics stay float32; float64 needs JAX_ENABLE_X64=1"

@@ -48,10 +48,9 @@ def resolve_model(model: Model, size: int, backend: str | None = None, channels:
     return dataclasses.replace(model, name="resnet_thin" if thin else "resnet18", stem=stem)
 
 
-def build(model: Model, channels: int, size: int, *, zero_init: bool = False) -> Network:
+def build(model: Model, channels: int, size: int) -> Network:
     """A ResNet, ViT or ConvNeXt. It then takes images of any size (a ViT: any that its patch divides).
 
-    zero_init: blocks of a ResNet start as the identity (https://arxiv.org/abs/1706.02677, section 5.1).
     Raises UserError if mean or std do not have `channels` values, or if the patch does not divide `size`.
     """
     mean, std = normalization(model, channels)
@@ -59,7 +58,7 @@ def build(model: Model, channels: int, size: int, *, zero_init: bool = False) ->
         return vit.build_vit(model, size, mean, std)
     if model.name in convnext.ARCHITECTURES:
         return convnext.build_convnext(model, mean, std)
-    return resnet.build_resnet(model, size, mean, std, zero_init=zero_init)
+    return resnet.build_resnet(model, size, mean, std)
 
 
 def normalization(model: Model, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -57,8 +57,9 @@ class Block(nn.Module):
     def __call__(self, x, keep=None):
         width = x.shape[-1]
         y = Norm(dtype=self.dtype, name="norm")(Depthwise(name="conv_dw")(x.astype(self.dtype)))
+        y = y.reshape(-1, width)  # as in a ViT's blocks
         y = gelu(nn.Dense(4 * width, kernel_init=init, dtype=self.dtype, name="mlp_fc1")(y))
-        y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_fc2")(y)
+        y = nn.Dense(width, kernel_init=init, dtype=self.dtype, name="mlp_fc2")(y).reshape(x.shape)
         y = y * self.param("gamma", nn.initializers.constant(1e-6), (width,))
         return x + (y if keep is None else y * keep[:, 0, None, None, None].astype(y.dtype))
 

@@ -173,6 +173,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool, groups: int = 1):
+        *places, width = x.shape
+        x = x.reshape(-1, width)  # as in a ViT's blocks
         for i, size in enumerate(self.sizes[:-1], 1):
             x = Linear(size, self.bias, name=f"linear{i}")(x)
             if self.norm:
@@ -182,7 +184,7 @@ class MLP(nn.Module):
         x = Linear(self.sizes[-1], self.last_bias, name=f"linear{n}")(x)
         if self.last_norm:
             x = BatchNorm(affine=self.last_norm == "affine", name=f"bn{n}")(x, train=train, groups=groups)
-        return x
+        return x.reshape(*places, -1)
 
 
 class LinearHead(nn.Module):

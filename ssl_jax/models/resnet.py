@@ -100,9 +100,7 @@ ARCHITECTURES: dict[str, tuple] = {
 }
 
 
-def build_resnet(
-    model: Model, size: int, mean: tuple[float, ...], std: tuple[float, ...], *, zero_init: bool
-) -> Network:
+def build_resnet(model: Model, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Network:
     """The ResNet that `config.model` describes. `size` matters only for stem="auto".
 
     Embeddings have 512 (resnet18, resnet34), 2048 (from resnet50 on) or 96 (resnet_thin) features, times model.width.
@@ -121,7 +119,7 @@ def build_resnet(
             std=std,
             dtype=jnp.dtype(model.dtype),
             how=resolve_conv(model.conv),
-            zero_init=zero_init,
+            zero_init=model.zero_init,
             remat=model.remat,
         )
     )

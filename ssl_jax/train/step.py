@@ -26,7 +26,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.methods.base import Context, Method, RunInfo, State
 from ssl_jax.models import low_rank, merge
-from ssl_jax.network import KEYS, Network, with_keys
+from ssl_jax.network import KEYS, Network, hold, with_keys
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
 
@@ -79,6 +79,8 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
             key = f"config.model.drop_path={config.model.drop_path:g}"
             raise UserError(f"{key}: leaves out branches of a ViT or ConvNeXt; allowed for other networks: 0")
         encoder = with_keys(encoder)
+    if config.optim.freeze:
+        encoder = hold(encoder, config.optim.freeze)
     given = functools.partial(given_encoder, size=size, channels=shape[2])
     run = RunInfo(steps, examples // batch, examples, classes, bn_batch if bn_batch < batch else 0, given)
     method: Method = module.make(config.method, encoder, run)
