@@ -29,7 +29,7 @@ STYLE: Any = {
 
 
 def shown(image: np.ndarray) -> np.ndarray:
-    """What a picture shows of an image [H, W, C]: [H, W, 3], its first three channels, or [H, W], the first of fewer."""
+    """What a picture shows of an image [H, W, C]: its first three channels, or only the first, [H, W], of fewer."""
     return image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
 
 

@@ -262,7 +262,10 @@ def _write_page(
     classes: Sequence[str],
     columns: Columns,
 ) -> None:
-    """files_of: of each image (`Source.files`). classes: of which an image has one; if the table has several columns of labels, these are the classes."""
+    """files_of: of each image (`Source.files`).
+
+    classes: of which an image has one; if the table has several columns of labels, these are the classes.
+    """
     from ssl_jax.labelling import write_page
 
     several = len(columns.labels) > 1

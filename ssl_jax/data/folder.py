@@ -80,14 +80,8 @@ def read(data: Data) -> Source:
     for path in paths:
         part = PARTS[path[0].lower()] if has_parts else "train"
         label = printable(path[depth]) if labelled else None
-        file = File(
-            str(root.joinpath(*path)),
-            printable("/".join(path)),
-            label,
-            "",
-            "/".join(path[:-1]),
-            *bands.get(path, ((), "")),
-        )
+        own, folder = bands.get(path, ((), "")), "/".join(path[:-1])
+        file = File(str(root.joinpath(*path)), printable("/".join(path)), label, "", folder, *own)
         parts.setdefault(part, []).append(file)
     selected = [file for files in pick_parts(parts, data.split, f"folder {data.path!r}") for file in files]
     classes = sorted(printable(name) for name in names if name) if labelled else []
