@@ -140,6 +140,7 @@ def grouped(
     paths: of files below root. An image whose files are called like the endings alone has the name of their folder.
     Raises UserError if no file has one of the endings.
     """
+    number_of_bands(bands, 0)
     folders: dict[tuple[str, ...], list[str]] = {}
     for path in paths:
         folders.setdefault(path[:-1], []).append(str(root.joinpath(*path)))
