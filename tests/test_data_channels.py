@@ -1,16 +1,19 @@
 """Images of N channels from files: the pages of a TIFF, the samples of its pixels, and several files per image."""
 
 import dataclasses
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from ssl_jax.config import Data
+from ssl_jax.cli import main
+from ssl_jax.config import Data, Model
 from ssl_jax.data import batches, open_source
 from ssl_jax.data.folder import decode
+from ssl_jax.encoder import export, load_encoder, random_encoder
 from ssl_jax.errors import UserError
+from ssl_jax.models import to_torch
 
 SIDE = 24
 BANDS = ("_B02", "_B03", "_B08")
@@ -183,7 +186,7 @@ def test_several_files_make_one_image_with_one_name(tmp_path):
     assert source.paths == [str(tmp_path / name) for name in arrays]
     taken = opened(tmp_path, bands=BANDS[::-2], channels=2).take([1])  # another order, not all
     np.testing.assert_array_equal(taken.load(0), arrays[taken.names[0]][..., [2, 0]])
-    assert [os.path.basename(path) for path in taken.files[0]] == ["Ort 2 ö_B08.tif", "Ort 2 ö_B02.tif"]
+    assert [Path(path).name for path in taken.files[0]] == ["Ort 2 ö_B08.tif", "Ort 2 ö_B02.tif"]
 
 
 def test_a_folder_for_each_image_names_it(tmp_path):
@@ -273,3 +276,31 @@ def test_cache_and_both_engines_give_the_same_bytes(tmp_path, bands):
         np.testing.assert_array_equal(changed[..., 1], 255 - arrays[first][..., 1])
         swapped = open_source(dataclasses.replace(data, bands=bands[::-1])).load(0)
         np.testing.assert_array_equal(swapped, changed[..., ::-1])
+
+
+def test_pretraining_on_five_channels_starts_from_weights_for_three(tmp_path):
+    """On bands, decoded at each step; pages have the same embeddings."""
+    bands, model = tuple(f"_{c}" for c in range(5)), Model(name="vit_tiny", width=1 / 16, depth=1, patch=8)
+    for i in range(8):
+        array = pixels(seed=i)
+        tiff(tmp_path / "pages" / f"{i}.tif", array)
+        for c, end in enumerate(bands):
+            put_pages(tmp_path / "bands" / f"{i}{end}.tif", [array[..., c]])
+    start = random_encoder(model, SIDE, 3, seed=0)
+    export(tmp_path / "rgb", start)
+    run = str(tmp_path / "run")
+    options = [f"--config.data.bands={bands}", "--config.data.engine=disk", f"--config.data.size={SIDE}"]
+    options += [f"--config.model.{key}={getattr(model, key)}" for key in ("name", "width", "depth", "patch")]
+    options += [f"--config.model.init={tmp_path / 'rgb'}", "--config.train.batch=8", "--config.train.duration=1 steps"]
+    options += ["--config.optim.lr=0", "--config.method.hidden=8", "--config.method.out=4"]
+    main(["pretrain", "simclr", str(tmp_path / "bands"), f"--workdir={run}", "--quiet", *options])
+    encoder, first = load_encoder(run), "patch_embed.proj.weight"
+    expected = to_torch(start.params, start.stats)[first][:, [0, 1, 2, 0, 1]] * 3 / 5  # docs/weights.md
+    np.testing.assert_allclose(to_torch(encoder.params, encoder.stats)[first], expected, rtol=1e-6)
+    found = []
+    for name, more in (("bands", []), ("pages", ["--config.data.bands=()"])):
+        main(["embed", f"--workdir={run}", f"--data={tmp_path / name}", f"--out={run}.npz", *more])
+        with np.load(f"{run}.npz") as file:
+            found.append(file["embeddings"])
+    assert found[0].shape == (8, encoder.width)
+    np.testing.assert_array_equal(*found)
