@@ -26,7 +26,7 @@ class Data:
     split: str = option("train", "train, test, val or all; tfds: any TFDS split")
     size: int = option(0, "images are resized to size x size px; 0: unchanged (arrays), 224 (image files)", min=0)
     channels: int = option(
-        0, "1: grayscale, 3: colour, N: as in the data; 0: as in the data (gray image files become colour)", min=0
+        0, "1: grayscale, 3: colour, others: those of the data; 0: as in the data, but 3 for gray files", min=0
     )
     bands: tuple[str, ...] = option(
         (), 'folder, csv: ends of the names of files that make one image, one channel each, such as ("_B02", "_B03")'
