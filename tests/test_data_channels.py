@@ -1,5 +1,6 @@
 """Images of N channels from files: the pages of a TIFF, the samples of its pixels, and several files per image."""
 
+import csv
 import dataclasses
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ssl_jax.data.folder import decode
 from ssl_jax.encoder import export, load_encoder, random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.models import to_torch
+from ssl_jax.to_label import _picture
 
 SIDE = 24
 BANDS = ("_B02", "_B03", "_B08")
@@ -276,6 +278,28 @@ def test_cache_and_both_engines_give_the_same_bytes(tmp_path, bands):
         np.testing.assert_array_equal(changed[..., 1], 255 - arrays[first][..., 1])
         swapped = open_source(dataclasses.replace(data, bands=bands[::-1])).load(0)
         np.testing.assert_array_equal(swapped, changed[..., ::-1])
+
+
+def test_check_compares_all_files_of_an_image_and_pages_to_label_show_three_channels(tmp_path):
+    arrays = scenes(tmp_path / "data")
+    first, second, third, _ = arrays
+    for c, band in enumerate(BANDS):  # the same pixels in another kind of file; all but one band the same
+        (tmp_path / "data" / f"{second}{band}.tif").unlink()
+        Image.fromarray(arrays[first][..., c]).save(tmp_path / "data" / f"{second}{band}.png")
+        if c < 2:
+            Image.fromarray(arrays[first][..., c]).save(tmp_path / "data" / f"{third}{band}.tif")
+    main(["check", str(tmp_path / "data"), f"--out={tmp_path / 'out'}", f"--config.data.bands={BANDS}", "--quiet"])
+    with (tmp_path / "out" / "check.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["problem"] == "duplicate"]
+    assert [(row["path"], row["other path"], row["file"]) for row in rows] == [
+        (second, first, str(tmp_path / "data" / second))
+    ]
+    source = opened(tmp_path / "data", bands=BANDS)
+    shown = _picture(source.files[0], Data(channels=3, bands=BANDS))
+    np.testing.assert_array_equal(shown, arrays[first])
+    tiff(tmp_path / "five.tif", pixels())
+    shown = _picture((str(tmp_path / "five.tif"),), Data(channels=5))
+    np.testing.assert_array_equal(shown, pixels()[..., :3])
 
 
 def test_pretraining_on_five_channels_starts_from_weights_for_three(tmp_path):

@@ -53,8 +53,9 @@ def choose(image: Image.Image, channels: int, exact: bool = False) -> list[int]:
         return pages
     own, samples = 3 if image.mode in ("P", "PA") else len(image.getbands()), _tag(image, SAMPLES, 0)
     if samples > own and samples == channels:
+        way = f", or read the first {own} with config.data.channels={own}" * (own == 3)
         raise UnreadableError(
-            f"a TIFF of {samples} samples per pixel, of which Pillow reads {own}; save each channel as a page"
+            f"a TIFF of {samples} samples per pixel, of which Pillow reads {own}; save each channel as a page{way}"
         )
     if own != channels:
         own = max(own, samples)
