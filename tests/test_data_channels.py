@@ -15,6 +15,7 @@ from ssl_jax.data.folder import decode
 from ssl_jax.encoder import export, load_encoder, random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.models import to_torch
+from ssl_jax.report.plots import thumbnail
 from ssl_jax.to_label import _picture
 
 SIDE = 24
@@ -300,9 +301,11 @@ def test_check_compares_all_files_of_an_image_and_pages_to_label_show_three_chan
     tiff(tmp_path / "five.tif", pixels())
     shown = _picture((str(tmp_path / "five.tif"),), Data(channels=5))
     np.testing.assert_array_equal(shown, pixels()[..., :3])
+    assert thumbnail(pixels()) == thumbnail(pixels()[..., :3])  # in the report, too
+    assert thumbnail(pixels(SIDE, SIDE, 2)) == thumbnail(pixels(SIDE, SIDE, 2)[..., :1])
 
 
-def test_pretraining_on_five_channels_starts_from_weights_for_three(tmp_path):
+def test_pretraining_on_five_channels_starts_from_weights_for_three(tmp_path, monkeypatch):
     """On bands, decoded at each step; pages have the same embeddings."""
     bands, model = tuple(f"_{c}" for c in range(5)), Model(name="vit_tiny", width=1 / 16, depth=1, patch=8)
     for i in range(8):
@@ -310,6 +313,7 @@ def test_pretraining_on_five_channels_starts_from_weights_for_three(tmp_path):
         tiff(tmp_path / "pages" / f"{i}.tif", array)
         for c, end in enumerate(bands):
             put_pages(tmp_path / "bands" / f"{i}{end}.tif", [array[..., c]])
+    monkeypatch.setattr("ssl_jax.report.html.write_report", lambda *_: "")  # it takes as long as everything else
     start = random_encoder(model, SIDE, 3, seed=0)
     export(tmp_path / "rgb", start)
     run = str(tmp_path / "run")
