@@ -25,7 +25,12 @@ class Data:
     )
     split: str = option("train", "train, test, val or all; tfds: any TFDS split")
     size: int = option(0, "images are resized to size x size px; 0: unchanged (arrays), 224 (image files)", min=0)
-    channels: int = option(0, "1: grayscale, 3: colour; 0: as in the data (arrays), 3 (image files)", choices=(0, 1, 3))
+    channels: int = option(
+        0, "1: grayscale, 3: colour, others: those of the data; 0: as in the data, but 3 for gray files", min=0
+    )
+    bands: tuple[str, ...] = option(
+        (), 'folder, csv: ends of the names of files that make one image, one channel each, such as ("_B02", "_B03")'
+    )
     limit: int = option(0, "use only the first N images; 0: all", min=0)
     labels: tuple[str, ...] = option(
         (), 'csv: one or more label columns; chexpert: observations, "study" or "competition"'
