@@ -192,8 +192,12 @@ class Eval:
     every: Duration = option("1 epochs", 'interval between kNN evaluations; "0 steps": never')
     knn_bank: int = option(5000, "labelled training images that vote")
     knn_queries: int = option(1000, "other training images, which are classified")
-    knn_k: int = option(20, "number of nearest neighbours that vote", min=1)
-    knn_temperature: float = option(0.1, "a vote weighs exp(cosine / temperature)")
+    knn_k: int = option(
+        20, "number of nearest neighbours that vote; DINO: 20, instance discrimination, lightly: 200", min=1
+    )
+    knn_temperature: float = option(
+        0.1, "a vote weighs exp(cosine / temperature); DINO, instance discrimination: 0.07, lightly: 0.1"
+    )
     online_probe: bool = option(True, "train a linear classifier on the embedding, without a gradient to the encoder")
 
 
