@@ -18,6 +18,8 @@ COMMON = {
     "data.size": 32,
     "model.name": "resnet18",
     "model.stem": "small",
+    "eval.knn_k": 200,  # lightly's benchmark, and MoCo's notebook
+    "eval.knn_temperature": 0.1,
     "augment.preset": "small",  # with crops from 0.2, those of sup_con and simsiam
 }
 _MEAN_STD = {"model.mean": (0.4914, 0.4822, 0.4465), "model.std": (0.2023, 0.1994, 0.2010)}

@@ -278,6 +278,8 @@ RECIPES = {
         "model.name": "vit_small",
         "model.patch": 16,  # main_dino.py
         "model.positions": "learned",  # vision_transformer.py
+        "eval.knn_k": 20,  # eval_knn.py
+        "eval.knn_temperature": 0.07,
         "train.batch": 512,  # README, 8 GPUs with 64 images
         "train.duration": "100 epochs",  # README
         "optim.name": "adamw",  # main_dino.py, as everything below
@@ -322,6 +324,8 @@ RECIPES = {
     "instance_discrimination": {
         "published": "41.0 % kNN, ResNet-18, 200 epochs (README; arXiv 1805.01978); not run here",
         "model.name": "resnet18",  # README; with a ResNet-50 46.8 %
+        "eval.knn_k": 200,  # main.py; on the 128 features of the head, here on the embedding
+        "eval.knn_temperature": 0.07,
         "train.batch": 256,  # README
         "train.duration": "200 epochs",  # main.py
         "optim.name": "sgd",  # main.py, as everything below

@@ -179,7 +179,7 @@ def open_or_describe(data: Data, images: int = 0, classes: int = 0) -> Source:
     if not images:
         return open_source(data)
     images = data.limit or images
-    size, channels = data.size or 224, data.channels or 3
+    size, channels = data.size or 224, data.channels or len(data.bands) or 3
     return Source(
         [""] * images,
         (size, size, channels),

@@ -28,6 +28,18 @@ STYLE: Any = {
 }
 
 
+def shown(image: np.ndarray) -> np.ndarray:
+    """What a picture shows of an image [H, W, C]: its first three channels, or only the first, [H, W], of fewer."""
+    return image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
+
+
+def shown_in_words(channels: int) -> str:
+    """What `shown` leaves of so many channels; "" for gray and colour."""
+    if channels in (1, 3):
+        return ""
+    return "channel 1 of 2" if channels == 2 else f"channels 1, 2, 3 of {channels} as red, green, blue"
+
+
 @contextlib.contextmanager
 def panels(
     columns: int, rows: int = 1, *, width: float, height: float, share_y: Any = False, **options: Any

@@ -10,8 +10,9 @@ import numpy as np
 from ssl_jax import files
 from ssl_jax.config import Config
 from ssl_jax.data import Source, open_source
+from ssl_jax.data.csv import bands_at
 from ssl_jax.data.exclude import key_of
-from ssl_jax.data.folder import decode
+from ssl_jax.data.folder import read_image
 from ssl_jax.data.source import check_is_file
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UnreadableError, UserError
@@ -84,7 +85,8 @@ def _queries(encoder: Encoder, config: Config, query: str) -> _Queries:
         spec = encoder.data(config.data)
         try:
             check_is_file(path)
-            image = decode(path.read_bytes(), spec.size, spec.channels, spec.window, spec.background)
+            files = bands_at(str(path), spec.bands) if spec.bands else (str(path),)
+            image = read_image(files, spec.size, spec.channels, spec)
         except UnreadableError as error:
             raise UserError(f"--query={query}: {error}") from error
         return _Queries([path.name], [key_of(spec, query, str(path))], encoder.embed(image[None]), image[None])

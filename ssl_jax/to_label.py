@@ -14,13 +14,14 @@ from ssl_jax import files
 from ssl_jax.classifier import load_classifier
 from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source
-from ssl_jax.data.folder import decode
+from ssl_jax.data.folder import read_image
 from ssl_jax.data.labelled import labelled_indices
 from ssl_jax.data.source import printable
 from ssl_jax.encoder import Encoder, load_encoder
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.evaluate.finetuning import probabilities
 from ssl_jax.evaluate.linear import linear_probe
+from ssl_jax.plotting import shown
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.selection import BY_DOUBT, STRATEGIES, embed, expected
 from ssl_jax.selection import select as best_of
@@ -81,7 +82,8 @@ def select(
     if page:  # before the table: a name of a class that no table can hold is an error
         result["page"] = str(table.with_suffix(".html"))
         offered = _names(classes) or (known.classes if known else ())
-        _write_page(table.with_suffix(".html"), paths, spec, offered, columns)
+        files_of = part.files or [(path,) for path in paths]
+        _write_page(table.with_suffix(".html"), paths, files_of, spec, offered, columns)
     empty = [""] * len(paths)
     cells = [paths, *columns.more.values(), *(empty for _ in columns.labels)]
     files.write_csv(table, [columns.path, *columns.more, *columns.labels], list(zip(*cells, strict=True)))
@@ -252,13 +254,23 @@ def _columns(groups: np.ndarray | None, data: Data) -> Columns:
     return Columns(data.image_column or "path", more, data.labels or ("label",))
 
 
-def _write_page(out: Path, paths: list[str], data: Data, classes: Sequence[str], columns: Columns) -> None:
-    """classes: of which an image has one; if the table has several columns of labels, these are the classes."""
+def _write_page(
+    out: Path,
+    paths: list[str],
+    files_of: Sequence[tuple[str, ...]],
+    data: Data,
+    classes: Sequence[str],
+    columns: Columns,
+) -> None:
+    """files_of: of each image (`Source.files`).
+
+    classes: of which an image has one; if the table has several columns of labels, these are the classes.
+    """
     from ssl_jax.labelling import write_page
 
     several = len(columns.labels) > 1
     offered = list(dict.fromkeys(columns.labels if several else classes))
-    pictures, names = [_picture(Path(path), data) for path in paths], (columns.path, columns.labels[0])
+    pictures, names = [_picture(each, data) for each in files_of], (columns.path, columns.labels[0])
     write_page(out, pictures, paths, offered, multilabel=several, columns=names, more=columns.more)
 
 
@@ -277,10 +289,14 @@ def _write_images(folder: Path, names: Sequence[str], source: Source) -> list[st
     return paths
 
 
-def _picture(path: Path, data: Data) -> np.ndarray:
+def _picture(files_of_one: tuple[str, ...], data: Data) -> np.ndarray:
     """The whole picture as a person should see it, uint8 [H, W, C], at most PAGE_SIZE px wide and high."""
-    array = decode(path.read_bytes(), 0, 1 if data.channels == 1 else 3, data.window, data.background)
-    picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+    if data.bands:
+        planes = [read_image([path], 0, 1, data) for path in files_of_one]
+        array = np.concatenate([plane for plane in planes if plane.shape == planes[0].shape], axis=-1)
+    else:
+        array = read_image(files_of_one, 0, data.channels, data)
+    picture = Image.fromarray(np.ascontiguousarray(shown(array)))
     picture.thumbnail((PAGE_SIZE, PAGE_SIZE))
     return np.atleast_3d(np.asarray(picture))
 

@@ -420,7 +420,7 @@ def test_a_damaged_index_of_the_cache_costs_only_time(tmp_path, caplog):
     def read():
         decoded.clear()
         caplog.clear()
-        load = cached(paths, decode, (4, 4, 1), data)
+        load = cached([(path,) for path in paths], decode, (4, 4, 1), data)
         np.testing.assert_array_equal([load(i) for i in range(6)], images)
         return len(decoded), len(caplog.messages)
 

@@ -1,5 +1,6 @@
 """A picture of what the views do to images, to look at before training."""
 
+import dataclasses
 import re
 import textwrap
 import warnings
@@ -15,7 +16,7 @@ from ssl_jax.augment import geometry, make_views, render
 from ssl_jax.augment.views import blur_kernel
 from ssl_jax.config import View
 from ssl_jax.errors import UserError, visible
-from ssl_jax.plotting import COLORS, save
+from ssl_jax.plotting import COLORS, save, shown, shown_in_words
 
 GAP = 0.06  # between cells; a cell is 1 wide
 LINE, LINES = 24, 4  # characters and lines of a name
@@ -33,7 +34,7 @@ def view_sheet(
 ) -> None:
     """Writes a PNG with a row per image: the original, then `draws` random draws of each view.
 
-    images: uint8 [N, H, W, C], C = 1 or 3; of any other number, the first one or three channels are shown
+    images: uint8 [N, H, W, C]; of other than 1 and 3 channels, the title says which are shown
     views:  with their sizes, as `ssl_jax.augment.resolve_views` returns them
     names:  N labels for the rows, such as file names, beside the originals
     outlines: for each image, class -> mask [H, W] in [0, 1], whose outline is drawn in every picture
@@ -52,7 +53,9 @@ def view_sheet(
     drawn = [make(key, images) for key in jax.random.split(jax.random.key(seed), draws)]
     blocks: list[tuple[str, list[Any]]] = [("original", [(images, outlines or bare)])]
     for v, view in enumerate(views):
-        columns = [(shown[v], _moved(outlines, parameters[v], view) or bare) for shown, parameters in drawn]
+        columns = [(made[v], _moved(outlines, parameters[v], view) or bare) for made, parameters in drawn]
+        if images.shape[-1] != 3:  # operations on colour are skipped
+            view = dataclasses.replace(view, saturation=0.0, hue=0.0, gray=0.0)
         blocks.append((f"view {v + 1}: {describe_view(view)}", columns))
     kinds = sorted({name for masks in outlines or () for name in masks})
     color = {name: COLORS[i % len(COLORS)] for i, name in enumerate(kinds)}
@@ -63,8 +66,8 @@ def view_sheet(
     for heading, columns in blocks:
         wrapped = textwrap.fill(heading, max(8, 21 * len(columns)))
         axes.text(x, -0.1, wrapped, fontsize=9, va="bottom")
-        for shown, masks in columns:
-            for row, image in enumerate(np.asarray(shown)):
+        for pictures, masks in columns:
+            for row, image in enumerate(np.asarray(pictures)):
                 _cell(axes, image, x, row * (1 + GAP))
                 for name, mask in masks[row].items():
                     _outline(axes, mask, x, row * (1 + GAP), color[name])
@@ -80,6 +83,7 @@ def view_sheet(
         )
     if kinds:
         height += 0.4
+    title = "; ".join(filter(None, [title, shown_in_words(images.shape[-1])]))
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     axes.set(xlim=(0, x), ylim=(height, 0))
@@ -112,12 +116,11 @@ def label(name: str) -> str:
 
 def _cell(axes, image: np.ndarray, x: float, y: float) -> None:
     """An image [H, W, C] in the unit square at (x, y), in its own proportions."""
-    height, width, channels = image.shape
+    height, width, _ = image.shape
     scale = 1 / max(height, width)
-    shown = image[..., :3] if channels >= 3 else image[..., 0]
     limits = {"vmin": 0, "vmax": 255 if image.dtype == np.uint8 else 1}
     box = (x, x + width * scale, y + height * scale, y)
-    axes.imshow(shown, cmap="gray", extent=box, interpolation="nearest", **limits)
+    axes.imshow(shown(image), cmap="gray", extent=box, interpolation="nearest", **limits)
 
 
 def _moved(

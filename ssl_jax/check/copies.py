@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.folder import decode
+from ssl_jax.data.folder import read_image
 from ssl_jax.errors import UnreadableError
 from ssl_jax.neighbours import distance, nearest_others, normalized
 
@@ -19,17 +19,17 @@ CHUNK = 8192  # pairs at a time
 Pair = tuple[int, int, float]  # two images, the earlier first, and their cosine similarity
 
 
-def equal(digests: Sequence[bytes], paths: Sequence[str], data: Data) -> list[tuple[int, int]]:
+def equal(digests: Sequence[bytes], files: Sequence[tuple[str, ...]], data: Data) -> list[tuple[int, int]]:
     """(first, other) for every image with the same pixels as an earlier one.
 
-    digests: of the pixels as they are read, resized. Files that agree in them are compared at their full size. paths:
-    of the files, "" for arrays.
+    digests: of the pixels as they are read, resized. Files that agree in them are compared at their full size.
+    files: of each image, () for arrays. data: with the number of channels.
     """
     firsts: dict[bytes, list[int]] = {}
     found = []
     for i, digest in enumerate(digests):
         earlier = firsts.setdefault(digest, [])
-        same = next((first for first in earlier if _same_file(paths[first], paths[i], data)), None)
+        same = next((first for first in earlier if _same_files(files[first], files[i], data)), None)
         if same is None:
             earlier.append(i)
         else:
@@ -37,9 +37,14 @@ def equal(digests: Sequence[bytes], paths: Sequence[str], data: Data) -> list[tu
     return found
 
 
+def _same_files(a: tuple[str, ...], b: tuple[str, ...], data: Data) -> bool:
+    if len(a) != len(b):
+        return False
+    # Of arrays, which have no files, the digest has compared the pixels.
+    return all(_same_file(*pair, data) for pair in zip(a, b, strict=True))
+
+
 def _same_file(a: str, b: str, data: Data) -> bool:
-    if not a or not b:
-        return a == b  # arrays, whose pixels the digest has compared
     try:
         return Path(a).read_bytes() == Path(b).read_bytes() or np.array_equal(_full(a, data), _full(b, data))
     except (OSError, UnreadableError):
@@ -47,7 +52,7 @@ def _same_file(a: str, b: str, data: Data) -> bool:
 
 
 def _full(path: str, data: Data) -> np.ndarray:
-    return decode(Path(path).read_bytes(), 0, data.channels or 3, data.window, data.background)
+    return read_image([path], 0, 1 if data.bands else data.channels, data)
 
 
 def near(small: np.ndarray, features: np.ndarray | None) -> list[Pair]:

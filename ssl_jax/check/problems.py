@@ -1,5 +1,6 @@
 """The problems of a data set, as rows of a table: which image, what is wrong, with which other image, how sure."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -123,8 +124,9 @@ def _copies(images: Images, blank: np.ndarray, data: Data) -> tuple[list[Row], n
     """(rows, bool [N]: not equal to an earlier image). Blank images are equal to each other, which says nothing."""
     usable = np.flatnonzero(~blank)
     digests = [digest for scan in images.scans for digest in scan.digests]
-    paths = [scan.source.paths[i] if scan.source.paths else "" for scan in images.scans for i in scan.places.tolist()]
-    pairs = copies.equal([digests[i] for i in usable], [paths[i] for i in usable], data)
+    files = [scan.source.files[i] if scan.source.paths else () for scan in images.scans for i in scan.places.tolist()]
+    read = dataclasses.replace(data, channels=images.scans[0].source.shape[2])
+    pairs = copies.equal([digests[i] for i in usable], [files[i] for i in usable], read)
     exact = [(int(usable[a]), int(usable[b]), 1.0) for a, b in pairs]
     distinct = np.ones(len(blank), bool)
     distinct[[b for _, b, _ in exact]] = False

@@ -56,9 +56,10 @@ def scan(
 ) -> Scan:
     """data: what the source was opened with. progress: called with (done, total)."""
     indices, facts, features = list[int](), list[_Facts](), list[np.ndarray]()
+    files = source.files
     for index, images in source.chunks():
         indices += index.tolist()
-        facts += [_facts(image, source.paths[i] if source.paths else "") for i, image in zip(index, images)]
+        facts += [_facts(image, files[i] if files else ()) for i, image in zip(index, images)]
         if encoder:
             features.append(encoder.embed(images))
         progress(int(index[-1]) + 1, len(source))
@@ -78,17 +79,19 @@ def scan(
     )
 
 
-def _facts(image: np.ndarray, path: str) -> _Facts:
+def _facts(image: np.ndarray, files: Sequence[str]) -> _Facts:
     """image: uint8 [H, W, C]."""
     height, width, channels = image.shape
     kind = "gray" if channels == 1 else "colour"
-    if path:
+    if files:
         try:
-            width, height, kind = header(path)
+            width, height, kind = header(files[0])
         except UnreadableError:  # it has just been read, and is gone
             width, height = 0, 0
     if channels == 3 and kind.startswith("colour") and (image == image[..., :1]).all():
         kind = kind.replace("colour", "gray")
+    if channels not in (1, 3):
+        kind = f"{channels} channels" + "".join(kind.partition(",")[1:])
     blank = bool((np.ptp(image, axis=(0, 1)) <= FLAT).all())
     return _Facts(blake2b(image.tobytes(), digest_size=16).digest(), blank, (width, height), kind, _small(image))
 

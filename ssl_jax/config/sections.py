@@ -25,7 +25,12 @@ class Data:
     )
     split: str = option("train", "train, test, val or all; tfds: any TFDS split")
     size: int = option(0, "images are resized to size x size px; 0: unchanged (arrays), 224 (image files)", min=0)
-    channels: int = option(0, "1: grayscale, 3: colour; 0: as in the data (arrays), 3 (image files)", choices=(0, 1, 3))
+    channels: int = option(
+        0, "1: grayscale, 3: colour, others: those of the data; 0: as in the data, but 3 for gray files", min=0
+    )
+    bands: tuple[str, ...] = option(
+        (), 'folder, csv: ends of the names of files that make one image, one channel each, such as ("_B02", "_B03")'
+    )
     limit: int = option(0, "use only the first N images; 0: all", min=0)
     labels: tuple[str, ...] = option(
         (), 'csv: one or more label columns; chexpert: observations, "study" or "competition"'
@@ -187,8 +192,12 @@ class Eval:
     every: Duration = option("1 epochs", 'interval between kNN evaluations; "0 steps": never')
     knn_bank: int = option(5000, "labelled training images that vote")
     knn_queries: int = option(1000, "other training images, which are classified")
-    knn_k: int = option(20, "number of nearest neighbours that vote", min=1)
-    knn_temperature: float = option(0.1, "a vote weighs exp(cosine / temperature)")
+    knn_k: int = option(
+        20, "number of nearest neighbours that vote; DINO: 20, instance discrimination, lightly: 200", min=1
+    )
+    knn_temperature: float = option(
+        0.1, "a vote weighs exp(cosine / temperature); DINO, instance discrimination: 0.07, lightly: 0.1"
+    )
     online_probe: bool = option(True, "train a linear classifier on the embedding, without a gradient to the encoder")
 
 

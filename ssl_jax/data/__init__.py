@@ -31,8 +31,7 @@ def open_source(data: Data, split: str | None = None) -> Source:
             "with --data=DIR, or with --config.data.name=folder --config.data.path=DIR"
         )
     module = registry.find("source", data.name)
-    # For a Data created in Python. `channels` may be any number that an encoder was trained with.
-    fields.check(dataclasses.replace(data, channels=0), "config.data")
+    fields.check(data, "config.data")  # for a Data created in Python
     data = dataclasses.replace(data, split=split or data.split)
     source = module.read(data)
     if data.exclude and len(kept := not_excluded(data, source.names, source.paths)) < len(source):

@@ -1,7 +1,7 @@
 """A cache of decoded images on disk: each file is decoded and resized once, and later only its pixels are read.
 
 A store is a folder for one shape and window, shared by all data sets. images.u8 contains the images one after another.
-index.jsonl has one line per file: path, size in bytes, time of last change (ns), position in images.u8, CRC-32 of the
+index.jsonl has one line per image: path, size in bytes, time of last change (ns), position in images.u8, CRC-32 of the
 image, CRC-32 of what stands before it in the line; the last line of a path counts. Images are written before their
 lines, so a killed process loses only the images that it decoded last. Images whose line is damaged are decoded again.
 """
@@ -29,7 +29,7 @@ from ssl_jax.files import remove_leftovers, write_bytes
 from ssl_jax.progress import counting
 
 log = logging.getLogger("ssl_jax")
-VERSION = 2  # raise it when decoding gives different pixels or a line another form, so that older caches are not used
+VERSION = 3  # raise it when decoding gives different pixels or a line another form, so that older caches are not used
 GROUP = 64  # images per thread that are decoded between two writes
 
 
@@ -43,21 +43,22 @@ class Entry(NamedTuple):
 
 
 def cached(
-    paths: Sequence[Path | str], decode: Callable[[int], np.ndarray], shape: tuple[int, int, int], data: Data
+    files: Sequence[Sequence[Path | str]], decode: Callable[[int], np.ndarray], shape: tuple[int, int, int], data: Data
 ) -> Callable[[int], np.ndarray]:
-    """`decode` (index of a path -> uint8 [H,W,C], or UnreadableError) with a cache in the folder data.cache.
+    """`decode` (index of an image -> uint8 [H,W,C], or UnreadableError) with a cache in the folder data.cache.
 
-    Files that are missing from the cache, or whose size or time has changed, are decoded now by data.workers threads,
-    with a progress line. An image with a wrong checksum is decoded again when it is read. Raises UserError if the
-    folder cannot be written.
+    files: of each image; several with data.bands. Images that are missing from the cache, or of which the size or time
+    of a file has changed, are decoded now by data.workers threads, with a progress line. An image with a wrong checksum
+    is decoded again when it is read. Raises UserError if the folder cannot be written.
     """
     colour = ImageColor.getrgb(data.background)[
         :3
     ]  # in the name unless it is white, as it was when there was no choice
     background = f"-{bytes(colour).hex()}" * (colour != (255, 255, 255))
     folder = Path(data.cache).expanduser() / f"{'x'.join(map(str, shape))}-{data.window}{background}-v{VERSION}"
-    names = [os.path.abspath(path) for path in paths]  # noqa: PTH100 - Path.absolute takes five times as long
-    stamps = [_stamp(name) for name in names]
+    # One after another where they are several. Path.absolute takes five times as long.
+    names = ["\n".join(os.path.abspath(path) for path in paths) for paths in files]  # noqa: PTH100
+    stamps = [_stamp(paths) for paths in files]
     try:
         store = Store(folder, shape)
         missing = [i for i, stamp in enumerate(stamps) if stamp and not store.has(names[i], stamp)]
@@ -78,7 +79,7 @@ def cached(
             raise UnreadableError(str(entry.checksum))
         image = store.read(entry)
         if image is None:
-            log.warning("%r: damaged in the cache; decoding it again", printable(names[index]))
+            log.warning("%r: damaged in the cache; decoding it again", printable(names[index].partition("\n")[0]))
             image = decode(index)
             if _checksum(image) == entry.checksum:  # otherwise the file has changed
                 store.write(image, entry.position)
@@ -119,13 +120,13 @@ def _checksum(image: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(image))
 
 
-def _stamp(name: str) -> tuple[int, int] | None:
-    """Size and time of last change of a file; None if it does not exist."""
+def _stamp(paths: Sequence[Path | str]) -> tuple[int, int] | None:
+    """Size and time of last change of the files of an image, summed; None if one does not exist."""
     try:
-        status = os.stat(name)  # noqa: PTH116 - Path.stat takes twice as long
+        found = [os.stat(path) for path in paths]  # noqa: PTH116 - Path.stat takes twice as long
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
+    return sum(status.st_size for status in found), sum(status.st_mtime_ns for status in found)
 
 
 def _line(name: str, entry: Entry) -> str:

@@ -75,7 +75,7 @@ def read(data: Data) -> Source:
     return from_files(
         files,
         names,
-        dataclasses.replace(data, channels=data.channels or 1),
+        dataclasses.replace(data, channels=data.channels or 1, bands=()),
         where,
         labels=np.concatenate([several_labels(e.table, names, e.paths, data, blank)[e.rows] for e in selected]),
         groups=np.concatenate([e.patients[e.rows] for e in selected]),

@@ -1,11 +1,15 @@
 """A table of image files: a column of paths and, optionally, columns of labels, groups and parts."""
 
-from pathlib import Path
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.folder import PARTS, File, from_files
+from ssl_jax.data.channels import band_files, by_stem, split_band
+from ssl_jax.data.folder import EXTENSIONS, PARTS, File, from_files
 from ssl_jax.data.source import Source, pick_parts
 from ssl_jax.data.table import (
     Table,
@@ -16,13 +20,15 @@ from ssl_jax.data.table import (
     single_label,
     warn_of_repeats,
 )
-from ssl_jax.errors import UserError
+from ssl_jax.errors import UnreadableError, UserError
 
 PATH, LABEL, SPLIT = ("path", "file", "filename", "image"), ("label", "class", "target"), "split"
 
 
 def read(data: Data) -> Source:
     """The images listed in the table data.path, in its order; see `table.read_table` for the format.
+
+    With data.bands, a row lists an image by one of its files, or by what their names share, and keeps this as its name.
 
     Column names are not case-sensitive. Paths are in the column that data.image_column names, or else in path, file,
     filename or image. They are absolute or relative to the table's folder; \\ counts as / in a path without /. The
@@ -47,27 +53,64 @@ def read(data: Data) -> Source:
         classes = sorted(set(single) - {""})
         if all(name.isdecimal() for name in classes):
             classes.sort(key=int)
-    warn_of_repeats(table, paths, [*columns, *filter(None, [table.find(SPLIT)])])
+    folder = f"{table_path.parent}/"
+    places = [path if path.startswith("/") else folder + path for path in paths]
+    found = _bands(places, data.bands) if data.bands else [(place, (), "") for place in places]
+    shared = [os.path.relpath(place[0], folder) for place in found] if data.bands else paths
+    warn_of_repeats(table, shared, [*columns, *filter(None, [table.find(SPLIT)])])
     rows: dict[str, list[int]] = {"train": []}
     for row, part in enumerate(parts):
         rows.setdefault(part, []).append(row)
     selected = [row for part in pick_parts(rows, data.split, where) for row in part]
     objects = table.known(table.demand("pairs", data.pairs)) if data.pairs else None
-    folder = f"{table_path.parent}/"
     files = [
         File(
-            paths[row] if paths[row].startswith("/") else folder + paths[row],
+            found[row][0],
             paths[row],
             single[row] or None,
             table.at(row),
             # An image whose object is not given is an object of its own.
             "" if objects is None else objects[row] or f"{paths[row]}{table.at(row)}",
+            *found[row][1:],
         )
         for row in selected
     ]
     labels = None if labels is None else labels[selected]
     groups = None if groups is None else groups[selected]
     return from_files(files, classes, data, where, labels=labels, groups=groups)
+
+
+def _bands(places: Sequence[str], bands: Sequence[str]) -> list[tuple[str, tuple[str, ...], str]]:
+    """(what the names of its files share, these files, what is wrong with them) of the image at each place."""
+
+    @functools.cache
+    def files_in(folder: str) -> dict[str, list[str]]:
+        try:
+            names = sorted(os.listdir(folder))  # noqa: PTH208 - names are enough
+        except OSError:  # no such folder: all of its files are missing
+            return {}
+        return by_stem(f"{folder}/{name}" for name in names if PurePath(name).suffix.lower() in EXTENSIONS)
+
+    found = []
+    for place in places:
+        folder, name = os.path.split(place)
+        stem = PurePath(name).stem if PurePath(name).suffix.lower() in EXTENSIONS else name
+        image = split_band(stem, bands)
+        image = stem if image is None else image
+        files, problem = band_files(files_in(folder), image, bands)
+        if problem and Path(place).is_dir():  # an image whose files are called like the endings alone
+            files, problem = band_files(files_in(place), "", bands)
+            folder, image = os.path.split(place)
+        found.append((f"{folder}/{image}" if image else folder, files, problem))
+    return found
+
+
+def bands_at(path: str, bands: Sequence[str]) -> tuple[str, ...]:
+    """The files of the image with this file. Raises UnreadableError if one is missing."""
+    [(_, files, problem)] = _bands([path], bands)
+    if problem:
+        raise UnreadableError(problem)
+    return files
 
 
 def paths_of(table: Table, column: str = "") -> list[str]:

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image, ImageColor, ImageOps
 
 from ssl_jax.config import Data
 from ssl_jax.data import dicom
+from ssl_jax.data.channels import DEEP, check_ratios, choose, count, grouped, naming, number_of_bands, why_unknown
 from ssl_jax.data.exclude import not_excluded
 from ssl_jax.data.source import (
     Source,
@@ -38,11 +40,11 @@ log = logging.getLogger("ssl_jax")
 MAX_HEADERS = 10_000  # with more files than this, the first look only checks that they exist, and reads no headers
 SIZE = 224  # side of images from files in px, unless data.size is set
 PARTS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+FIRST = 8  # files that say how many channels images have, unless config.data.channels does
 KINDS = "jpg, jpeg, jpe, jfif, png, bmp, gif, tif, tiff, webp, ppm, pgm, pbm, pnm, jp2, j2k, avif, dcm, dicom"
 EXTENSIONS = frozenset(f".{kind}" for kind in KINDS.split(", "))
 # Pillow tries only these formats, whatever the extension says, because others (EPS, PDF) start programs.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # more than 8 bits in one channel
 # Bytes per pixel that decoding takes at its peak, measured: of a deep image; of one with transparency; of the decoders.
 DEEP_BYTES, CLEAR_BYTES, DECODER_BYTES = 24, 12, {"JPEG2000": 16, "WEBP": 8, "AVIF": 8, "GIF": 4, "TIFF": 4}
 
@@ -52,6 +54,8 @@ def read(data: Data) -> Source:
 
     The top-level folders train/ and test/ (or val/, valid/) are parts of the data. Labels are the names of the
     top-level folders, or of those directly below the parts, if there are at least two and every image is in one.
+
+    With data.bands, files of one folder that differ only in these endings are an image, which bears their common name.
     """
     if not data.path:
         raise UserError("config.data.path='': missing; set it to a folder of images")
@@ -61,6 +65,8 @@ def read(data: Data) -> Source:
     if not root.is_dir():
         raise UserError(f"config.data.path={data.path!r}: {'not a folder' if root.exists() else 'no such folder'}")
     paths = sorted(_image_paths(root))
+    bands = grouped(root, paths, data.bands) if data.bands else {}
+    paths = list(bands) or paths
     has_parts = any(PARTS.get(path[0].lower()) == "train" for path in paths if len(path) > 1)
     if has_parts:
         paths = [path for path in paths if len(path) > 1 and path[0].lower() in PARTS]
@@ -74,7 +80,8 @@ def read(data: Data) -> Source:
     for path in paths:
         part = PARTS[path[0].lower()] if has_parts else "train"
         label = printable(path[depth]) if labelled else None
-        file = File(str(root.joinpath(*path)), printable("/".join(path)), label, object="/".join(path[:-1]))
+        own, folder = bands.get(path, ((), "")), "/".join(path[:-1])
+        file = File(str(root.joinpath(*path)), printable("/".join(path)), label, "", folder, *own)
         parts.setdefault(part, []).append(file)
     selected = [file for files in pick_parts(parts, data.split, f"folder {data.path!r}") for file in files]
     classes = sorted(printable(name) for name in names if name) if labelled else []
@@ -119,6 +126,12 @@ class File(NamedTuple):
     label: str | None  # None: unknown
     at: str = ""  # where it is listed, for messages
     object: str = ""  # the object that it shows (config.data.pairs)
+    bands: tuple[str, ...] = ()  # with config.data.bands, the files themselves, and `path` is what their names share
+    problem: str = ""  # why they cannot be read: one is missing
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.bands or (self.path,)
 
 
 def from_files(
@@ -138,9 +151,9 @@ def from_files(
     if not files:
         raise UserError(f"{where}: no images; allowed: {KINDS}")
     check_background(data.background)
-    shape = (data.size or SIZE, data.size or SIZE, data.channels or 3)
     wanted = not_excluded(data, [file.name for file in files], [file.path for file in files])
-    look = functools.partial(check, size=shape[0], channels=shape[2])
+    shape = (data.size or SIZE, data.size or SIZE, channels_of([files[i] for i in wanted], data))
+    look = functools.partial(_check_file, size=shape[0], channels=shape[2], exact=bool(data.bands))
     problems = dict(zip(wanted, _first_look([files[i] for i in wanted], data.workers, look), strict=True))
     bad = {i: problem for i, problem in problems.items() if problem}
     skipped = [f"{files[i].name!r}{files[i].at}: {problem}" for i, problem in bad.items()]
@@ -153,11 +166,9 @@ def from_files(
     def read(index: int) -> np.ndarray:
         path = files[index].path
         try:
-            content = Path(path).read_bytes()
+            return read_image(files[index].files, shape[0], shape[2], data)
         except OSError as error:  # a failing disk; with a stand-in, results would depend on it
             raise UserError(f"{printable(path)!r}: {error.strerror}; it was readable at the start") from error
-        try:
-            return decode(content, shape[0], shape[2], data.window, data.background)
         except MemoryError as error:  # with a stand-in, results would depend on the machine
             raise UserError(f"{printable(path)!r}: not enough memory to decode it") from error
 
@@ -165,7 +176,7 @@ def from_files(
     if data.cache:
         from ssl_jax.data.cache import cached
 
-        load = cached([file.path for file in files], read, shape, data)
+        load = cached([file.files for file in files], read, shape, data)
     if labels is not None:
         labels = labels[kept]
     elif classes:
@@ -180,6 +191,7 @@ def from_files(
         groups=None if groups is None else groups[kept],
         objects=same_object([file.object for file in files], where, data.pairs) if data.pairs else None,
         paths=[file.path for file in files],
+        files=[file.files for file in files] if data.bands else (),
         unreadable=unreadable,
         skipped=skipped,
         max_bad_share=data.max_bad_share,
@@ -187,13 +199,44 @@ def from_files(
     )
 
 
-def _first_look(files: Sequence[File], workers: int, look: Callable[[str], None]) -> list[str]:
+def channels_of(files: Sequence[File], data: Data) -> int:
+    """data.channels, or the number of data.bands; if neither is set, what most of the first files have, 3 for gray."""
+    if data.bands:
+        return number_of_bands(data.bands, data.channels)
+    if data.channels:
+        return data.channels
+    found = []
+    for file in files[:FIRST]:
+        with contextlib.suppress(Exception), open_file(file.path) as content:  # `check` says what is wrong
+            if not dicom.is_dicom(content.read(132)):
+                content.seek(0)
+                with Image.open(content, formats=_formats()) as image:
+                    found.append(count(image))
+    number = max(found, key=Counter(found).__getitem__, default=3)
+    return 3 if number == 1 else number
+
+
+def _check_file(file: File, size: int, channels: int, exact: bool) -> None:
+    sizes = []
+    for path in file.files:
+        with naming(path, exact):
+            sizes.append(check(path, size, 1 if exact else channels, exact))
+    check_ratios(sizes)
+
+
+def _first_look(files: Sequence[File], workers: int, look: Callable[[File], None]) -> list[str]:
     """For each file, the reason why it cannot be read, or "" if nothing is wrong so far. look: reads its header."""
-    look = look if len(files) <= MAX_HEADERS else check_is_file
+    few = len(files) <= MAX_HEADERS
 
     def problem(file: File) -> str:
+        if file.problem:
+            return file.problem
         try:
-            look(file.path)
+            if few:
+                look(file)
+            else:
+                for path in file.files:
+                    check_is_file(path)
         except UnreadableError as error:
             return str(error)
         return ""
@@ -251,15 +294,21 @@ def from_array(
     )
 
 
-def check(path: Path | str, size: int = 0, channels: int = 3) -> None:
-    """Raises UnreadableError unless the file has the header of an image that `decode` can take. Decodes no pixels."""
+def check(path: Path | str, size: int = 0, channels: int = 3, exact: bool = False) -> tuple[int, int]:
+    """(width, height) of an image that `decode` can take, by its header; (0, 0) for DICOM. Decodes no pixels.
+
+    exact: as for `decode`. Raises UnreadableError for all other files.
+    """
     try:
         with open_file(path) as file:
             if dicom.is_dicom(file.read(132)):
-                return dicom.check(Path(path))
+                dicom.check(Path(path))
+                return 0, 0
             file.seek(0)
-            with _open(file, size, channels):
-                pass
+            with _open(file, size, channels, exact) as image:
+                whole = image.size  # of a JPEG, that at which it is decoded: of the same ratio
+                choose(image, channels, exact)
+                return whole
     except (MemoryError, UnreadableError, UserError):
         raise
     except Exception as error:  # on bad bytes, Pillow raises anything from OSError to struct.error
@@ -281,19 +330,55 @@ def header(path: Path | str) -> tuple[int, int, str]:
             return image.width, image.height, kind
 
 
-def decode(content: bytes, size: int, channels: int, window: str = "auto", background: str = "white") -> np.ndarray:
+def read_image(files: Sequence[str], size: int, channels: int, data: Data) -> np.ndarray:
+    """The image in a file, or in the files of data.bands, one channel each, uint8 [size, size, channels].
+
+    It is decoded as `decode` says. Raises OSError and UnreadableError; bands with size 0 must be equally large.
+    """
+    if not data.bands:
+        return decode(Path(files[0]).read_bytes(), size, channels, data.window, data.background)
+    planes, sizes = [], []
+    for path in files:
+        content = Path(path).read_bytes()
+        with naming(path):
+            planes.append(decode(content, size, 1, data.window, data.background, True))
+            sizes.append((0, 0) if dicom.is_dicom(content[:132]) else _size(content))
+    check_ratios(sizes)
+    if len({plane.shape for plane in planes}) > 1:
+        raise UnreadableError("bands of several sizes")
+    return np.concatenate(planes, axis=-1)
+
+
+def decode(
+    content: bytes,
+    size: int,
+    channels: int,
+    window: str = "auto",
+    background: str = "white",
+    exact: bool = False,
+) -> np.ndarray:
     """The image, or its first frame, in `content` as uint8 [size, size, channels].
 
     It is rotated according to its EXIF orientation. Its central square is resized, bilinear with antialias; size 0
     keeps the whole image at its size. Transparent parts become `background`. A deep channel (16 bit, 32 bit, float) is
     stretched from the image's own lowest and highest value to 0..255: medical images often use 12 of 16 bits, and would
     be black otherwise. window="percentile" stretches between `dicom.PERCENTILES` instead. For DICOM, see
-    `dicom.decode`. Raises UnreadableError.
+    `dicom.decode`. The pages of a TIFF, if they are gray, are its channels, each read like a file of its own.
+
+    exact: only an image that has this number of channels, which is so anyway if it is neither 1 nor 3
+    (`channels.choose`). Raises UnreadableError.
     """
     if dicom.is_dicom(content[:132]):
-        return finish(Image.fromarray(dicom.decode(content, window)), size, channels)
+        pixels = dicom.decode(content, window)
+        own = 1 if pixels.ndim == 2 else 3
+        if own != channels and (exact or channels not in (1, 3)):
+            raise UnreadableError(f"DICOM of {own} channel{'s' * (own > 1)}; allowed: {channels}")
+        return finish(Image.fromarray(pixels), size, channels)
     try:
-        with _open(io.BytesIO(content), size, channels) as image:
+        with _open(io.BytesIO(content), size, channels, exact) as image:
+            pages = choose(image, channels, exact)
+            if len(pages) > 1 or channels not in (1, 3):
+                return _planes(image, pages, size, channels, window)
             image.load()  # first, so that only errors of a damaged EXIF block are suppressed below
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
@@ -313,9 +398,39 @@ def check_background(colour: str) -> None:
         raise UserError(f"config.data.background={colour!r}: not a colour; allowed: {example}") from error
 
 
-def _open(file: BinaryIO, size: int, channels: int) -> Image.Image:
+def _planes(image: Image.Image, pages: Sequence[int], size: int, channels: int, window: str) -> np.ndarray:
+    """The pages of an opened image, or the samples of its pixels, as uint8 [size, size, channels]."""
+    planes = []
+    for number in pages:
+        image.seek(number)
+        _prepare(image, size, image.mode)
+        image.load()
+        upright: Image.Image = image
+        with contextlib.suppress(Exception):
+            upright = ImageOps.exif_transpose(image)  # not in place: the next page is loaded into `image`
+        if len(pages) == 1:
+            return convert(np.asarray(upright), size, channels)
+        planes.append(finish(upright, size, 1, window))
+    return np.concatenate(planes, axis=-1)
+
+
+def _size(content: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
+        return image.size
+
+
+def _open(file: BinaryIO, size: int, channels: int, exact: bool = False) -> Image.Image:
     """An image of which only the header is read. Raises UnreadableError if decoding it would take too much memory."""
-    image = Image.open(file, formats=_formats())
+    try:
+        image = Image.open(file, formats=_formats())
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableError(why_unknown(file)) from error
+    _prepare(image, size, "L" if channels == 1 and not exact else image.mode)
+    return image
+
+
+def _prepare(image: Image.Image, size: int, mode: str) -> None:
+    """Has a JPEG decoded small. Raises UnreadableError if decoding the image would take too much memory."""
     width, height = image.size
     needed = DECODER_BYTES.get(image.format or "", 0)
     if "progressive" in image.info:  # libjpeg holds all coefficients, whatever the size that it decodes at
@@ -323,14 +438,13 @@ def _open(file: BinaryIO, size: int, channels: int) -> Image.Image:
     needed *= width * height
     if size:
         # libjpeg decodes at 1/2, 1/4 or 1/8 of the size in a fraction of the time; never below `size`.
-        image.draft("L" if channels == 1 else image.mode, (size, size))
+        image.draft(mode, (size, size))
     each = 8 if image.mode not in ("1", "L", "P") else 5  # as decoded (Pillow keeps colours in 4 bytes), and a copy
     if image.mode in DEEP:
         each = DEEP_BYTES
     elif image.has_transparency_data:
         each += CLEAR_BYTES
     check_memory(width, height, needed + each * image.width * image.height)
-    return image
 
 
 def convert(array: np.ndarray, size: int, channels: int) -> np.ndarray:

@@ -34,6 +34,7 @@ class Source:
     objects:  int [N], equal for images of the same object (config.data.pairs); or None
     shape:    (H, W, C) of every image
     paths:    the file of each image; [] if the images are not files
+    files:    the same, as a tuple for each; with config.data.bands its files, and `path` is what their names share
     skipped:  the unreadable files, each with the reason: those left out when the source was opened, and those that
               failed later
     unreadable: the same as name -> (path, reason), path "" if it is no file; also those that failed in `chunks`
@@ -56,6 +57,7 @@ class Source:
         groups: np.ndarray | None = None,
         array: np.ndarray | None = None,
         paths: Sequence[str] = (),
+        files: Sequence[tuple[str, ...]] = (),
         unreadable: Mapping[str, tuple[str, str]] | None = None,
         skipped: Sequence[str] = (),
         max_bad_share: float = 0.0,
@@ -67,13 +69,17 @@ class Source:
         self.classes = [visible(name) for name in classes]
         self.groups, self.paths, self.unreadable = groups, list(paths), dict(unreadable or {})
         self.replaced: dict[int, int] = {}
-        self._load, self._labels, self._array = load, labels, array
+        self._load, self._labels, self._array, self._files = load, labels, array, list(files)
         self._skipped, self._bad = list(skipped), dict[int, str]()
         self._max_bad_share, self._workers = max_bad_share, workers
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def files(self) -> list[tuple[str, ...]]:
+        return self._files or [(path,) for path in self.paths]
 
     @property
     def nbytes(self) -> int:
@@ -208,6 +214,7 @@ class Source:
             groups=None if self.groups is None else self.groups[kept],
             array=None if self._array is None else self._array[kept],
             paths=[self.paths[i] for i in kept] if self.paths else (),
+            files=[self._files[i] for i in kept] if self._files else (),
             max_bad_share=self._max_bad_share,
             workers=self._workers,
         )

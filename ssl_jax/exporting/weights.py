@@ -8,15 +8,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.encoder import Encoder, model_of
 from ssl_jax.errors import UserError
 from ssl_jax.models import resolve_model, to_torch
-from ssl_jax.models.vit import sin_cos
+from ssl_jax.models.vit import ARCHITECTURES, resized_grid, sin_cos
 
 Arrays = dict[str, np.ndarray]
-VIT_SIZES = {192: "tiny", 384: "small", 768: "base"}  # width -> timm's name for it
+TIMM_VITS = {"vit_tiny", "vit_small", "vit_base", "vit_large"}  # known there with patches of 16 px
 RESNETS = {"resnet18": "basic", "resnet34": "basic", "resnet50": "bottleneck"}
 
 
@@ -64,10 +65,17 @@ def _timm(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Expor
     arguments: dict[str, Any] = {"in_chans": encoder.channels}
     if "pos_embed" in weights or "cls_token" in weights:
         vit = _vit(encoder, weights)
-        weights, name = vit.weights, f"vit_{VIT_SIZES.get(vit.width, 'base')}_patch16_224"
+        if model.eps != 1e-6:
+            raise _NoCounterpartError(f"model.eps={model.eps:g}; timm's is 1e-06")
+        weights, name = vit.weights, f"{model.name if model.name in TIMM_VITS else 'vit_base'}_patch16_224"
         arguments |= {"img_size": encoder.size, "patch_size": vit.patch, "embed_dim": vit.width, "depth": vit.depth}
         arguments |= {"num_heads": vit.heads, "global_pool": "token" if model.pool == "cls" else "avg"}
-        arguments |= {"fc_norm": False}
+        arguments |= {"fc_norm": False, "mlp_ratio": vit.hidden / vit.width}
+        arguments |= {"init_values": model.layer_scale} if model.layer_scale else {}
+        if model.registers:  # whose networks have no position of the class token there: it becomes part of the token
+            of_token, table = np.split(weights["pos_embed"], [1], axis=1)
+            weights = weights | {"cls_token": weights["cls_token"] + of_token, "pos_embed": table}
+            arguments |= {"reg_tokens": model.registers, "no_embed_class": True}
         weights |= _head("head", head)
         first, last = "patch_embed.proj", "head"
     else:
@@ -103,13 +111,19 @@ def _hugging(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Ex
     """A folder for `AutoModel.from_pretrained(FOLDER)`, in the names that transformers' own checkpoints have."""
     weights, model = to_torch(encoder.params, encoder.stats), _model(encoder)
     if "cls_token" in weights:
-        if head and model.pool != "cls":
-            raise _NoCounterpartError(
-                "a classifier on the mean of the patches; ViTForImageClassification reads the token"
-            )
         vit = _vit(encoder, weights)
-        named, config = _vit_names(vit.weights), _vit_config(vit, encoder)
-        prefix, kind = "vit.", "ViT"
+        if model.registers or model.layer_scale:
+            named, config, kind = _dinov2(vit, encoder, model)
+            prefix = f"{config['model_type']}."
+            if head:  # there it reads the class token and, after it, the mean of the patches
+                halves = [head[0], np.zeros_like(head[0])]
+                head = np.concatenate(halves if model.pool == "cls" else halves[::-1]), head[1]
+        else:
+            if head and model.pool != "cls":
+                reads = "ViTForImageClassification reads the token"
+                raise _NoCounterpartError(f"a classifier on the mean of the patches; {reads}")
+            named, config = _vit_names(vit.weights, VIT_NAMES), _vit_config(vit, encoder, model)
+            prefix, kind = "vit.", "ViT"
         named = {f"{prefix * bool(head)}{name}": array for name, array in named.items()} | _head("classifier", head)
     else:
         model = _resnet(encoder, "transformers")
@@ -170,50 +184,62 @@ class _ViT(NamedTuple):
     heads: int
     depth: int
     patch: int
+    hidden: int  # features inside the MLPs
 
 
 KNOWN = re.compile(
-    r"(cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
-    r"|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias))"
+    r"(cls_token|reg_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
+    r"|blocks\.\d+\.((norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma))"
 )
 
 
 def _vit(encoder: Encoder, weights: Arrays) -> _ViT:
-    """A plain ViT; whatever else is in its weights (registers, LayerScale, ...) is refused."""
+    """A ViT with or without registers and LayerScale, with positions for its images; any other one is refused."""
     if strange := [name for name in weights if not KNOWN.fullmatch(name)]:
         raise _NoCounterpartError(f"{min(strange)}: a part of the ViT that this format is not written for")
     width, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     model, side = _model(encoder), encoder.size // patch
-    heads = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}.get(model.name, 0)
-    if not heads or not {f"blocks.{i}.attn.qkv.bias" for i in range(depth)} <= set(weights):
+    if model.name not in ARCHITECTURES or not {f"blocks.{i}.attn.qkv.bias" for i in range(depth)} <= set(weights):
         raise _NoCounterpartError(f"model.name={model.name}: not a plain ViT")
-    # What no name of a weight shows, and what the tables of options here do not say.
-    plain = {"heads": (0, heads), "mlp": ("gelu",), "eps": (1e-6,), "positions": ("fixed", "learned")}
-    plain |= {"class_token": (True,), "grid": (0, side)}
+    # What no name of a weight shows.
+    plain = {"mlp": ("gelu",), "positions": ("fixed", "learned"), "class_token": (True,)}
     for key, allowed in plain.items():
         if getattr(model, key) not in allowed:
             raise _NoCounterpartError(f"model.{key}={getattr(model, key)!r}: not a plain ViT")
-    if "pos_embed" not in weights:  # fixed ones, of which the class token has none
-        table = np.concatenate([np.zeros((1, width), np.float32), sin_cos(side, side, width)])
-        weights = weights | {"pos_embed": table[None]}
-    return _ViT(weights, width, heads, depth, patch)
+    if "pos_embed" in weights:
+        first, table = np.split(np.asarray(weights["pos_embed"])[0], [1])
+        learned = round(len(table) ** 0.5)
+        grid = jnp.asarray(table.reshape(learned, learned, width))
+        table = np.asarray(resized_grid(grid, side, side, model.resize))
+    else:  # fixed ones, of which the class token has none
+        first, table = np.zeros((1, width), np.float32), sin_cos(side, side, width)
+    weights = weights | {"pos_embed": np.concatenate([first, table.reshape(-1, width)])[None]}
+    heads = model.heads or ARCHITECTURES[model.name][1]
+    return _ViT(weights, width, heads, depth, patch, len(weights["blocks.0.mlp.fc1.bias"]))
 
 
-def _vit_names(weights: Arrays) -> Arrays:
-    """From timm's names to transformers' of ViTModel, queries, keys and values apart."""
+VIT_NAMES = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+DINOV2_NAMES = {
+    **{same: same for same in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")},
+    **{"attn.proj": "attention.output.dense", "ls1": "layer_scale1", "ls2": "layer_scale2"},
+}
+
+
+def _vit_names(weights: Arrays, inside: Mapping[str, str]) -> Arrays:
+    """From timm's names to transformers', queries, keys and values apart; inside: of what is in a block."""
     fixed = {
         "cls_token": "embeddings.cls_token",
+        "reg_token": "embeddings.register_tokens",
         "pos_embed": "embeddings.position_embeddings",
         "patch_embed.proj": "embeddings.patch_embeddings.projection",
         "norm": "layernorm",
-    }
-    inside = {
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.proj": "attention.output.dense",
-        "mlp.fc1": "intermediate.dense",
-        "mlp.fc2": "output.dense",
     }
     named: Arrays = {}
     for name, array in weights.items():
@@ -230,21 +256,41 @@ def _vit_names(weights: Arrays) -> Arrays:
             for which, third in zip(("query", "key", "value"), np.split(array, 3), strict=True):
                 named[f"{layer}.attention.attention.{which}.{leaf}"] = third
         else:
-            named[f"{layer}.{inside[part]}.{leaf}"] = array
+            named[f"{layer}.{inside[part]}.{'lambda1' if leaf == 'gamma' else leaf}"] = array
     return named
 
 
-def _vit_config(vit: _ViT, encoder: Encoder) -> dict[str, Any]:
+def _dinov2(vit: _ViT, encoder: Encoder, model: Any) -> tuple[Arrays, dict[str, Any], str]:
+    """Weights, config and class of a ViT with LayerScale, as 1 if it has none, and maybe registers."""
+    ones = {f"blocks.{i}.ls{k}.gamma": np.ones(vit.width, np.float32) for i in range(vit.depth) for k in (1, 2)}
+    named = _vit_names(ones | vit.weights, DINOV2_NAMES)
+    named["embeddings.mask_token"] = np.zeros((1, vit.width), np.float32)  # which only its pretraining reads
+    if vit.hidden % vit.width:
+        raise _NoCounterpartError(
+            f"an MLP of {vit.hidden / vit.width:g} times the width; DINOv2 has a whole number there"
+        )
+    config = _vit_config(vit, encoder, model) | {"model_type": "dinov2", "mlp_ratio": vit.hidden // vit.width}
+    config |= {"drop_path_rate": 0.0, "use_swiglu_ffn": False, "layerscale_value": model.layer_scale or 1.0}
+    if not model.registers:
+        return named, config, "Dinov2"
+    return (
+        named,
+        config | {"model_type": "dinov2_with_registers", "num_register_tokens": model.registers},
+        "Dinov2WithRegisters",
+    )
+
+
+def _vit_config(vit: _ViT, encoder: Encoder, model: Any) -> dict[str, Any]:
     return {
         "model_type": "vit",
         "hidden_size": vit.width,
         "num_hidden_layers": vit.depth,
         "num_attention_heads": vit.heads,
-        "intermediate_size": len(vit.weights["blocks.0.mlp.fc1.bias"]),
+        "intermediate_size": vit.hidden,
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": model.eps,
         "qkv_bias": True,
         "image_size": encoder.size,
         "patch_size": vit.patch,
@@ -326,7 +372,8 @@ def run_there(kind: str, folder: Any, images: np.ndarray, classifier: bool, pool
     hidden = y.last_hidden_state
     if hidden.ndim == 4:
         return {"embedding": np.asarray(hidden.mean((2, 3)))}
-    return {"embedding": np.asarray(hidden[:, 0] if pool == "cls" else hidden[:, 1:].mean(1))}
+    before = 1 + getattr(module.config, "num_register_tokens", 0)
+    return {"embedding": np.asarray(hidden[:, 0] if pool == "cls" else hidden[:, before:].mean(1))}
 
 
 def _torchvision_name(state: Mapping[str, Any]) -> str:

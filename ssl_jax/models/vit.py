@@ -102,6 +102,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(q, k, v, cpu=on_cpu, default=jax.nn.dot_product_attention)
 
 
+def resized_grid(grid: jax.Array, height: int, width: int, how: str) -> jax.Array:
+    """Positions [height, width, D] of patches, from those [G, G, D] that were learned; how: config.model.resize."""
+    side = len(grid)
+    if (height, width) == (side, side):
+        return grid
+    if how == "antialias":
+        return jax.image.resize(grid, (height, width, grid.shape[-1]), "bicubic")
+    return jnp.einsum("hi,wj,ijd->hwd", cubic(side, height), cubic(side, width), grid)
+
+
 @dataclass(frozen=True)
 class BlockOptions:
     """What the blocks of a network have in common."""
@@ -270,11 +280,7 @@ class ViT(nn.Module):
             return 0.0, sin_cos(height, width, self.width)
         table = self.param("pos_embed", token_init, (1, self.class_token + self.grid**2, self.width))[0]
         grid = table[int(self.class_token) :].reshape(self.grid, self.grid, self.width)
-        if (height, width) != (self.grid, self.grid):
-            if self.resize == "antialias":
-                grid = jax.image.resize(grid, (height, width, self.width), "bicubic")
-            else:
-                grid = jnp.einsum("hi,wj,ijd->hwd", cubic(self.grid, height), cubic(self.grid, width), grid)
+        grid = resized_grid(grid, height, width, self.resize)
         return table[0] if self.class_token else 0.0, grid.reshape(-1, self.width)
 
     def _turns(self, height, width, before, visible):

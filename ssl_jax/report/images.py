@@ -12,6 +12,7 @@ from ssl_jax.collapse import rank_me
 from ssl_jax.errors import visible
 from ssl_jax.evaluate.references import PIXELS, RANDOM, pixels, untrained
 from ssl_jax.neighbours import nearest_others, normalized
+from ssl_jax.plotting import shown_in_words
 from ssl_jax.report import plots
 from ssl_jax.report.page import note
 from ssl_jax.report.record import RunRecord
@@ -72,6 +73,8 @@ def neighbours(sample: Sample) -> str:
     nearest, similarity = nearest_others(sample.features, NEIGHBOURS)
     text = f"Each row: an image, and the {NEIGHBOURS} that the encoder finds most similar to it among "
     text += f"{len(sample.images):,} training images."
+    if words := shown_in_words(sample.images.shape[-1]):
+        text += f" Pictures show {words}."
     strips = "".join(_strip(sample, q, nearest[q], similarity[q]) for q in _queries(sample))
     after = "The number below an image is the cosine similarity of its embedding to that of the first image: 1 means "
     after += "the same direction, 0 nothing in common."

@@ -9,7 +9,7 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from ssl_jax.plotting import SCORE, limits
+from ssl_jax.plotting import SCORE, limits, shown
 from ssl_jax.report.words import Word
 
 # matplotlib draws in these; the page replaces them by its own colours, which depend on a light or dark screen.
@@ -44,7 +44,7 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]],
 
 
 def thumbnail(image: np.ndarray, side: int = 96) -> str:
-    """Data URI of an image uint8 [H, W, C], with its longer side at most `side` px; without 3 channels, the first."""
+    """Data URI of an image uint8 [H, W, C], with its longer side at most `side` px (`plotting.shown`)."""
     picture = _picture(image)
     picture.thumbnail((side, side))
     return _encoded(picture, "JPEG" if max(picture.size) > 48 else "PNG", quality=85)
@@ -65,7 +65,7 @@ def sprite(images: Iterable[np.ndarray]) -> str:
 def _picture(image: np.ndarray) -> Any:
     from PIL import Image
 
-    return Image.fromarray(image if image.shape[2] == 3 else image[..., 0])
+    return Image.fromarray(np.ascontiguousarray(shown(image)))
 
 
 def _encoded(picture: Any, kind: str, **options: Any) -> str:
