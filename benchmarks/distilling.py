@@ -23,10 +23,10 @@ def get_config(part="finetune"):
         for section in ("data", "augment", "model", "train"):
             taught[section].update(config[section].to_dict())
         taught.method.update({"teacher": "runs/teacher", "hidden": 512})
-        taught.train.duration = "5 epochs"
+        taught.train.duration = "3 epochs"
         config = taught
     elif part == "alone":
-        config.train.duration = "6 epochs"
+        config.train.duration = "3.5 epochs"
     else:
         config.study.protocol = part
         config.study.arms = {
