@@ -37,6 +37,11 @@ class Network(NamedTuple):
     drop_path: float = 0.0
 
 
+def dense_shapes(encoder: Network, params, stats, images) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Of the embeddings [B, D] and the feature map [B, h, w, D] of images [B, H, W, C]; nothing is computed."""
+    return jax.eval_shape(lambda p, s: encoder.apply(p, s, images, train=False, dense=True)[0], params, stats)
+
+
 def stack(**networks: Network) -> Network:
     """Networks one after the other, as one; params and stats are dicts under their names.
 

@@ -18,7 +18,7 @@ import optax
 from ssl_jax.errors import UserError
 from ssl_jax.losses import interleave, normalize
 from ssl_jax.losses.reconstruction import masked_error
-from ssl_jax.network import Network
+from ssl_jax.network import Network, dense_shapes
 
 Params = Any
 Stats = Any
@@ -182,10 +182,7 @@ def init_with_head(encoder: Network, head: Callable[[jax.Array], Network]) -> In
         images = views[0][:1]
         key_encoder, key_head = jax.random.split(key)
         params, stats = encoder.init(key_encoder, images)
-        (_, patches), _ = jax.eval_shape(
-            lambda p, s: encoder.apply(p, s, images, train=True, dense=True), params, stats
-        )
-        _, height, width, features = patches.shape
+        _, height, width, features = dense_shapes(encoder, params, stats, images)[1].shape
         head_params, _ = head(images).init(key_head, jnp.zeros((1, 1 + height * width, features)))
         return {"encoder": params, "head": head_params}, State({"encoder": stats}, {})
 

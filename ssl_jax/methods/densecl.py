@@ -29,7 +29,7 @@ from ssl_jax.methods.base import (
     search_metrics,
 )
 from ssl_jax.models import mlp
-from ssl_jax.network import Network, shuffle_bn
+from ssl_jax.network import Network, dense_shapes, shuffle_bn
 from ssl_jax.transforms import track_target
 
 
@@ -55,10 +55,7 @@ def make(config, encoder, run):
     def init(key, views):
         keys = jax.random.split(key, 5)
         params, stats = encoder.init(keys[0], views[0])
-        features, _ = jax.eval_shape(
-            lambda p, s: encoder.apply(p, s, views[0], train=True, dense=True)[0], params, stats
-        )
-        one = jnp.zeros((1, features.shape[1]))
+        one = jnp.zeros(dense_shapes(encoder, params, stats, views[0][:1])[0].shape)
         heads = {name: head.init(k, one)[0] for name, k in zip(("projector", "places"), keys[1:3])}
         memory = {
             **init_queue(keys[3], config.queue, config.out),

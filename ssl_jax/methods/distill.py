@@ -27,6 +27,7 @@ from ssl_jax.fields import option
 from ssl_jax.losses import negative_cosine
 from ssl_jax.methods.base import Method, State, std_collapse
 from ssl_jax.models import mlp
+from ssl_jax.network import dense_shapes
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,10 @@ def make(config, encoder, run):
             check_views(config.teacher, teacher, views[0].shape)
         params, stats = encoder.init(key_student, views[0])
         frozen = (teacher.params, teacher.stats) if teacher else encoder.init(key_teacher, views[0])
-        (mine, _), (others, _) = (
-            jax.eval_shape(lambda p, s, f=f: f.apply(p, s, views[0], train=False, dense=True)[0], *made)
-            for f, made in ((encoder, (params, stats)), (network, frozen))
-        )
+        mine, _ = dense_shapes(encoder, params, stats, views[0][:1])
+        others, _ = dense_shapes(network, frozen[0], frozen[1], views[0][:1])
         heads = {"projector": key_heads, **({"patch_projector": jax.random.fold_in(key_heads, 1)} if dense else {})}
-        head, x = mlp((config.hidden, others.shape[1]), norm=False, bias=True, gelu=True), jnp.zeros((1, mine.shape[1]))
+        head, x = mlp((config.hidden, others.shape[1]), norm=False, bias=True, gelu=True), jnp.zeros(mine.shape)
         made = {"encoder": params, **{name: head.init(k, x)[0] for name, k in heads.items()}}
         memory = {
             "teacher": jax.tree.map(jnp.asarray, frozen[0]),

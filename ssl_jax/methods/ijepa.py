@@ -24,6 +24,7 @@ from ssl_jax.losses import smooth_l1
 from ssl_jax.methods.base import Method, State, require_vit, select_entries, std_collapse, target_encoder
 from ssl_jax.methods.masks import multi_block
 from ssl_jax.models import predictor
+from ssl_jax.network import dense_shapes
 from ssl_jax.transforms import track_target
 
 
@@ -62,10 +63,8 @@ def make(config, encoder, run):
     def init(key, views):
         key_net, key_predictor = jax.random.split(key)
         params, stats = encoder.init(key_net, views[0])
-        (_, maps), _ = jax.eval_shape(
-            lambda p, s: encoder.apply(p, s, views[0][:1], train=True, dense=True), params, stats
-        )
-        made, _ = head(maps.shape[-1]).init(key_predictor, jnp.zeros((1, 1, maps.shape[-1])))
+        width = dense_shapes(encoder, params, stats, views[0][:1])[1].shape[-1]
+        made, _ = head(width).init(key_predictor, jnp.zeros((1, 1, width)))
         target = jax.tree.map(jnp.copy, stats)
         return {"encoder": params, "predictor": made}, State({"encoder": stats, "target": {"encoder": target}}, {})
 

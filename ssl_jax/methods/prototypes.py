@@ -24,7 +24,7 @@ from ssl_jax.methods.base import (
 )
 from ssl_jax.methods.masks import block_mask, first_of
 from ssl_jax.models import mlp
-from ssl_jax.network import Network, apply_jointly, stack
+from ssl_jax.network import Network, apply_jointly, dense_shapes, stack
 from ssl_jax.transforms import cosine_momentum, freeze, track_target
 
 
@@ -76,11 +76,7 @@ def masked_self_distillation(
     def init(key, views):
         keys = jax.random.split(key, 4)
         params, state = init_with_target(stack(encoder=encoder, head=head))(keys[0], views)
-        embedding, _ = jax.eval_shape(
-            lambda p, s: encoder.apply(p, s, views[0][:1], train=True, dense=True)[0],
-            params["encoder"],
-            state.stats["encoder"],
-        )
+        embedding, _ = dense_shapes(encoder, params["encoder"], state.stats["encoder"], views[0][:1])
         if patch_head == "own":
             params["patch_head"], _ = head.init(keys[1], jnp.zeros(embedding.shape))
         for k, last in zip(keys[2:], lasts):
