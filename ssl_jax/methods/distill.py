@@ -1,11 +1,11 @@
 r"""Distillation: a student predicts the features of a frozen teacher, an encoder that was trained before.
 
 For a small network from a large one. `method.teacher` is the folder of a finished run or of an export; any encoder
-teaches any other. Teacher and student see the same view. What all images have in common in the teacher's features, the
-batch's mean, is subtracted, or it would fill most of the cosine. With `patches` the student learns the places of the
-feature map, too; where the two maps differ in size, the student's is resized. A student that gets 0 for the cosine on
-new images has learnt nothing: see the metric `similarity`. The teacher is frozen, has no gradient, and lies in the
-checkpoints; the projections are thrown away.
+teaches any other. Teacher and student see the same view; weak ones teach more (benchmarks/adapting.md). What all images
+have in common in the teacher's features, the batch's mean, is subtracted, or it would fill most of the cosine. With
+`patches` the student learns the places of the feature map, too; where the two maps differ in size, the student's is
+resized. A student that gets 0 for the cosine on new images has learnt nothing: see the metric `similarity`. The teacher
+is frozen, has no gradient, and lies in the checkpoints; the projections are thrown away.
 
 $$1 - \cos\!\big(p(f(x)),\, g(x) - \bar g\big)$$
 
