@@ -164,6 +164,11 @@ def test_frozen_layers_keep_their_weights_and_the_rest_learns(start, tmp_path):
     made = run(tmp_path, "frozen", model__init=str(folder), optim__freeze=2, optim__lr=1.0)
     same = {name: equal(made.params[name], before.params[name]) for name in before.params}
     assert same == {"cls_token": True, "patch_embed_proj": True, "blocks_0": True, "blocks_1": False, "norm": False}
+    # The encoder that comes back is free: fine-tuning trains all of it.
+    gradient = jax.grad(
+        lambda p: jnp.sin(made.network.apply(p, made.stats, IMAGES.images[:2] / 255, train=True)[0]).sum()
+    )
+    assert all(any(np.any(leaf) for leaf in jax.tree.leaves(g)) for g in gradient(made.params).values())
     with pytest.raises(UserError, match=r"config.optim.freeze=9: more layers than the encoder has; allowed: 0 to 3"):
         run(tmp_path, "too many", optim__freeze=9)
 

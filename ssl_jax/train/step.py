@@ -74,16 +74,17 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
         encoder = started_from(encoder, config.model.init)
     if config.model.lora:
         encoder = low_rank(encoder, config.model.lora)
+    student = encoder  # what differs in training alone, and must not be in the encoder that the run returns
     if config.model.drop_path:
         if not encoder.drop_path:
             key = f"config.model.drop_path={config.model.drop_path:g}"
             raise UserError(f"{key}: leaves out branches of a ViT or ConvNeXt; allowed for other networks: 0")
-        encoder = with_keys(encoder)
+        student = with_keys(student)
     if config.optim.freeze:
-        encoder = hold(encoder, config.optim.freeze)
+        student = hold(student, config.optim.freeze)
     given = functools.partial(given_encoder, size=size, channels=shape[2])
     run = RunInfo(steps, examples // batch, examples, classes, bn_batch if bn_batch < batch else 0, given)
-    method: Method = module.make(config.method, encoder, run)
+    method: Method = module.make(config.method, student, run)
     if "label" in method.needs and not classes:
         raise UserError(
             f"config.method.name={config.method_name!r}: needs labels, but the data set "
@@ -338,8 +339,8 @@ def make_gradient(
     def dropping(params, target, state, batch, key):
         key, for_paths = jnp.moveaxis(jax.vmap(jax.random.split)(key), 1, 0)
         encoder = {**state.stats["encoder"], KEYS: for_paths}
-        with_keys = state._replace(stats={**state.stats, "encoder": encoder})
-        outputs, stats = method.forward(params, target, with_keys, batch, key)
+        keyed = state._replace(stats={**state.stats, "encoder": encoder})
+        outputs, stats = method.forward(params, target, keyed, batch, key)
         encoder = {name: value for name, value in stats["encoder"].items() if name != KEYS}
         return outputs, {**stats, "encoder": encoder}
 
