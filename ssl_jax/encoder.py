@@ -99,6 +99,17 @@ class Encoder(NamedTuple):
 
 
 @functools.cache
+def _without_ynnpack() -> dict[str, Any]:
+    """The option of the compiler, or none: on another platform, or with a version of XLA that does not know it."""
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(1.0).compile()
+    except Exception:
+        return {}
+    return options
+
+
+@functools.cache
 def compiled_embed(network: Network) -> Any:
     """(params, stats, images uint8 [N, S, S, C], dense=False) -> embeddings, or with dense=True embeddings and maps.
 
@@ -109,12 +120,7 @@ def compiled_embed(network: Network) -> Any:
     def embed(params, stats, images, **dense):
         return network.apply(params, stats, center_view(images, images.shape[1]), train=False, **dense)[0]
 
-    options = {} if network.patch else {"xla_cpu_experimental_ynn_fusion_type": ""}
-    try:
-        jax.jit(jnp.negative, compiler_options=options).lower(1.0).compile()
-    except Exception:  # another platform, or a version of XLA that does not know it
-        options = {}
-    return jax.jit(embed, static_argnames="dense", compiler_options=options)
+    return jax.jit(embed, static_argnames="dense", compiler_options={} if network.patch else _without_ynnpack())
 
 
 # Equal networks must be the same object, so that jit compiles each only once per process.

@@ -407,14 +407,16 @@ def _copied(tree):
 def _step(state, data, key, step, lr, ratio, decay, network: Network, frozen: bool, objective: Callable[..., Any]):
     params, stats, opt_state = state
 
+    own = jax.random.fold_in(key, step)
+
     def loss_of(params):
         def predict(x):
-            drops = {} if frozen or not network.drop_path else {"keys": jax.random.split(key_paths, len(x))}
+            drops = {}
+            if network.drop_path and not frozen:
+                drops["keys"] = jax.random.split(jax.random.fold_in(own, 1), len(x))
             features, new_stats = network.apply(params["encoder"], stats, x, train=not frozen, **drops)
             return features @ params["head"]["w"] + params["head"]["b"], new_stats
 
-        own = jax.random.fold_in(key, step)
-        key_paths = jax.random.fold_in(own, 1) if network.drop_path else own
         return objective(predict, data, own)
 
     (_, (new_stats, loss)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
