@@ -38,9 +38,9 @@ class LazyImages:
         wanted = range(len(self))[rows]
         parts = self._ahead.pop(wanted, None) or self._submit(wanted)
         self._ahead.clear()
-        if wanted.step == 1 and wanted.start == self._end and len(wanted):
-            if following := range(len(self))[wanted.stop : wanted.stop + len(wanted)]:
-                self._ahead[following] = self._submit(following)
+        following = range(len(self))[wanted.stop : wanted.stop + len(wanted)]
+        if wanted.step == 1 and wanted.start == self._end and following:
+            self._ahead[following] = self._submit(following)
         self._end = wanted.stop
         return self._decoded(parts)
 
