@@ -225,7 +225,7 @@ def finetune(
     if others is not None:
         teacher = "the classifier" if config.finetune.teacher == "finetuned" else "labels spread over their neighbours"
         print(f"then on {len(others.images)} images without a label, taught by {teacher}", flush=True)
-    known = encoder, train.source.images(), train.labels
+    known = encoder, train.source.all_images(), train.labels
     with trainings_watched(config.finetune, len(train.labels)) as watch:
         classifier = train_classifier(*known, others, **options, watch=watch)
     about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}

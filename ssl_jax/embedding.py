@@ -81,7 +81,7 @@ def write_file(path: Path, encoder: Encoder, opened: Opened, which: str) -> str:
     the embeddings. All features are in memory; images that cannot be read are left out. Returns what was written, in
     words."""
     source, labels = opened
-    found, names = features_of(encoder, source.images(), which), source.names
+    found, names = features_of(encoder, source.all_images(), which), source.names
     if source.replaced:  # a stand-in shows another image
         kept = np.array([i for i in range(len(source)) if i not in source.replaced])
         found, names = {name: features[kept] for name, features in found.items()}, [names[i] for i in kept]

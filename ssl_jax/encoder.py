@@ -39,10 +39,10 @@ class Encoder(NamedTuple):
     def embed(self, images: Any, batch: int = 256, fixed: bool = False) -> np.ndarray:
         """Embeddings float32 [N, D] of N images.
 
-        images: an array [N, H, W, C], or [N, H, W] of gray images; `Source.images`; or a list of arrays [H, W, C] and
-            Pillow images, each of its own size. Integers are from 0 to 255, floats from 0 to 1. An image that is not
-            `size` px large is treated like an image file: its central square is resized. A single image is a list of
-            one.
+        images: an array [N, H, W, C], or [N, H, W] of gray images; `Source.all_images`; or a list of arrays [H, W, C]
+            and Pillow images, each of its own size. Integers are from 0 to 255, floats from 0 to 1. An image that is
+            not `size` px large is treated like an image file: its central square is resized. A single image is a list
+            of one.
         batch: images at a time, on a CPU at most a million pixels; if there are fewer, their number is padded to a
             power of two, which is compiled once.
         fixed: pad to `batch` instead, so that a single compilation serves calls with any number of images.

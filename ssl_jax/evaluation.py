@@ -4,6 +4,7 @@ conditions."""
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from ssl_jax import files, linear_protocol
 from ssl_jax.config import Config, Data
 from ssl_jax.data.labelled import Labelled
-from ssl_jax.data.lazy import Images, images_at
+from ssl_jax.data.lazy import Images, LazyImages, images_at
 from ssl_jax.encoder import Encoder
 from ssl_jax.evaluate.finetuning import loss_curve, still_falling
 from ssl_jax.evaluate.knn import knn_scores
@@ -28,6 +29,7 @@ from ssl_jax.evaluate.subsets import nested_subset, without_positive
 from ssl_jax.report.tables import main_metric
 
 PROTOCOLS = ("knn", "linear", "linear_quick", "propagate", "finetune")
+LARGE_GB = 2.0  # of embeddings in memory: more is told
 CHOSEN = ("lr", "weight_decay", "validation")  # by the protocol linear, printed for each draw
 HOW_READ = (
     "cache",
@@ -69,7 +71,7 @@ def evaluate(
     learns = others is None and learns_from_others(config, protocol)
     used = every if learns else np.unique(np.concatenate(draws))  # all images, but not all labels
     pool = train if len(used) == count else Labelled(train.source.take(used), train.labels[used])
-    draws, test_images = [np.searchsorted(used, draw) for draw in draws], test.source.images()
+    draws, test_images = [np.searchsorted(used, draw) for draw in draws], test.source.all_images()
     curve: list[float] | None = None
     chosen: list[dict[str, Any]] | None = None
     if protocol == "linear":
@@ -141,15 +143,17 @@ def _scores(
 ) -> tuple[list[np.ndarray], list[float] | None]:
     """For each draw of labelled images, the scores [N, K] that a classifier trained on it gives to the test images;
     and the mean loss curve of fine-tuning."""
-    images, labels, all_groups = train.source.images(), train.labels, train.source.groups
-    classes, memory = len(train.source.classes), config.data.memory_gb
+    images, labels, all_groups = train.source.all_images(), train.labels, train.source.groups
+    classes, spread, scores, curves = len(train.source.classes), learns_from_others(config, protocol), [], []
     if protocol != "finetune":
-        # The neighbours of kNN are looked for a part at a time; whatever else is trained needs all in memory.
-        memory = memory if protocol == "knn" and not learns_from_others(config, protocol) else np.inf
-        features, test_features = (embeddings(encoder, each, memory, folder) for each in (images, test_images))
-    pool = Unlabelled(train.source, memory) if others is None else others
-    pool_groups, everything = None if others else all_groups, np.arange(len(labels))
-    spread, scores, curves = learns_from_others(config, protocol), [], []
+        # Neighbours are looked for in a part of the embeddings at a time; what is trained has all of them in memory.
+        memory = train.source.memory_gb if protocol == "knn" and not spread else math.inf
+        features, test_features = (_embedded(encoder, each, memory, folder, protocol) for each in (images, test_images))
+    pool, pool_groups = others, None
+    if pool is None:
+        given = train.source if isinstance(images, LazyImages) else images
+        pool, pool_groups = Unlabelled(given, train.source.memory_gb), all_groups
+    everything = np.arange(len(labels))
     for seed, rows in enumerate(draws):
         groups = None if all_groups is None else all_groups[rows]
         if protocol == "finetune":
@@ -169,6 +173,14 @@ def _scores(
         else:
             scores.append(linear_probe(*known, **kind, seed=seed, groups=groups).scores(test_features))
     return scores, np.mean(curves, axis=0).tolist() if curves else None
+
+
+def _embedded(encoder: Encoder, images: Images, memory_gb: float, folder: Path, protocol: str) -> Any:
+    """As `stored.embeddings`; a line tells if much is held in memory, however large that is."""
+    size = 4e-9 * len(images) * encoder.width
+    if size > LARGE_GB and math.isinf(memory_gb):
+        print(f"{protocol} holds {size:.1f} GB of embeddings in memory, and copies of them; --protocol=linear none")
+    return embeddings(encoder, images, memory_gb, folder)
 
 
 def _means(each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -221,7 +233,7 @@ def suffix(usual: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 def _references(
     compared: References, train: Labelled, draws: Sequence[np.ndarray], name: Path
 ) -> list[dict[str, dict[str, float]]]:
-    images, groups, found = train.source.images(), train.source.groups, []
+    images, groups, found = train.source.all_images(), train.source.groups, []
     for seed, rows in enumerate(draws):
         options: Any = {"seed": seed, "groups": None if groups is None else groups[rows]}
         found.append(

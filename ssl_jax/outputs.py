@@ -24,7 +24,7 @@ PIECE = 1_024  # images that are decoded and classified at a time
 
 def predictions(classifier: Classifier, source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(indices [n], logits [n, K]) of the images that can be read, PIECE at a time."""
-    images, several = source.images(), len(source) > PIECE
+    images, several = source.all_images(), len(source) > PIECE
     with counting("predictions", "images") as progress:
         for start in range(0, len(source), PIECE):
             logits = classifier.logits(images[start : start + PIECE], fixed=several)
@@ -139,7 +139,7 @@ def write_test(
     from ssl_jax.evaluation import print_left_out
     from ssl_jax.report.figures import reliability
 
-    scores, groups, multilabel = classifier.logits(test.source.images()), test.source.groups, classifier.multilabel
+    scores, groups, multilabel = classifier.logits(test.source.all_images()), test.source.groups, classifier.multilabel
     write_predictions(folder / "test.csv", test.source, [(np.arange(len(scores)), scores)], classes, multilabel)
     result = evaluate_on_test(scores, test.labels, classes, groups=groups, thresholds=thresholds)
     print_numbers(result)

@@ -229,11 +229,11 @@ def run_study(
     cells: list[Cell] = []
     references: list[Cell] = []
     progress, rows = _Progress(len(cell_ids)), list[Row]()
-    evaluator = _Evaluator(config, arms, train, test.images(), test_labels)
+    evaluator = _Evaluator(config, arms, train, test.all_images(), test_labels)
     encoders = _Encoders(study, arms, get_encoder, cell_ids)
     subsets = _draw(train, study, cell_ids, encoders)
     networks = _networks(encoders, study, arms, train)
-    compared = References(networks, test.images(), test_labels, train.classes, config.eval)
+    compared = References(networks, test.all_images(), test_labels, train.classes, config.eval)
     for cell_id in cell_ids:
         encoder, encoder_digest = encoders.of(cell_id)
         examples, indices = subsets.of(cell_id), subsets.draws[cell_id]
@@ -403,7 +403,7 @@ def _draw(train: Source, study: Study, cells: Sequence[CellId], encoders: "_Enco
         else:
             draws[cell] = np.sort(chosen.order(draw, *encoders.of(cell), cell.seed)[: cell.labels])
     used = np.unique(np.concatenate(list(draws.values())))
-    examples = Examples(train.take(used).images(), labels[used], None if groups is None else groups[used])
+    examples = Examples(train.take(used).all_images(), labels[used], None if groups is None else groups[used])
     return Subsets(used, examples, draws)
 
 

@@ -65,7 +65,7 @@ Images = np.ndarray | LazyImages  # uint8 [N, H, W, C]
 def images_at(images: Images, rows: np.ndarray) -> Images:
     """The images at the indices `rows`, int [n]; those of LazyImages are decoded when they are needed."""
     if isinstance(images, LazyImages):
-        return images if _is_all(rows, len(images)) else images.source.take(rows).images()
+        return images if _is_all(rows, len(images)) else images.source.take(rows).all_images()
     return images if _is_all(rows, len(images)) else images[rows]
 
 

@@ -66,7 +66,7 @@ class Source:
         memory_gb: float = 2.0,
     ):
         """load: index -> uint8 [H,W,C]; may raise UnreadableError. labels: a function is called on first use.
-        array: all images, if they are in memory already. memory_gb: see `images`."""
+        array: all images, if they are in memory already. memory_gb: see `all_images`."""
         self.names, self.shape, self.objects = list(names), shape, objects
         self.classes = [visible(name) for name in classes]
         self.groups, self.paths, self.unreadable = groups, list(paths), dict(unreadable or {})
@@ -176,7 +176,7 @@ class Source:
             self._array = images
         return self._array
 
-    def images(self) -> Images:
+    def all_images(self) -> Images:
         """All images: an array, if they are in memory or take at most `memory_gb` (`config.data.memory_gb`); else a
         sequence that decodes what is asked for."""
         if self._array is not None or self.nbytes <= self.memory_gb * 1e9:

@@ -153,7 +153,7 @@ class _Saved:
         self.path, self.key = path, key
 
     def write(self, step: int, state: State) -> None:
-        leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        leaves: Any = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
         with files.writing(self.path) as file:
             np.savez(file, key=np.array(self.key), step=np.array(step), **leaves)
 
@@ -208,7 +208,7 @@ def _trained(
 def _validated(scorer: Scorer, state: State, held: Labelled) -> list[tuple[float, float]]:
     """The `selection_score` of each head. With one label per image only sums are kept: all logits of all heads may be
     more than memory holds."""
-    images, labels = held.source.images(), held.labels
+    images, labels = held.source.all_images(), held.labels
     if labels.ndim == 2:
         parts = [np.asarray(logits)[:, : len(rows)] for rows, logits in scorer(state, images)]
         return [selection_score(each, labels) for each in np.concatenate(parts, axis=1)]

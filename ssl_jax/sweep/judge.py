@@ -62,7 +62,7 @@ class ByLabels:
         del config, run
         key = encoder.size, encoder.channels
         if key not in self.images:
-            images = self._open(encoder.data(self.data))[0].take(self.kept).images()
+            images = self._open(encoder.data(self.data))[0].take(self.kept).all_images()
             self.images[key] = images, mean_and_error(self._validated(pixels(images)))
         images, of_pixels = self.images[key]
         return _numbers(*mean_and_error(self._validated(encoder.embed(images))), *of_pixels)
