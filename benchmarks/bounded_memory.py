@@ -33,9 +33,8 @@ ON_DEMAND = ["--config.data.memory_gb=0.1"]
 def read(data: Data) -> Source:
     """data.path: the number of training images; 10,000 others are for tests."""
     parts = {"train": range(int(data.path)), "test": range(DISTINCT // 2, DISTINCT // 2 + 10_000)}
-    keys = np.concatenate([list(part) for part in pick_parts(parts, data.split, "bounded_memory")])[
-        : data.limit or None
-    ]
+    picked = pick_parts(parts, data.split, "bounded_memory")
+    keys = np.concatenate([np.arange(part.start, part.stop) for part in picked])[: data.limit or None]
     return Source(
         [f"{i}.png" for i in range(len(keys))],
         (SIZE, SIZE, 3),
@@ -66,7 +65,7 @@ def commands(root: Path, images: int, encoder: list[str]) -> dict[str, list[str]
     few = ["--config.finetune.steps=20", "--config.finetune.epochs=0", "--config.finetune.lr=(0.001,)"]
     return {
         "pretrain, 100 steps": ["pretrain", "simclr", f"{source}:{images}", f"--workdir={run}", "--steps=100"]
-        + ["--batch=128", "--config.eval.every=100 steps", *encoder, *ON_DEMAND],
+        + ["--batch=128", "--config.optim.warmup=0 steps", "--config.eval.every=100 steps", *encoder, *ON_DEMAND],
         "evaluate knn": ["evaluate", *knn, "--protocol=knn"],
         "evaluate linear_quick": ["evaluate", *knn, "--protocol=linear_quick"],
         "evaluate linear, 1 epoch": ["evaluate", *knn, "--protocol=linear", "--config.linear.epochs=1"],
