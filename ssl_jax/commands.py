@@ -73,7 +73,8 @@ def evaluate(
     if protocol not in evaluation.PROTOCOLS:
         raise unknown("--protocol", protocol, evaluation.PROTOCOLS)
     if unlabelled and protocol == "linear":
-        raise UserError(f"--unlabelled={unlabelled}: not used by --protocol=linear; allowed: linear_quick, knn, ...")
+        rest = ", ".join(other for other in evaluation.PROTOCOLS if other != protocol)
+        raise UserError(f"--unlabelled={unlabelled}: not with --protocol=linear; allowed: {rest}")
     if labels < 0:
         raise UserError(f"--labels={labels}: allowed: 0 (all) or more")
     if seeds < 1:

@@ -31,6 +31,7 @@ from ssl_jax.train.step import batches
 VERSION = 1  # of the computation; raise it when a change to the code changes the numbers
 FOLDER = "heads"  # beside the results: what a killed evaluation goes on from
 SECONDS = 60.0  # between two saves
+AT_A_TIME = 1024  # images that are scored at a time
 Grid = Sequence[tuple[float, float]]
 
 
@@ -56,7 +57,8 @@ class Scorer:
     to spare."""
 
     def __init__(self, encoder: Encoder, spec: Spec, mesh: Any, batch: int):
-        self.mesh, self.batch = mesh, batch
+        devices = mesh.devices.size
+        self.mesh, self.batch = mesh, min(batch, max(1, AT_A_TIME // devices) * devices)
         self.weights = parallel.replicate(mesh, (encoder.params, encoder.stats))
         self.function = of_heads.compiled_logits(encoder.network, spec, mesh)
 
