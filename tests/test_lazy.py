@@ -70,7 +70,7 @@ def test_the_next_slice_is_read_ahead_once():
 
 def test_an_error_of_a_thread_is_that_of_the_slice():
     images = source(broken=range(60)).all_images()
-    with pytest.raises(UserError, match="60 of 60 files unreadable"):
+    with pytest.raises(UserError, match="'0.png': unreadable, and no other image"):
         images[0:60]
 
 
@@ -86,7 +86,7 @@ def test_small_data_are_an_array_and_the_limit_is_memory_gb():
 def test_embeddings_and_classifiers_are_the_same(never_at_once):
     encoder, images = toy_encoder(), source().all_images()
     np.testing.assert_array_equal(encoder.embed(images), encoder.embed(IMAGES))
-    settings = Finetune(steps=6, epochs=1, batch=16, lr=(1e-3, 1e-2), augment=Augment(preset="light"), pixels=True)
+    settings = Finetune(steps=6, epochs=1, batch=16, lr=(1e-3, 1e-2), augment=Augment(preset="light"))
     options = {"classes": 3, "settings": settings, "seed": 0}
     small, large = (finetuning.finetune(encoder, each, LABELS, **options) for each in (IMAGES, images))
     jax.tree.map(np.testing.assert_array_equal, small.params, large.params)
@@ -178,7 +178,7 @@ def test_a_study_is_the_same(tmp_path, monkeypatch):
     parts = [source(each.arrays(), each.labels) for each in toy_sources()]
     monkeypatch.setattr(Source, "arrays", lambda self: pytest.fail("all images at once"))
     _, _, large = toy_run(config, tmp_path / "large", train=parts[0], test=parts[1])
-    assert [row for row in small if row != "seconds"] == [row for row in large if row != "seconds"]
+    assert len(small) == 6 and str(small) == str(large)
 
 
 @pytest.mark.parametrize("memory_gb", [0.0, 1.0])
