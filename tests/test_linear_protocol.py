@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toy_encoder import toy_encoder, toy_images
 
-from ssl_jax import linear_protocol
+from ssl_jax import commands, linear_protocol
 from ssl_jax.config import Augment, Data, Model, default, resolve
 from ssl_jax.data import Source
 from ssl_jax.data.folder import from_array
@@ -22,6 +22,7 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluate.scores import selection_score
 from ssl_jax.evaluate.subsets import holdout
 from ssl_jax.linear_protocol import run
+from ssl_jax.run_folder import named_as_today
 
 NAMES, IMAGES, LABELS = ["a", "b", "c"], *toy_images(90)
 TEST = toy_images(30, seed=1)[0]
@@ -278,3 +279,18 @@ def test_few_labels_are_one_batch(tmp_path):
     trained = train(tmp_path, labelled(slice(0, 10)), config(devices=4))
     assert trained.chosen["batch"] == 8 and trained.scores(TEST[:3]).shape == (3, 3)
     assert train(tmp_path, labelled(slice(0, 3)), config(devices=4)).chosen["batch"] == 3
+
+
+def test_other_names_and_images_are_one_line():
+    with pytest.raises(UserError, match="--unlabelled=x: not with --protocol=linear; allowed: knn, linear_quick, prop"):
+        commands.evaluate("nowhere", "linear", unlabelled="x")
+    made = default("simclr")
+    made.study.protocol = "linear"
+    with pytest.raises(UserError, match="config.study.protocol='linear': is called linear_quick now; allowed: finet"):
+        resolve(made)
+
+
+def test_older_results_have_the_name_of_today():
+    older = {"protocol": "linear", "conditions": {"settings": {}}}
+    today = {"protocol": "linear", "conditions": {"settings": dataclasses.asdict(CONFIG.linear)}}
+    assert [named_as_today(each)["protocol"] for each in (older, today)] == ["linear_quick", "linear"]
