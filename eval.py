@@ -1,4 +1,4 @@
-"""`ssl-jax evaluate` for launch scripts: python eval.py --workdir=DIR --protocol=linear"""
+"""`ssl-jax evaluate` for launch scripts: python eval.py --workdir=DIR --protocol=linear_quick"""
 
 import sys
 

@@ -2,10 +2,10 @@
 
 ssl-jax pretrain --config=study_fashion_mnist --workdir=runs/fashion
 ssl-jax study --config=study_select:runs/fashion --workdir=runs/select             fine-tuned
-ssl-jax study --config=study_select:runs/fashion,linear --workdir=runs/linear      frozen embeddings: minutes
+ssl-jax study --config=study_select:runs/fashion,linear_quick --workdir=runs/linear   frozen embeddings: minutes
 
 On a run of your own, whose images have labels: --config=study_select:RUN --data=DIR; if its classes are not about
-equally frequent, study_select:RUN,unequal. Measured with the encoder of study_fashion_mnist:demo, linear, 20,000
+equally frequent, study_select:RUN,unequal. Measured with the encoder of study_fashion_mnist:demo, linear_quick, 20,000
 images: benchmarks/few_labels.md.
 """
 
@@ -23,8 +23,8 @@ def get_config(what="runs/fashion"):
     self_trained = {"finetune": {"unlabelled": "all", "teacher": "propagated", "align": align}}
     arms = {"random": {"select": "random"}, "typical": {"select": "typical"}}
     arms |= {"self-trained": {**arms["random"], **self_trained}, "both": {**arms["typical"], **self_trained}}
-    if "linear" in words:
-        config.study.protocol = "linear"
+    if linear := [word for word in words if word.startswith("linear")]:
+        config.study.protocol = linear[0]
         arms |= {draw: {"select": draw} for draw in DRAWS if draw not in arms}
     config.study.arms = {arm: {"from": run, **changes} for arm, changes in arms.items()}
     config.study.baseline = "random"

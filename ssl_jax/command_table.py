@@ -41,7 +41,11 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
         {
             "workdir": (..., ENCODER),
             "step": STEP,
-            "protocol": ("knn", "knn, linear, finetune, or propagate (labels spread to all images, then linear)"),
+            "protocol": (
+                "knn",
+                "knn, linear (SGD on crops, as papers have it), linear_quick (logistic regression), finetune, or "
+                "propagate (labels spread to all images, then linear_quick)",
+            ),
             "labels": (0, "number of labelled images to train on; 0: all"),
             "seeds": (1, "number of times these images are drawn"),
             "data": ("", f"labelled data (default: the run's own): {DATA}"),

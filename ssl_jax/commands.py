@@ -72,6 +72,9 @@ def evaluate(
 
     if protocol not in evaluation.PROTOCOLS:
         raise unknown("--protocol", protocol, evaluation.PROTOCOLS)
+    if unlabelled and protocol == "linear":
+        rest = ", ".join(other for other in evaluation.PROTOCOLS if other != protocol)
+        raise UserError(f"--unlabelled={unlabelled}: not with --protocol=linear; allowed: {rest}")
     if labels < 0:
         raise UserError(f"--labels={labels}: allowed: 0 (all) or more")
     if seeds < 1:
@@ -223,7 +226,7 @@ def finetune(
     if others is not None:
         teacher = "the classifier" if config.finetune.teacher == "finetuned" else "labels spread over their neighbours"
         print(f"then on {len(others.images)} images without a label, taught by {teacher}", flush=True)
-    known = encoder, train.source.arrays(), train.labels
+    known = encoder, train.source.all_images(), train.labels
     with trainings_watched(config.finetune, len(train.labels)) as watch:
         classifier = train_classifier(*known, others, **options, watch=watch)
     about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}
@@ -254,17 +257,17 @@ def predict(workdir: str, data: str, out: str, overrides: Sequence[str] = ()) ->
     Returns the number of predictions, the classes and the path.
     """
     from ssl_jax.classifier import load_classifier
-    from ssl_jax.outputs import write_predictions
+    from ssl_jax.outputs import predictions, write_predictions
 
     path = Path(out)
     _require_ending(path, "--out", (".csv", ".json"))
     classifier = load_classifier(workdir)
     config = settings_of(Path(workdir), overrides, classifier.about.get("read", {}))
     source, _ = _open_readable(classifier.encoder, data, config)
-    scores, classes = classifier.logits(source.arrays()), classifier.classes
-    write_predictions(path, source, scores, classes, classifier.multilabel)
-    print(f"{len(scores)} predictions: {out}")
-    return {"predictions": len(scores), "classes": classes, "out": out}
+    classes = classifier.classes
+    count = write_predictions(path, source, predictions(classifier, source), classes, classifier.multilabel)
+    print(f"{count} predictions: {out}")
+    return {"predictions": count, "classes": classes, "out": out}
 
 
 def embed(
@@ -477,10 +480,10 @@ def _require_ending(path: Path, flag: str, endings: Sequence[str]) -> None:
 
 
 def _open_readable(
-    encoder: Encoder, data: str, config: Config, labelled: bool = False, decoded: bool = True
+    encoder: Encoder, data: str, config: Config, labelled: bool = False
 ) -> tuple[Source, np.ndarray | None]:
-    """All images that can be read, however few, and with `labelled` their labels, if there are any; the source logs the
-    other images. With decoded=False they are in it, as nothing has been read yet."""
+    """All images, and with `labelled` their labels, if there are any. Nothing has been read yet: those that cannot be
+    read, however many, have a stand-in (`Source.replaced`), and are logged when they are reached."""
     spec = encoder.data(data_of(data, "--data", config.data))
     unlabelled = images_only(spec)
     try:
@@ -492,9 +495,4 @@ def _open_readable(
         source = open_source(unlabelled, "all")
     labels = source.labels if labelled else None
     source.forget_labels()  # so that any image may stand in for a damaged one
-    if decoded:
-        source.arrays()
-    readable = [i for i in range(len(source)) if i not in source.replaced]  # a stand-in shows another file's image
-    if len(readable) == len(source):
-        return source, labels
-    return source.take(readable), None if labels is None else labels[readable]
+    return source, labels

@@ -14,7 +14,7 @@ from ssl_jax.report import plots, words
 from ssl_jax.report.page import fold, note, page, table
 from ssl_jax.report.record import RunRecord, read_run
 from ssl_jax.report.reproduction import flat
-from ssl_jax.run_folder import RunFolder
+from ssl_jax.run_folder import RunFolder, named_as_today
 
 REPEATS = 1000  # of the bootstrap over test images
 HEAD = ("run", "evaluation", "score of", "score", "difference (95 % interval)", "")
@@ -94,7 +94,7 @@ def _evaluations(folder: RunFolder) -> list[Evaluated]:
         arrays = path.with_suffix(".npz")
         if not arrays.is_file():
             continue
-        about = files.read_json(path, AGAIN)
+        about = named_as_today(files.read_json(path, AGAIN))
         try:
             with np.load(arrays, allow_pickle=False) as file:
                 scores, labels, names = file["scores"], file["labels"], file["names"]

@@ -87,7 +87,7 @@ def study(
 
 def finetuning_run(encoder: Encoder, config: Config, train: Labelled, out: Path) -> Iterator[str]:
     """Lines about a classifier: its labels, steps, time and files."""
-    settings, images, classes = config.finetune, train.source.arrays(), train.source.classes
+    settings, images, classes = config.finetune, train.source.all_images(), train.source.classes
     yield f"data      {describe_source(train.source)}"
     steps = finetuning.length(settings, len(train.labels))
     alone, students = finetuning.trainings(settings)

@@ -40,12 +40,12 @@ def embed(
 ) -> None:
     """Writes features of the images to a file or folder, with their paths and, where the data have them, their labels.
 
-    open_readable: (encoder, data, config, labelled, decoded) -> source and labels
+    open_readable: (encoder, data, config, labelled) -> source and labels
     """
     check_out(out, which)
     encoder, config = load_with_settings(workdir, step, overrides)
     whole = out.suffix in ENDINGS
-    opened = open_readable(encoder, data, config, labelled=True, decoded=whole)
+    opened = open_readable(encoder, data, config, labelled=True)
     print((write_file if whole else write_folder)(out, encoder, opened, which))
 
 
@@ -78,16 +78,20 @@ def check_out(path: Path, which: str) -> None:
 
 def write_file(path: Path, encoder: Encoder, opened: Opened, which: str) -> str:
     """Writes one file, see `outputs.write_embeddings`; with patches, a .npz file that has them, too, or in the place of
-    the embeddings. All images and features are in memory. Returns what was written, in words."""
+    the embeddings. All features are in memory; images that cannot be read are left out. Returns what was written, in
+    words."""
     source, labels = opened
+    found, names = features_of(encoder, source.all_images(), which), source.names
+    if source.replaced:  # a stand-in shows another image
+        kept = np.array([i for i in range(len(source)) if i not in source.replaced])
+        found, names = {name: features[kept] for name, features in found.items()}, [names[i] for i in kept]
+        labels = None if labels is None else labels[kept]
     if which == "cls":
-        found = {"embedding": encoder.embed(source.arrays())}
-        write_embeddings(path, source.names, found["embedding"], labels, source.classes)
+        write_embeddings(path, names, found["embedding"], labels, source.classes)
     else:
-        found = features_of(encoder, source.arrays(), which)
-        files.write_npz(path, **_arrays(found, source.names, labels, source.classes))
+        files.write_npz(path, **_arrays(found, names, labels, source.classes))
     beside = "" if labels is None else f", labels of {len(source.classes)} classes"
-    return f"{_described(len(source), {k: v.shape[1:] for k, v in found.items()})}{beside}: {path}"
+    return f"{_described(len(names), {k: v.shape[1:] for k, v in found.items()})}{beside}: {path}"
 
 
 def write_folder(folder: Path, encoder: Encoder, opened: Opened, which: str) -> str:

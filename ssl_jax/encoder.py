@@ -39,9 +39,10 @@ class Encoder(NamedTuple):
     def embed(self, images: Any, batch: int = 256, fixed: bool = False) -> np.ndarray:
         """Embeddings float32 [N, D] of N images.
 
-        images: an array [N, H, W, C], or [N, H, W] of gray images; or a list of arrays [H, W, C] and Pillow images,
-            each of its own size. Integers are from 0 to 255, floats from 0 to 1. An image that is not `size` px large
-            is treated like an image file: its central square is resized. A single image is a list of one.
+        images: an array [N, H, W, C], or [N, H, W] of gray images; `Source.all_images`; or a list of arrays [H, W, C]
+            and Pillow images, each of its own size. Integers are from 0 to 255, floats from 0 to 1. An image that is
+            not `size` px large is treated like an image file: its central square is resized. A single image is a list
+            of one.
         batch: images at a time, on a CPU at most a million pixels; if there are fewer, their number is padded to a
             power of two, which is compiled once.
         fixed: pad to `batch` instead, so that a single compilation serves calls with any number of images.
@@ -75,13 +76,15 @@ class Encoder(NamedTuple):
             return [np.zeros((0, *shape), np.float32) for shape in self.shapes(dense)]
         if jax.default_backend() == "cpu":
             batch = min(batch, 1 << max(0, (PIXELS_ON_CPU // self.size**2).bit_length() - 1))
-        full, parts = batch if fixed else min(batch, 1 << (count - 1).bit_length()), []
+        full, whole = batch if fixed else min(batch, 1 << (count - 1).bit_length()), list[np.ndarray]()
         for start in range(0, count, full):
             part = as_images(images, slice(start, start + full), self.size, self.channels)
             padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
             found = self._call(compiled_embed(self.network), padded, dense)
-            parts.append([np.asarray(each)[: len(part)] for each in found])
-        return [np.concatenate(each) for each in zip(*parts, strict=True)]
+            whole = whole or [np.empty((count, *each.shape[1:]), each.dtype) for each in found]
+            for all_of_them, each in zip(whole, found, strict=True):
+                all_of_them[start : start + len(part)] = np.asarray(each)[: len(part)]
+        return whole
 
     def _call(self, function: Callable[..., Any], images: Any, dense: bool) -> tuple[Any, ...]:
         if not dense:
@@ -120,7 +123,12 @@ def compiled_embed(network: Network) -> Any:
     def embed(params, stats, images, **dense):
         return network.apply(params, stats, center_view(images, images.shape[1]), train=False, **dense)[0]
 
-    return jax.jit(embed, static_argnames="dense", compiler_options={} if network.patch else _without_ynnpack())
+    return jax.jit(embed, static_argnames="dense", compiler_options=compiler_options(network))
+
+
+def compiler_options(network: Network) -> dict[str, Any]:
+    """With which a frozen encoder is compiled; see `compiled_embed`."""
+    return {} if network.patch else _without_ynnpack()
 
 
 # Equal networks must be the same object, so that jit compiles each only once per process.

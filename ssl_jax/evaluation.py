@@ -4,6 +4,7 @@ conditions."""
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax import files
+from ssl_jax import files, linear_protocol
 from ssl_jax.config import Config, Data
 from ssl_jax.data.labelled import Labelled
+from ssl_jax.data.lazy import Images, LazyImages, images_at
 from ssl_jax.encoder import Encoder
 from ssl_jax.evaluate.finetuning import loss_curve, still_falling
 from ssl_jax.evaluate.knn import knn_scores
@@ -22,10 +24,13 @@ from ssl_jax.evaluate.propagation import spread_bank
 from ssl_jax.evaluate.references import RANDOM, References, over_pixels
 from ssl_jax.evaluate.scores import interval, metrics
 from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
+from ssl_jax.evaluate.stored import embeddings
 from ssl_jax.evaluate.subsets import nested_subset, without_positive
 from ssl_jax.report.tables import main_metric
 
-PROTOCOLS = ("knn", "linear", "propagate", "finetune")
+PROTOCOLS = ("knn", "linear", "linear_quick", "propagate", "finetune")
+LARGE_GB = 2.0  # of embeddings in memory: more is told
+CHOSEN = ("lr", "weight_decay", "validation")  # by the protocol linear, printed for each draw
 HOW_READ = (
     "cache",
     "workers",
@@ -36,7 +41,7 @@ HOW_READ = (
 
 def learns_from_others(config: Config, protocol: str) -> bool:
     """Whether a protocol also learns from images without a label."""
-    return protocol == "propagate" or config.finetune.unlabelled == "all"
+    return protocol == "propagate" or protocol != "linear" and config.finetune.unlabelled == "all"
 
 
 def evaluate(
@@ -65,9 +70,14 @@ def evaluate(
             print(f"draw {seed}: no image of {', '.join(absent)} among the {len(draw)} labelled images")
     learns = others is None and learns_from_others(config, protocol)
     used = every if learns else np.unique(np.concatenate(draws))  # all images, but not all labels
-    pool = Labelled(train.source.take(used), train.labels[used])
-    draws, test_images = [np.searchsorted(used, draw) for draw in draws], test.source.arrays()
-    scores, curve = _scores(encoder, config, protocol, pool, draws, test_images, others)
+    pool = train if len(used) == count else Labelled(train.source.take(used), train.labels[used])
+    draws, test_images = [np.searchsorted(used, draw) for draw in draws], test.source.all_images()
+    curve: list[float] | None = None
+    chosen: list[dict[str, Any]] | None = None
+    if protocol == "linear":
+        scores, chosen = _linear(encoder, config, pool, draws, test_images, path, about)
+    else:
+        scores, curve = _scores(encoder, config, protocol, pool, draws, test_images, others, path.parent)
     each = [metrics(s, test.labels, classes) for s in scores]
     compared = References({RANDOM: encoder}, test_images, test.labels, classes, config.eval)
     # Those of all protocols and steps are the same.
@@ -85,6 +95,7 @@ def evaluate(
         **_means([{name: value for name, value in m.items() if isinstance(value, float)} for m in each]),
         "references": {name: _means([scores[name] for scores in beside]) for name in beside[0]},
         "loss": curve,
+        **({} if chosen is None else {"chosen": chosen}),
         **about,
     }
     arrays = {"scores": np.stack(scores), "labels": test.labels, "names": np.array(test.source.names)}
@@ -93,8 +104,31 @@ def evaluate(
     _print(result, beside)  # first, so that a full disk loses no number
     files.write_npz(path.with_name(f"{path.name}.npz"), **arrays)
     files.write_json(path.with_name(f"{path.name}.json"), result)
+    linear_protocol.finished(path, seeds)
     print(f"predictions: {path}.npz")
     return result
+
+
+def _linear(
+    encoder: Encoder,
+    config: Config,
+    train: Labelled,
+    draws: Sequence[np.ndarray],
+    test_images: Images,
+    path: Path,
+    about: Mapping[str, Any],
+) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+    """For each draw, the scores [N, K] of the test images, and what was chosen (`linear_protocol.train`)."""
+    scores, chosen = [], []
+    for seed, rows in enumerate(draws):
+        part = train if len(rows) == len(train.labels) else Labelled(train.source.take(rows), train.labels[rows])
+        options: Any = {"classes": len(train.source.classes), "seed": seed, "path": path, "inputs": about["conditions"]}
+        trained = linear_protocol.train(encoder, config, part, **options)
+        best = ", ".join(f"{key} {trained.chosen[key]:.4g}" for key in CHOSEN if key in trained.chosen)
+        print(f"draw {seed}: {best}", flush=True)
+        scores.append(trained.scores(test_images))
+        chosen.append(trained.chosen)
+    return scores, chosen
 
 
 def _scores(
@@ -103,26 +137,33 @@ def _scores(
     protocol: str,
     train: Labelled,
     draws: Sequence[np.ndarray],
-    test_images: np.ndarray,
+    test_images: Images,
     others: Unlabelled | None,
+    folder: Path,
 ) -> tuple[list[np.ndarray], list[float] | None]:
     """For each draw of labelled images, the scores [N, K] that a classifier trained on it gives to the test images;
     and the mean loss curve of fine-tuning."""
-    images, labels, all_groups = train.source.arrays(), train.labels, train.source.groups
-    classes = len(train.source.classes)
+    images, labels, all_groups = train.source.all_images(), train.labels, train.source.groups
+    classes, spread, scores, curves = len(train.source.classes), learns_from_others(config, protocol), [], []
     if protocol != "finetune":
-        features, test_features = encoder.embed(images), encoder.embed(test_images)
-    pool, pool_groups = Unlabelled(images) if others is None else others, None if others else all_groups
-    spread, scores, curves = learns_from_others(config, protocol), [], []
+        # Neighbours are looked for in a part of the embeddings at a time; what is trained has all of them in memory.
+        memory = train.source.memory_gb if protocol == "knn" and not spread else math.inf
+        features, test_features = (_embedded(encoder, each, memory, folder, protocol) for each in (images, test_images))
+    pool, pool_groups = others, None
+    if pool is None:
+        given = train.source if isinstance(images, LazyImages) else images
+        pool, pool_groups = Unlabelled(given, train.source.memory_gb), all_groups
+    everything = np.arange(len(labels))
     for seed, rows in enumerate(draws):
         groups = None if all_groups is None else all_groups[rows]
         if protocol == "finetune":
             options = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
-            classifier = train_classifier(encoder, images[rows], labels[rows], pool, **options)
+            classifier = train_classifier(encoder, images_at(images, rows), labels[rows], pool, **options)
             scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))
             continue
-        known, kind = (features[rows], labels[rows]), dict[str, Any](classes=classes)
+        known = (features if np.array_equal(rows, everything) else features[rows]), labels[rows]
+        kind = dict[str, Any](classes=classes)
         if spread:
             known = spread_bank(*known, pool.neighbourhood(encoder), **kind, align=config.finetune.align)
             groups = None if groups is None or pool_groups is None else np.concatenate([groups, pool_groups])
@@ -132,6 +173,14 @@ def _scores(
         else:
             scores.append(linear_probe(*known, **kind, seed=seed, groups=groups).scores(test_features))
     return scores, np.mean(curves, axis=0).tolist() if curves else None
+
+
+def _embedded(encoder: Encoder, images: Images, memory_gb: float, folder: Path, protocol: str) -> Any:
+    """As `stored.embeddings`; a line tells if much is held in memory, however large that is."""
+    size = 4e-9 * len(images) * encoder.width
+    if size > LARGE_GB and math.isinf(memory_gb):
+        print(f"{protocol} holds {size:.1f} GB of embeddings in memory, and copies of them; --protocol=linear none")
+    return embeddings(encoder, images, memory_gb, folder)
 
 
 def _means(each: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -153,7 +202,8 @@ def conditions(
         spread = {"unlabelled": "all", **spread} if config.finetune.unlabelled == "all" else {}
     settings: dict[str, dict[str, Any]] = {
         "knn": {key: getattr(config.eval, key) for key in ("knn_k", "knn_temperature")} | spread,
-        "linear": spread,
+        "linear": dataclasses.asdict(config.linear),
+        "linear_quick": spread,
         "propagate": spread,
         "finetune": config.finetune.inputs(),
     }
@@ -183,11 +233,13 @@ def suffix(usual: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 def _references(
     compared: References, train: Labelled, draws: Sequence[np.ndarray], name: Path
 ) -> list[dict[str, dict[str, float]]]:
-    images, groups, found = train.source.arrays(), train.source.groups, []
+    images, groups, found = train.source.all_images(), train.source.groups, []
     for seed, rows in enumerate(draws):
         options: Any = {"seed": seed, "groups": None if groups is None else groups[rows]}
         found.append(
-            compared.of(name.with_name(f"{name.name}-{seed}.json"), images[rows], train.labels[rows], **options)
+            compared.of(
+                name.with_name(f"{name.name}-{seed}.json"), images_at(images, rows), train.labels[rows], **options
+            )
         )
     return found
 

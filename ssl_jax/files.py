@@ -10,15 +10,16 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -31,7 +32,14 @@ HOUR = 3600  # s; no write of a single file takes longer
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Atomic: a reader, or a restart after a kill, sees either the old file or the new one.
+    """Writes a file with this content, as `writing` does."""
+    with writing(path, durable=durable) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to. Atomic: a reader, or a restart after a kill, sees either the old file or the new one.
 
     durable: returns when the file and its name are on the disk, so that a power failure cannot take them back. It costs
     milliseconds. Raises UserError if the file cannot be written.
@@ -41,17 +49,19 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     try:
         _make_folder(path.parent, durable)
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
             _sync_folder(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: not written ({error.strerror})") from error
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: not written ({error.strerror})") from error
+        raise
 
 
 def _make_folder(folder: Path, durable: bool) -> None:
@@ -118,10 +128,16 @@ def json_digest(value: Mapping[str, Any]) -> str:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], end: str = "\n") -> None:
-    """Text that a spreadsheet would take for a formula gets an apostrophe in front, as OWASP advises."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator=end).writerows([_neutral(cell) for cell in row] for row in (header, *rows))
-    write_bytes(path, text.getvalue().encode())
+    """Text that a spreadsheet would take for a formula gets an apostrophe in front, as OWASP advises.
+
+    Rows are written as they come; they are not held in memory.
+    """
+    with writing(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        lines = itertools.chain([header], rows)
+        csv.writer(text, lineterminator=end).writerows([_neutral(cell) for cell in row] for row in lines)
+        text.flush()
+        text.detach()
 
 
 def _neutral(cell: Any) -> Any:

@@ -4,7 +4,8 @@ import contextlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,58 @@ from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import Classifier, length, probabilities, trainings
 from ssl_jax.progress import counting
 
+PIECE = 1_024  # images that are decoded and classified at a time
 
-def write_predictions(path: Path, source: Source, scores: np.ndarray, classes: Sequence[str], multilabel: bool) -> None:
+
+def predictions(classifier: Classifier, source: Source) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(indices [n], logits [n, K]) of the images that can be read, PIECE at a time."""
+    images, several = source.all_images(), len(source) > PIECE
+    with counting("predictions", "images") as progress:
+        for start in range(0, len(source), PIECE):
+            logits = classifier.logits(images[start : start + PIECE], fixed=several)
+            rows = np.arange(start, start + len(logits))
+            kept = np.array([i not in source.replaced for i in rows.tolist()])  # a stand-in shows another image
+            yield rows[kept], logits[kept]
+            if several:
+                progress(start + len(logits), len(source))
+
+
+def write_predictions(
+    path: Path,
+    source: Source,
+    scores: Iterable[tuple[np.ndarray, np.ndarray]],
+    classes: Sequence[str],
+    multilabel: bool,
+) -> int:
     """Writes a .csv file: path, patient (if the data name one), predicted class (unless an image can have several), and
-    one probability per class. Or a .json file: a list of such rows, the probabilities under "probabilities".
+    one probability per class. Or a .json file: a list of such rows, the probabilities under "probabilities". Rows are
+    written as they come. Returns their number.
 
-    scores: logits [N, K].
+    scores: (indices [n], logits [n, K]) of parts of the images.
     """
-    shares = probabilities(scores, multilabel)
-    columns: dict[str, Sequence[Any]] = {"path": source.names}
-    if source.groups is not None:
-        columns["patient"] = source.groups.tolist()
-    if not multilabel:
-        columns["predicted"] = [classes[i] for i in shares.argmax(axis=1)]
-    # With every digit: rounded probabilities near 0 and 1 would tie, which changes AUCs and thresholds.
-    rows = list(zip(*columns.values(), shares.tolist(), strict=True))
-    if path.suffix == ".json":
-        listed = [dict(zip(columns, first)) | {"probabilities": dict(zip(classes, p))} for *first, p in rows]
-        files.write_bytes(path, (json.dumps(listed, indent=1) + "\n").encode())
-    else:
-        files.write_csv(path, [*columns, *classes], [[*first, *p] for *first, p in rows], end="\r\n")
+    first = ["path", *["patient"] * (source.groups is not None), *["predicted"] * (not multilabel)]
+    count = 0
+
+    def rows() -> Iterator[tuple[list[Any], list[float]]]:
+        nonlocal count
+        for indices, logits in scores:
+            shares = probabilities(logits, multilabel)
+            # With every digit: rounded probabilities near 0 and 1 would tie, which changes AUCs and thresholds.
+            for i, best, each in zip(indices.tolist(), shares.argmax(axis=1).tolist(), shares.tolist(), strict=True):
+                patient = [] if source.groups is None else [source.groups[i].item()]
+                yield [source.names[i], *patient, *[classes[best]] * (not multilabel)], each
+                count += 1
+
+    if path.suffix != ".json":
+        files.write_csv(path, [*first, *classes], ([*about, *p] for about, p in rows()), end="\r\n")
+        return count
+    with files.writing(path) as file:
+        for about, p in rows():
+            row = dict(zip(first, about, strict=True)) | {"probabilities": dict(zip(classes, p, strict=True))}
+            start = ",\n" if count else "[\n"
+            file.write((start + textwrap.indent(json.dumps(row, indent=1), " ")).encode())
+        file.write(b"\n]\n" if count else b"[]\n")
+    return count
 
 
 def write_embeddings(
@@ -106,8 +139,8 @@ def write_test(
     from ssl_jax.evaluation import print_left_out
     from ssl_jax.report.figures import reliability
 
-    scores, groups, multilabel = classifier.logits(test.source.arrays()), test.source.groups, classifier.multilabel
-    write_predictions(folder / "test.csv", test.source, scores, classes, multilabel)
+    scores, groups, multilabel = classifier.logits(test.source.all_images()), test.source.groups, classifier.multilabel
+    write_predictions(folder / "test.csv", test.source, [(np.arange(len(scores)), scores)], classes, multilabel)
     result = evaluate_on_test(scores, test.labels, classes, groups=groups, thresholds=thresholds)
     print_numbers(result)
     if multilabel:

@@ -268,6 +268,14 @@ def compared(saved: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str
     return [key for key in differences(before, new) if not key.startswith(FREE_KEYS)], moved
 
 
+def named_as_today(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The content of an evaluation's file. The protocol linear_quick was called linear at first: files
+    from then have none of today's options of linear."""
+    settings = evaluation.get("conditions", {}).get("settings", {})
+    older = evaluation.get("protocol") == "linear" and "optimizer" not in settings
+    return {**evaluation, "protocol": "linear_quick"} if older else evaluation
+
+
 def _follow(saved: dict[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Takes over into `saved` the new place of files that are gone from the old one; returns a line about each."""
     lines = []

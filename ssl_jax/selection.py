@@ -91,16 +91,17 @@ def embed(encoder: Encoder, source: Source) -> tuple[np.ndarray, np.ndarray]:
 
     PIECE images are decoded at a time.
     """
-    features, readable = [], []
+    features, readable = np.empty((len(source), encoder.width), np.float32), list[int]()
     with counting("embedding", "images") as progress:
         for start in range(0, len(source), PIECE):
             part = source.take(range(start, min(start + PIECE, len(source))))
             images = part.arrays()
             kept = [i for i in range(len(part)) if i not in part.replaced]  # a stand-in shows another image
-            features.append(encoder.embed(images[kept] if part.replaced else images))
+            found = encoder.embed(images[kept] if part.replaced else images)
+            features[len(readable) : len(readable) + len(kept)] = found
             readable += [start + i for i in kept]
             progress(start + len(part), len(source))
-    return np.concatenate(features), np.array(readable, np.int64)
+    return features[: len(readable)], np.array(readable, np.int64)
 
 
 class _Pool:

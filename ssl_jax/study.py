@@ -28,6 +28,7 @@ from ssl_jax import files
 from ssl_jax.config import Config, Data, Finetune, Model, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_indices, labelled_part
+from ssl_jax.data.lazy import Images, images_at
 from ssl_jax.data.source import Source
 from ssl_jax.encoder import Encoder, given_encoder, model_of, plain
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
@@ -61,7 +62,7 @@ class CellId(NamedTuple):
 class Examples(NamedTuple):
     """The labelled images that a cell trains on."""
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
     groups: np.ndarray | None
 
@@ -76,7 +77,7 @@ class Subsets(NamedTuple):
     def of(self, cell: CellId) -> Examples:
         rows = np.searchsorted(self.used, self.draws[cell])
         images, labels, groups = self.examples
-        return Examples(images[rows], labels[rows], None if groups is None else groups[rows])
+        return Examples(images_at(images, rows), labels[rows], None if groups is None else groups[rows])
 
 
 def from_scratch(changes: Mapping[str, Any]) -> bool:
@@ -228,11 +229,11 @@ def run_study(
     cells: list[Cell] = []
     references: list[Cell] = []
     progress, rows = _Progress(len(cell_ids)), list[Row]()
-    evaluator = _Evaluator(config, arms, train, test.arrays(), test_labels)
+    evaluator = _Evaluator(config, arms, train, test.all_images(), test_labels)
     encoders = _Encoders(study, arms, get_encoder, cell_ids)
     subsets = _draw(train, study, cell_ids, encoders)
     networks = _networks(encoders, study, arms, train)
-    compared = References(networks, test.arrays(), test_labels, train.classes, config.eval)
+    compared = References(networks, test.all_images(), test_labels, train.classes, config.eval)
     for cell_id in cell_ids:
         encoder, encoder_digest = encoders.of(cell_id)
         examples, indices = subsets.of(cell_id), subsets.draws[cell_id]
@@ -302,20 +303,19 @@ class _Encoders:
 class _Evaluator:
     """Trains the classifier of a cell and scores it on the test images."""
 
-    def __init__(
-        self, config: Config, arms: Mapping[str, Config], train: Source, images: np.ndarray, labels: np.ndarray
-    ):
+    def __init__(self, config: Config, arms: Mapping[str, Config], train: Source, images: Images, labels: np.ndarray):
         self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, train.classes
         self.unlabelled, self.groups = Unlabelled(train, config.data.memory_gb), train.groups
         self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
-        self.shared_inputs = {"test": digest(images, labels), "classes": self.classes, "protocol": self.protocol}
+        protocol = self.protocol.removesuffix("_quick")  # the name that linear_quick had in the keys of older cells
+        self.shared_inputs = {"test": digest(images, labels), "classes": self.classes, "protocol": protocol}
         self.test_features: dict[str, np.ndarray] = {}  # by the encoder's digest
 
     def key(self, cell: CellId, encoder_digest: str, indices: np.ndarray, examples: Examples) -> str:
         """A hash of everything that the cell depends on."""
         labels = digest(indices, *(array for array in examples if array is not None))
         settings = self.settings[cell.arm].inputs()
-        if self.protocol == "linear":
+        if self.protocol == "linear_quick":
             settings = {key: settings[key] for key in ("unlabelled", "align") if key in settings}
         own = {"labels": labels, "seed": cell.seed, "settings": settings or None, "encoder": encoder_digest}
         if "unlabelled" in settings:
@@ -327,7 +327,7 @@ class _Evaluator:
         start = time.monotonic()
         options: Any = {"classes": len(self.classes), "seed": cell.seed, "groups": examples.groups}
         result: dict[str, Any] = {}
-        if self.protocol == "linear":
+        if self.protocol == "linear_quick":
             known = encoder.embed(examples.images, fixed=True), examples.labels
             if self.settings[cell.arm].unlabelled == "none":
                 probe = linear_probe(*known, **options)
@@ -403,7 +403,7 @@ def _draw(train: Source, study: Study, cells: Sequence[CellId], encoders: "_Enco
         else:
             draws[cell] = np.sort(chosen.order(draw, *encoders.of(cell), cell.seed)[: cell.labels])
     used = np.unique(np.concatenate(list(draws.values())))
-    examples = Examples(train.take(used).arrays(), labels[used], None if groups is None else groups[used])
+    examples = Examples(train.take(used).all_images(), labels[used], None if groups is None else groups[used])
     return Subsets(used, examples, draws)
 
 

@@ -86,11 +86,12 @@ def test_views(images, capsys):
     assert out.stat().st_size > 1000
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear", "finetune"])
+@pytest.mark.parametrize("protocol", ["knn", "linear", "linear_quick", "finetune"])
 def test_evaluate_and_recompute_from_saved_predictions(trained, protocol, capsys):
-    more = ["--config.finetune.steps=5", "--config.finetune.lr=(0.001,)"]
+    more = ["--config.finetune.steps=5", "--config.finetune.lr=(0.001,)", "--config.linear.epochs=3"]
     assert ssl_jax("evaluate", f"--workdir={trained}", f"--protocol={protocol}", "--labels=12", "--seeds=2", *more) == 0
-    name = "finetune-12-settings-??????" if protocol == "finetune" else f"{protocol}-12"  # others than the run's own
+    changed = "-settings-??????" * (protocol in ("finetune", "linear"))  # others than the run's own
+    name = f"{protocol}-12{changed}"
     (path,) = (trained / "evaluation").glob(f"{name}.json")
     made, saved = json.loads(path.read_text()), np.load(path.with_suffix(".npz"))
     again = [(scores.argmax(axis=1) == saved["labels"]).mean() for scores in saved["scores"]]

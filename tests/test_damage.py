@@ -362,7 +362,7 @@ def tables_only(monkeypatch):
 
 
 def test_a_damaged_cell_is_run_again_and_said(tmp_path, tables_only):
-    config = toy_config(protocol="linear", labels=(6,))
+    config = toy_config(protocol="linear_quick", labels=(6,))
     toy_run(config, tmp_path)
     tables = toy_tables(tmp_path)
     arm = tmp_path / "cells" / "good" / "6"
@@ -388,7 +388,7 @@ def test_a_damaged_cell_is_run_again_and_said(tmp_path, tables_only):
 
 
 def test_a_study_makes_its_own_files_anew(tmp_path, tables_only):
-    config = toy_config(protocol="linear", labels=(6,), seeds=1)
+    config = toy_config(protocol="linear_quick", labels=(6,), seeds=1)
     toy_run(config, tmp_path)
     names = ("study.json", "config.json", "summary.md", "summary.csv", "test.npz")
     sound = {name: (tmp_path / name).read_bytes() for name in names}

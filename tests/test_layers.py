@@ -21,7 +21,7 @@ LAYERS = [
     {"evaluate", "selection"},
     {"classifier"},
     {"train"},
-    {"load", "testing", "audit", "phantom"},
+    {"load", "testing", "audit", "phantom", "linear_protocol"},
     {"report"},
     {"study", "plan", "evaluation", "dry_runs", "sklearn", "check", "searching", "comparing", "to_label", "weights"},
     {"sweep"},

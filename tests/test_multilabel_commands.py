@@ -76,9 +76,10 @@ def npz(tmp_path, name="data.npz"):
 
 
 FAST = [f"--config.finetune.{key}" for key in ("steps=60", "epochs=0", "batch=32", "lr=(1e-4,3e-3)")]
+FAST.append("--config.linear.epochs=20")
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear", "propagate", "finetune"])
+@pytest.mark.parametrize("protocol", ["knn", "linear", "linear_quick", "propagate", "finetune"])
 def test_evaluate(encoder, opened, protocol, capsys):
     made = commands.evaluate(str(encoder), protocol, labels=60, seeds=2, overrides=FAST)
     (path,) = (encoder / "evaluation").glob(f"{protocol}-60*.npz")
@@ -99,7 +100,7 @@ def test_evaluate(encoder, opened, protocol, capsys):
     assert made["references"]["raw pixels, linear"]["mean"]["macro_auc"] > 0.5
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear", "propagate"])
+@pytest.mark.parametrize("protocol", ["knn", "linear_quick", "propagate"])
 def test_evaluate_learns_from_other_images(protocol, encoder, opened, tmp_path):
     more = str(tmp_path / "more.npz")
     np.savez(more, images=source(30, 2).arrays())
@@ -109,7 +110,7 @@ def test_evaluate_learns_from_other_images(protocol, encoder, opened, tmp_path):
     assert "unlabelled" not in own["conditions"] and other["conditions"]["unlabelled"]["path"] == more
     assert own["mean"] != other["mean"] and other["mean"]["macro_auc"] > 0.7
     assert own["conditions"]["settings"] != other["conditions"]["settings"] or protocol == "propagate"
-    if protocol == "linear":  # the same as `propagate`, which takes all training images if no others are given
+    if protocol == "linear_quick":  # the same as `propagate`, which takes all training images if no others are given
         assert other["mean"] == commands.evaluate(str(encoder), "propagate", labels=60, unlabelled=more)["mean"]
 
 

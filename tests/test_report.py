@@ -173,7 +173,7 @@ def test_an_encoder_below_raw_pixels_is_not_called_healthy(tmp_path):
     beside(folder, "linear-30", 0.7)
     text = text_of(write_report(folder))
     assert "healthy" not in text
-    assert "with 30 labels of /x/<scans>.csv, linear reaches 66.1 %, raw pixels 70.0 %." in text
+    assert "with 30 labels of /x/<scans>.csv, linear_quick reaches 66.1 %, raw pixels 70.0 %." in text
     add_evaluation(folder, "finetune-30")  # another protocol beats them on the same labels
     beside(folder, "finetune-30", 0.7, mean={"top1": 0.71})
     assert "The embedding is healthy" in text_of(write_report(folder))

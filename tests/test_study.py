@@ -111,8 +111,8 @@ def test_the_linear_protocol_and_renumbered_test_classes(tmp_path):
     moved = from_array(
         test.arrays(), np.argsort(order)[test.labels], [NAMES[i] for i in order], Data(name="npz"), "there"
     )
-    toy_run(toy_config(protocol="linear"), tmp_path / "a")
-    toy_run(toy_config(protocol="linear", finetune={"steps": 99}), tmp_path / "b", test=moved)
+    toy_run(toy_config(protocol="linear_quick"), tmp_path / "a")
+    toy_run(toy_config(protocol="linear_quick", finetune={"steps": 99}), tmp_path / "b", test=moved)
     assert toy_tables(tmp_path / "a") == toy_tables(tmp_path / "b")
     cell = json.loads((tmp_path / "a/cells/good/30/0.json").read_text())
     assert cell["scores"]["top1"] > 0.7 and set(cell["chosen"]) == {"strength", "validation"}

@@ -44,6 +44,9 @@ _CHEST_XRAY = View(rotate=10.0, flip=0.5, perspective=0.2, perspective_prob=0.5)
 # Ours, for fine-tuning on few labels: a mild crop and a flip.
 _LIGHT = View(crop_scale=(0.6, 1.0), flip=0.5)
 
+# The linear protocol: crops of torchvision's RandomResizedCrop, and a flip (facebookresearch/dino, eval_linear.py).
+_CROPS = View(crop_scale=(0.08, 1.0), flip=0.5)
+
 # AET (arXiv 1901.04596; maple-research-lab/AET, cifar/affine/main.py): rotation, shear, zoom and shift of the second
 # view; corners move by up to an eighth of the side as in cifar/projective, but only inwards. Colours as in _SMALL, but
 # for every image. No crop, because a rotation about the image's centre would also move the content of a crop elsewhere.
@@ -70,6 +73,7 @@ PRESETS: dict[str, tuple[View, View]] = {
     "grayscale": (_GRAYSCALE, _GRAYSCALE),
     "chest_xray": (_CHEST_XRAY, _CHEST_XRAY),
     "light": (_LIGHT, _LIGHT),
+    "crops": (_CROPS, _CROPS),
     "transformation": (_FLIP, _WARPED),
     "none": (View(), View()),
 }

@@ -242,6 +242,38 @@ class Finetune:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """The protocol `linear`: a linear classifier on frozen features of random crops. Every learning rate is trained
+    with every weight decay, all at once; the best on held-out labels is used."""
+
+    optimizer: Literal["sgd", "lars"] = option("sgd", "optimizer; lars: biases have neither its ratio nor weight decay")
+    epochs: int = option(100, "passes over the labelled images", min=1)
+    batch: int = option(256, "images per step, over all devices; at most as many as there are", min=1)
+    lr: tuple[float, ...] = option(
+        (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+        "peak learning rates for a batch of `lr_batch`; scaled linearly with the batch",
+        min=0,
+    )
+    lr_batch: int = option(256, "batch that `lr` is meant for; 0: `lr` is used unscaled", min=0)
+    schedule: Literal["cosine", "constant", "step"] = option(
+        "cosine", "after the warm-up, step by step; step: x 0.1 at 60 % and at 80 %"
+    )
+    warmup: Duration = option("0 epochs", "linear rise of the learning rate from 0 before the schedule")
+    momentum: float = option(0.9, "of the optimizer", min=0, below=1)
+    nesterov: bool = option(False, "sgd: Nesterov's momentum")
+    weight_decay: tuple[float, ...] = option((0.0,), "added to the gradient; each is tried with each lr", min=0)
+    augment: Augment = option(Augment(preset="crops"), "views of the images; same keys as config.augment")
+    blocks: int = option(
+        0, "ViT: the class tokens of its last n blocks side by side, each after the last norm; 0: the embedding", min=0
+    )
+    patches: bool = option(False, "ViT: and the mean of the last block's patches")
+    batch_norm: bool = option(False, "features pass a BatchNorm without scale and shift first, as in MAE's source")
+    validation: float = option(
+        0.1, "share of the labels held out to choose by, if there is a choice; it is not trained on", above=0, below=1
+    )
+
+
+@dataclass(frozen=True)
 class Study:
     """A comparison of arms x label counts x seeds."""
 
@@ -250,7 +282,7 @@ class Study:
         'arm -> what differs from the config, nested like it; {"from": PATH}: encoder of a run, or given weights',
     )
     baseline: str = option("scratch", "arm that the others are compared with; an empty arm starts from random weights")
-    protocol: Literal["finetune", "linear"] = option("finetune", "how encoders are evaluated")
+    protocol: Literal["finetune", "linear_quick"] = option("finetune", "how encoders are evaluated")
     labels: tuple[int, ...] = option((50, 100, 250, 1000), "label counts; each draw contains the smaller ones", min=1)
     draw: Literal["stratified", "random", "typical", "coverage", "kcenter"] = option(
         "stratified",
@@ -265,6 +297,8 @@ class Study:
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str) -> "Study":
         """From a config file. Relative paths of runs become absolute."""
+        if values.get("protocol") == "linear":
+            raise UserError(f"{key}.protocol='linear': is called linear_quick now; allowed: finetune, linear_quick")
         study, arms = cls(**fields.convert_all(cls, values, key)), {}
         for arm, changes in study.arms.items():
             if not isinstance(changes, Mapping):
@@ -289,6 +323,7 @@ class Config:
     train: Train
     eval: Eval
     finetune: Finetune
+    linear: Linear
     study: Study
     on_collapse: Literal["warn", "stop"] = option("warn", "what to do when the embeddings have collapsed")
     log: str = option("", "where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, separated by commas")

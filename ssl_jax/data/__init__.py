@@ -5,6 +5,7 @@ folder, an entry point of an installed package, or an import path (see `ssl_jax.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def open_source(data: Data, split: str | None = None) -> Source:
     fields.check(data, "config.data")  # for a Data created in Python
     data = dataclasses.replace(data, split=split or data.split)
     source = module.read(data)
+    source.memory_gb = math.inf if data.engine == "memory" else data.memory_gb
     if data.exclude and len(kept := not_excluded(data, source.names, source.paths)) < len(source):
         source = source.take(kept)
     if data.pairs and source.objects is None:

@@ -16,6 +16,7 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 
+from ssl_jax.data.lazy import Images, LazyImages
 from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown, visible
 
 log = logging.getLogger("ssl_jax")
@@ -62,16 +63,17 @@ class Source:
         skipped: Sequence[str] = (),
         max_bad_share: float = 0.0,
         workers: int = 2,
+        memory_gb: float = 2.0,
     ):
         """load: index -> uint8 [H,W,C]; may raise UnreadableError. labels: a function is called on first use.
-        array: all images, if they are in memory already."""
+        array: all images, if they are in memory already. memory_gb: see `all_images`."""
         self.names, self.shape, self.objects = list(names), shape, objects
         self.classes = [visible(name) for name in classes]
         self.groups, self.paths, self.unreadable = groups, list(paths), dict(unreadable or {})
         self.replaced: dict[int, int] = {}
         self._load, self._labels, self._array, self._files = load, labels, array, list(files)
         self._skipped, self._bad = list(skipped), dict[int, str]()
-        self._max_bad_share, self._workers = max_bad_share, workers
+        self._max_bad_share, self._workers, self.memory_gb = max_bad_share, workers, memory_gb
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -174,6 +176,13 @@ class Source:
             self._array = images
         return self._array
 
+    def all_images(self) -> Images:
+        """All images: an array, if they are in memory or take at most `memory_gb` (`config.data.memory_gb`); else a
+        sequence that decodes what is asked for."""
+        if self._array is not None or self.nbytes <= self.memory_gb * 1e9:
+            return self.arrays()
+        return LazyImages(self, self._workers)
+
     def chunks(self, size: int = 256) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(indices int64 [n], uint8 [n,H,W,C]) of all images, in order, at most `size` at a time; threads decode one
         chunk ahead. Images that cannot be decoded have no stand-in here: they are left out, and noted in `unreadable`.
@@ -217,6 +226,7 @@ class Source:
             files=[self._files[i] for i in kept] if self._files else (),
             max_bad_share=self._max_bad_share,
             workers=self._workers,
+            memory_gb=self.memory_gb,
         )
 
 

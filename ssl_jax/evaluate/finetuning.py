@@ -16,6 +16,7 @@ import optax
 from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.config import Finetune, View
 from ssl_jax.data.images import as_images, as_pixels
+from ssl_jax.data.lazy import Images, LazyImages, images_at
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import Probe, linear_probe
@@ -94,7 +95,7 @@ class Classifier(NamedTuple):
 
 def finetune(
     encoder: Encoder,
-    images: np.ndarray,
+    images: Images,
     labels: np.ndarray,
     *,
     classes: int,
@@ -129,7 +130,8 @@ def finetune(
     best, choice, held_out = pairs[0], {}, None
     if len(pairs) > 1:
         kept, held = task.holdout()
-        logits = [made.logits(task.images[held], fixed=True) for made in task.fit(kept, pairs)]
+        shown = images_at(task.images, held)
+        logits = [made.logits(shown, fixed=True) for made in task.fit(kept, pairs)]
         scores = [selection_score(each, task.labels[held]) for each in logits]
         winner = max(range(len(pairs)), key=lambda i: scores[i])  # the first of equals
         trials = [
@@ -174,7 +176,7 @@ class Task(NamedTuple):
     """Labelled images, and all that a training on any part of them takes."""
 
     encoder: Encoder
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
     groups: np.ndarray | None
     classes: int
@@ -229,7 +231,7 @@ class Task(NamedTuple):
 
 def task_of(
     encoder: Encoder,
-    images: np.ndarray,
+    images: Images,
     labels: np.ndarray,
     *,
     classes: int,
@@ -239,7 +241,9 @@ def task_of(
     watch: Watch = lambda share: None,
 ) -> Task:
     """Arguments and errors as of `finetune`."""
-    images, labels = as_pixels(np.asarray(images), "images"), np.asarray(labels)
+    if not isinstance(images, LazyImages):
+        images = as_pixels(np.asarray(images), "images")
+    labels = np.asarray(labels)
     _check(encoder, images, labels, classes)
     labels = labels.astype(np.int32 if labels.ndim == 1 else np.float32)
     weights = balance(labels, classes) if settings.class_weights == "balanced" else None
@@ -278,7 +282,7 @@ def still_falling(curve: Sequence[float]) -> str:
     return f"its training loss still fell at the end, from {curve[4]:.2f} of guessing halfway to {curve[-1]:.2f}"
 
 
-def _check(encoder: Encoder, images: np.ndarray, labels: np.ndarray, classes: int) -> None:
+def _check(encoder: Encoder, images: Images, labels: np.ndarray, classes: int) -> None:
     if len(images) != len(labels) or not len(labels):
         raise UserError(f"labels: {len(labels)} for {len(images)} images; allowed: one per image, at least one")
     if labels.ndim == 2:
@@ -321,7 +325,7 @@ def _train(
 ) -> Iterator[tuple[Any, Any, np.ndarray]]:
     """(params, stats) after each share of the steps in `stops`, which rise, and the losses up to there; the last share
     ends it. Every batch has the same shape, so the step compiles once."""
-    encoder, settings, images, labels = task.encoder, task.settings, task.images[index], task.labels[index]
+    encoder, settings, images, labels = task.encoder, task.settings, task.images, task.labels[index]
     objective, more = batch or Batch(Supervised(resolve_views(settings.augment, 1, encoder.size)), lambda step: ())
     size = settings.batch
     steps = length(settings, len(labels))
@@ -336,7 +340,7 @@ def _train(
     ends = [max(1, round(share * steps)) for share in stops]
     for step in range(ends[-1]):
         rows = order[step * size : (step + 1) * size]
-        data = images[rows], labels[rows], task.weights, *more(step)
+        data = images[index[rows]], labels[rows], task.weights, *more(step)
         state, loss = _step(state, data, key, np.int32(step), rates[step], *scales, *static)
         jax.block_until_ready(losses[-1:])  # of the step before, so that the device never waits for `watch`
         losses.append(loss)

@@ -10,8 +10,9 @@ An encoder that does not beat raw pixels has not helped.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ import numpy as np
 
 from ssl_jax.augment import center_view
 from ssl_jax.config import Eval
+from ssl_jax.data.lazy import Images, LazyImages
 from ssl_jax.encoder import Encoder, model_of, random_encoder
 from ssl_jax.errors import DamagedError
 from ssl_jax.evaluate.knn import log_odds
@@ -31,12 +33,14 @@ from ssl_jax.files import read_json, write_json
 MAJORITY, PIXELS, RANDOM = "majority class", "raw pixels", "random encoder"
 SIDE = 32  # px
 MAX_LABELS = 10_000  # labelled images that a reference learns from: more hardly change it and cost minutes
+PIECE = 1_024  # test images that are decoded at a time
+KEPT = 10**9  # bytes of features of the test images that are kept for the next draw of labels
 STRENGTHS, MAX_ITER = (1e-3, 1e-2, 1e-1), 100  # of the logistic regressions
 VERSION = 1  # of the computation; raise it when a change to the code changes the numbers
 Scores = dict[str, dict[str, float]]  # reference -> metric -> value
 
 
-def pixels(images: np.ndarray) -> np.ndarray:
+def pixels(images: Images) -> np.ndarray:
     """Pixels float32 [N, D] in [0, 1] of images [N, H, W, C], uint8 or float32 in [0, 1]; larger ones are first reduced
     to SIDE px a side."""
     side = min(SIDE, *images.shape[1:3])
@@ -72,13 +76,14 @@ class References:
     """The references for one set of test images uint8 [M, H, W, C], with labels [M] or [M, K].
 
     encoders: each network that is compared, under the name of its reference ("random encoder"). Nothing is computed
-    before it is needed, so references that are all on disk cost nothing.
+    before it is needed, so references that are all on disk cost nothing. Of the images to learn from at most MAX_LABELS
+    are decoded, and the features of the test images are only kept if they take at most KEPT bytes.
     """
 
     def __init__(
         self,
         encoders: Mapping[str, Encoder],
-        images: np.ndarray,
+        images: Images,
         labels: np.ndarray,
         classes: Sequence[str],
         settings: Eval,
@@ -90,7 +95,8 @@ class References:
             classes,
             settings,
         )
-        self.features: dict[str, tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]] = {}
+        self.features: dict[str, list[np.ndarray]] = {}  # of the test images, in pieces
+        self.networks: dict[str, Callable[[Images], np.ndarray]] = {PIXELS: pixels}
         networks = {name: [e.about.get("model"), e.size, e.channels] for name, e in encoders.items()}
         self.inputs = [
             VERSION,
@@ -102,7 +108,7 @@ class References:
         ]
 
     def of(
-        self, path: Path, images: np.ndarray, labels: np.ndarray, *, seed: int, groups: np.ndarray | None = None
+        self, path: Path, images: Images, labels: np.ndarray, *, seed: int, groups: np.ndarray | None = None
     ) -> Scores:
         """The numbers of `metrics` for each reference that learns from these labelled images; kept in a file."""
         inputs = [*self.inputs, digest(images, labels, *([] if groups is None else [groups])), seed]
@@ -116,29 +122,39 @@ class References:
         names = [MAJORITY, *(f"{name}, {how}" for name in (PIXELS, *self.encoders) for how in ("linear", "kNN"))]
         return {name: saved["scores"][name] for name in names}
 
-    def _compute(self, images: np.ndarray, labels: np.ndarray, seed: int, groups: np.ndarray | None) -> Scores:
+    def _compute(self, images: Images, labels: np.ndarray, seed: int, groups: np.ndarray | None) -> Scores:
         if len(labels) > MAX_LABELS:
             kept = np.sort(np.random.default_rng(seed).choice(len(labels), MAX_LABELS, replace=False))
             images, labels, groups = images[kept], labels[kept], None if groups is None else groups[kept]
         classes, k = len(self.classes), min(self.settings.knn_k, len(labels))
         scores = {MAJORITY: np.tile(log_frequencies(labels, classes), (len(self.labels), 1))}
         for name in (PIXELS, *self.encoders):
-            embed, test = self._embedded(name)
-            features = embed(images)
+            features = self._network(name)(images)
             options: Any = {"classes": classes, "seed": seed, "groups": groups}
-            scores[f"{name}, linear"] = regression(features, labels, **options).scores(test)
+            probe = regression(features, labels, **options)
             # All pixels are positive: without their mean, all images point the same way.
             centre = features.mean(axis=0) if name == PIXELS else 0
-            near = features - centre, test - centre
-            scores[f"{name}, kNN"] = _votes(*near, labels, classes, k, self.settings.knn_temperature)
+            bank, settings = features - centre, (labels, classes, k, self.settings.knn_temperature)
+            both = [(probe.scores(test), _votes(bank, test - centre, *settings)) for test in self._tested(name)]
+            scores[f"{name}, linear"], scores[f"{name}, kNN"] = map(np.concatenate, zip(*both, strict=True))
         each = {name: metrics(s, self.labels, self.classes) for name, s in scores.items()}
         return {name: {m: v for m, v in values.items() if isinstance(v, float)} for name, values in each.items()}
 
-    def _embedded(self, name: str) -> tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]:
-        """(a function that embeds images, the embedded test images)."""
+    def _network(self, name: str) -> Callable[[Images], np.ndarray]:
+        """A function that embeds images."""
+        if name not in self.networks:
+            self.networks[name] = functools.partial(untrained(self.encoders[name]).embed, fixed=True)
+        return self.networks[name]
+
+    def _tested(self, name: str) -> Iterable[np.ndarray]:
+        """The embedded test images, in pieces."""
         if name not in self.features:
-            embed = pixels if name == PIXELS else functools.partial(untrained(self.encoders[name]).embed, fixed=True)
-            self.features[name] = embed, embed(self.images)
+            embed, starts = self._network(name), range(0, len(self.labels), PIECE)
+            pieces = (embed(self.images[i : i + PIECE]) for i in starts)
+            first = next(pieces)
+            if first.nbytes * len(starts) > KEPT:
+                return itertools.chain([first], pieces)
+            self.features[name] = [first, *pieces]
         return self.features[name]
 
 
@@ -190,10 +206,13 @@ def over_pixels(scores: Sequence[float], references: Sequence[Mapping[str, float
     return Margin(name, float(np.mean(theirs)), *paired(scores, theirs))
 
 
-def digest(*arrays: np.ndarray) -> str:
-    """A hash of the arrays: values, shapes and types."""
+def digest(*arrays: Images) -> str:
+    """A hash of the arrays: values, shapes and types; of `LazyImages`, their names and shape."""
     total = hashlib.sha256()
     for array in arrays:
+        if isinstance(array, LazyImages):
+            total.update(array.digest().encode())
+            continue
         array = np.ascontiguousarray(array)
         total.update(f"{array.dtype}{array.shape}".encode())
         total.update(array)

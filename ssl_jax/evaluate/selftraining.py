@@ -15,6 +15,7 @@ import optax
 from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.config import Config, Finetune, View
 from ssl_jax.data import open_source
+from ssl_jax.data.lazy import LazyImages, images_at
 from ssl_jax.data.source import Source, order
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
@@ -37,13 +38,13 @@ from ssl_jax.settings import data_of, images_only
 PIECE = 4_096  # images that the teacher is shown at a time
 STOPS = (0.25, 0.5, 0.75, 1.0)  # shares of its steps after which a student may stop
 ALMOST_NEVER = 1e-6  # the smallest probability that a teacher gives
-Images = np.ndarray | Source
+Images = np.ndarray | LazyImages | Source
 
 
 def self_train(
     teacher: Classifier | None,
     encoder: Encoder,
-    images: np.ndarray,
+    images: np.ndarray | LazyImages,
     labels: np.ndarray,
     unlabelled: "Images | Unlabelled",
     *,
@@ -96,7 +97,7 @@ def self_train(
 
     def taught_by(teacher: Classifier | None, index: np.ndarray, stops: Sequence[float]) -> list[Classifier]:
         if propagated:
-            known = encoder.embed(task.images[index], fixed=True), task.labels[index]
+            known = encoder.embed(images_at(task.images, index), fixed=True), task.labels[index]
             targets = _logits(pool.neighbourhood(encoder).spread(*known, classes), task.labels.ndim == 2)
         else:
             assert teacher is not None  # for mypy: only a propagated one is missing
@@ -109,7 +110,7 @@ def self_train(
     if teacher is not None and teacher.held_out is not None:
         kept, held = task.holdout()
         [deputy] = [None] if propagated else task.fit(kept, [pair])
-        answers = [made.logits(task.images[held], fixed=True) for made in taught_by(deputy, kept, STOPS)]
+        answers = [made.logits(images_at(task.images, held), fixed=True) for made in taught_by(deputy, kept, STOPS)]
         scores = [selection_score(each, task.labels[held]) for each in answers]
         best = max(range(len(STOPS)), key=lambda i: (scores[i], i))  # the last of equals
         before, (after, _) = selection_score(teacher.held_out[0], task.labels[held])[0], scores[best]
@@ -124,7 +125,11 @@ def self_train(
 
 
 def train_classifier(
-    encoder: Encoder, images: np.ndarray, labels: np.ndarray, unlabelled: "Unlabelled | None", **options: Any
+    encoder: Encoder,
+    images: np.ndarray | LazyImages,
+    labels: np.ndarray,
+    unlabelled: "Unlabelled | None",
+    **options: Any,
 ) -> Classifier:
     """`finetune`, and then `self_train` on the other images, if settings.unlabelled says so."""
     settings: Finetune = options["settings"]
@@ -179,7 +184,7 @@ def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
     return Unlabelled(open_source(images_only(spec)), config.data.memory_gb)
 
 
-def _check(images: np.ndarray, unlabelled: Images) -> None:
+def _check(images: np.ndarray | LazyImages, unlabelled: Images) -> None:
     if not len(unlabelled):
         raise UserError(
             "config.finetune.unlabelled=all: there is no image without a label; allowed: at least one, or "

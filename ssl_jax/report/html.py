@@ -62,7 +62,7 @@ def _run_page(run: RunRecord) -> str:
         except (UserError, OSError) as error:
             missing = note(f"Not shown, nor is the embedding map: {error}")
     newest = run.evaluations[-1] if run.evaluations else None
-    command = f"ssl-jax evaluate --workdir={shlex.quote(str(run.folder.path))} --protocol=linear"
+    command = f"ssl-jax evaluate --workdir={shlex.quote(str(run.folder.path))} --protocol=linear_quick"
     environment = sound(run.folder.environment, run.folder.again)
     judged = training.health(run, sample.shares if sample else None)
     sections = [

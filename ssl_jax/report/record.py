@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from ssl_jax.errors import DamagedError
 from ssl_jax.files import read_json, read_lines
-from ssl_jax.run_folder import RunFolder
+from ssl_jax.run_folder import RunFolder, named_as_today
 
 log = logging.getLogger("ssl_jax")
+REMADE = "its `ssl-jax evaluate` command makes it anew"
 COMPLETE = {"step", "epoch", "loss", "embedding_std"}  # what the report needs of a step
 
 
@@ -51,7 +52,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         steps,
         [line for line in metrics if "loss" not in line],
         [line for line in read_lines(folder.timing) if "images_per_s" in line],
-        [made for path in evaluations if (made := sound(path, "its `ssl-jax evaluate` command makes it anew"))],
+        [named_as_today(made) for path in evaluations if (made := sound(path, REMADE))],
         finished,
     )
 

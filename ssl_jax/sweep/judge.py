@@ -8,6 +8,7 @@ import numpy as np
 from ssl_jax.config import Config, Data, to_steps
 from ssl_jax.data import Source, open_source
 from ssl_jax.data.labelled import labelled_indices, labelled_part
+from ssl_jax.data.lazy import Images
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.cross_validation import cross_validated, folds, mean_and_error
@@ -50,7 +51,7 @@ class ByLabels:
         names = np.array([source.names[i] for i in self.kept])
         arrays = [self.labels, names, *([] if self.groups is None else [self.groups])]
         self.inputs: list[Any] = [self.title, digest(*arrays), source.classes, seed]
-        self.images: dict[tuple[int, int], tuple[np.ndarray, tuple[float, float]]] = {}  # by size and channels
+        self.images: dict[tuple[int, int], tuple[Images, tuple[float, float]]] = {}  # by size and channels
 
     def _open(self, data: Data) -> tuple[Source, np.ndarray, np.ndarray | None]:
         source = open_source(data)
@@ -61,7 +62,7 @@ class ByLabels:
         del config, run
         key = encoder.size, encoder.channels
         if key not in self.images:
-            images = self._open(encoder.data(self.data))[0].take(self.kept).arrays()
+            images = self._open(encoder.data(self.data))[0].take(self.kept).all_images()
             self.images[key] = images, mean_and_error(self._validated(pixels(images)))
         images, of_pixels = self.images[key]
         return _numbers(*mean_and_error(self._validated(encoder.embed(images))), *of_pixels)

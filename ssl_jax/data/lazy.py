@@ -1,0 +1,73 @@
+"""The images of a source as a sequence that decodes what is asked for: for data sets larger than the memory."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ssl_jax.data.source import Source
+
+
+class LazyImages:
+    """The N images of a source, to be read like an array uint8 [N, H, W, C]; nothing is kept.
+
+    images[a:b] and images[indices] are arrays uint8 [n, H, W, C], images[i] is one image [H, W, C]. Threads decode
+    (`config.data.workers`). If slices come in order, the next one is read ahead, so memory holds two of them. An image
+    that cannot be decoded has a stand-in, as of `Source.load`; UserError if there are too many.
+    """
+
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, source: "Source", workers: int):
+        self.source, self.shape = source, (len(source), *source.shape)
+        self._workers, self._pool = workers, ThreadPoolExecutor(workers)
+        self._end, self._ahead = 0, dict[range, list[Future[np.ndarray]]]()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        if isinstance(rows, int | np.integer):
+            return self.source.load(range(len(self))[int(rows)])
+        if not isinstance(rows, slice):
+            return self._decoded(self._submit(np.arange(len(self))[np.asarray(rows)]))
+        wanted = range(len(self))[rows]
+        parts = self._ahead.pop(wanted, None) or self._submit(wanted)
+        self._ahead.clear()
+        following = range(len(self))[wanted.stop : wanted.stop + len(wanted)]
+        if wanted.step == 1 and wanted.start == self._end and following:
+            self._ahead[following] = self._submit(following)
+        self._end = wanted.stop
+        return self._decoded(parts)
+
+    def _submit(self, indices: Sequence[int] | np.ndarray) -> list[Future[np.ndarray]]:
+        """One part for each thread: a part per image would cost more than decoding a small image."""
+        parts = np.array_split(np.asarray(indices, np.int64), self._workers)
+        return [self._pool.submit(self.source.load_many, part) for part in parts if len(part)]
+
+    def _decoded(self, parts: Sequence[Future[np.ndarray]]) -> np.ndarray:
+        if not parts:
+            return np.zeros((0, *self.source.shape), np.uint8)
+        return np.concatenate([part.result() for part in parts])
+
+    def digest(self) -> str:
+        """A hash of the images' names and shape: of their pixels it would take as long as decoding all of them."""
+        return hashlib.sha256(json.dumps([self.source.names, self.source.shape]).encode()).hexdigest()
+
+
+Images = np.ndarray | LazyImages  # uint8 [N, H, W, C]
+
+
+def images_at(images: Images, rows: np.ndarray) -> Images:
+    """The images at the indices `rows`, int [n]; those of LazyImages are decoded when they are needed."""
+    if isinstance(images, LazyImages):
+        return images if _is_all(rows, len(images)) else images.source.take(rows).all_images()
+    return images if _is_all(rows, len(images)) else images[rows]
+
+
+def _is_all(rows: np.ndarray, count: int) -> bool:
+    return len(rows) == count and np.array_equal(rows, np.arange(count))
