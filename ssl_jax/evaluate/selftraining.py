@@ -24,13 +24,14 @@ from ssl_jax.evaluate.finetuning import (
     Watch,
     check_finite,
     finetune,
-    loss_of_labels,
     probabilities,
     task_of,
 )
+from ssl_jax.evaluate.lazily import by_piece as lazily
 from ssl_jax.evaluate.propagation import Neighbourhood
 from ssl_jax.evaluate.references import digest
 from ssl_jax.evaluate.scores import class_shares, selection_score
+from ssl_jax.evaluate.tuning_step import loss_of_labels
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.settings import data_of, images_only
 
@@ -86,6 +87,7 @@ def self_train(
 
     Raises UserError if there are no images without a label, if they have another shape, or if training diverges.
     """
+    _check_mixing(settings)
     task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups, watch=watch)
     pool = unlabelled if isinstance(unlabelled, Unlabelled) else Unlabelled(unlabelled)
     _check(task.images, pool.images)
@@ -96,7 +98,8 @@ def self_train(
 
     def taught_by(teacher: Classifier | None, index: np.ndarray, stops: Sequence[float]) -> list[Classifier]:
         if propagated:
-            known = encoder.embed(task.images[index], fixed=True), task.labels[index]
+            embedded = lazily(functools.partial(encoder.embed, fixed=True), task.images, index)
+            known = embedded, task.labels[index]
             targets = _logits(pool.neighbourhood(encoder).spread(*known, classes), task.labels.ndim == 2)
         else:
             assert teacher is not None  # for mypy: only a propagated one is missing
@@ -109,7 +112,7 @@ def self_train(
     if teacher is not None and teacher.held_out is not None:
         kept, held = task.holdout()
         [deputy] = [None] if propagated else task.fit(kept, [pair])
-        answers = [made.logits(task.images[held], fixed=True) for made in taught_by(deputy, kept, STOPS)]
+        answers = [task.logits(made, held) for made in taught_by(deputy, kept, STOPS)]
         scores = [selection_score(each, task.labels[held]) for each in answers]
         best = max(range(len(STOPS)), key=lambda i: (scores[i], i))  # the last of equals
         before, (after, _) = selection_score(teacher.held_out[0], task.labels[held])[0], scores[best]
@@ -130,6 +133,7 @@ def train_classifier(
     settings: Finetune = options["settings"]
     if settings.unlabelled == "none" or unlabelled is None:
         return finetune(encoder, images, labels, **options)
+    _check_mixing(settings)
     nothing_to_choose = len(settings.lr) == len(settings.backbone_ratio) == 1
     untaught = settings.teacher == "propagated" and nothing_to_choose
     teacher = None if untaught else finetune(encoder, images, labels, **options)
@@ -179,6 +183,12 @@ def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
     return Unlabelled(open_source(images_only(spec)), config.data.memory_gb)
 
 
+def _check_mixing(settings: Finetune) -> None:
+    for key in ("mixup", "cutmix"):
+        if value := getattr(settings, key):
+            raise UserError(f"config.finetune.{key}={value:g}: a teacher knows no mixtures; allowed with unlabelled: 0")
+
+
 def _check(images: np.ndarray, unlabelled: Images) -> None:
     if not len(unlabelled):
         raise UserError(
@@ -210,7 +220,7 @@ def _lessons(
 
     views = resolve_views(settings.augment, 1, encoder.size)
     strong = resolve_views(settings.strong, 1, views[0].size) if settings.consistency else ()
-    return Batch(_Objective(views, strong), more)
+    return Batch(_Objective(views, strong, settings.label_smoothing), more)
 
 
 def _take(images: Images, rows: np.ndarray) -> np.ndarray:
@@ -263,10 +273,11 @@ def _alignment(logits: np.ndarray, labels: np.ndarray, align: bool | str) -> np.
 
 @dataclasses.dataclass(frozen=True)
 class _Objective:
-    """The objective of a `Batch`. strong: for consistency; (): the targets are the teacher's."""
+    """The objective of a `Batch`. strong: for consistency; (): the targets are the teacher's. smoothing: of labels."""
 
     views: tuple[View, ...]
     strong: tuple[View, ...]
+    smoothing: float = 0.0
 
     def __call__(self, predict: Callable[..., Any], data: tuple[Any, ...], key: jax.Array) -> tuple[jax.Array, Any]:
         images, labels, weights, unlabelled, targets, offset, confidence, share, temperature = data
@@ -276,12 +287,12 @@ class _Objective:
         parts = [make_views(views)(key, x)[0][0] for (views, x), key in zip(shown, keys)]
         logits, stats = predict(jnp.concatenate(parts))  # together, so that they share the statistics of BatchNorm
         own, student, *weak = jnp.split(logits, np.cumsum([len(x) for x in parts])[:-1])
-        supervised = loss_of_labels(own, labels, weights)
+        supervised, above = loss_of_labels(own, labels, weights, self.smoothing)
         if self.strong:
             taught = agreement(student, weak[0] + offset, confidence, several)
         else:
             taught = distillation(student, targets + offset, temperature, several)
-        return (1 - share) * supervised + share * taught, (stats, supervised)
+        return (1 - share) * supervised + share * taught, (stats, above)
 
 
 def distillation(student: jax.Array, teacher: jax.Array, temperature: jax.Array | float, several: bool) -> jax.Array:
