@@ -89,18 +89,23 @@ def test_one_compiled_step_serves_every_pair_with_everything_on():
     assert TRACES == []
 
 
-def test_jit_and_a_second_run_change_nothing():
+def tuned(seed):
     images, labels = toy_images(32)
     settings = dataclasses.replace(EVERYTHING, steps=2, batch=8, head="zero")
+    return leaves(finetune(toy_encoder(), images, labels, classes=3, settings=settings, seed=seed))
 
-    def tuned(seed):
-        return leaves(finetune(toy_encoder(), images, labels, classes=3, settings=settings, seed=seed))
 
+def test_the_seed_decides():
     once, twice, other = tuned(0), tuned(0), tuned(1)
     assert all((x == y).all() for x, y in zip(once, twice)) and any((x != y).any() for x, y in zip(once, other))
+
+
+@pytest.mark.slow
+def test_jit_changes_nothing():
+    jitted = tuned(0)
     with jax.disable_jit():
         plain = tuned(0)
-    for x, y in zip(once, plain, strict=True):
+    for x, y in zip(jitted, plain, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
@@ -163,17 +168,17 @@ def test_drop_path_is_chosen_for_fine_tuning():
     settings = Finetune(steps=2, batch=8, epochs=0, lr=(1e-3,))
     labels = np.arange(24) % 2
 
-    def tuned(model, **how):
+    def dropping(model, **how):
         encoder = random_encoder(model, 8, 3, seed=0)
         return finetune(encoder, COLOURED, labels, classes=2, settings=dataclasses.replace(settings, **how), seed=0)
 
-    given, own = tuned(VIT, drop_path=0.5), tuned(dataclasses.replace(VIT, drop_path=0.5))
+    given, own = dropping(VIT, drop_path=0.5), dropping(dataclasses.replace(VIT, drop_path=0.5))
     assert all((x == y).all() for x, y in zip(leaves(given), leaves(own), strict=True))
     assert given.encoder.about["model"]["drop_path"] == 0  # it loads as the encoder did
     with pytest.raises(UserError, match=r"^config.finetune.drop_path=0.1: .* allowed for other networks: 0$"):
-        tuned(Model(name="resnet_thin"), drop_path=0.1)
+        dropping(Model(name="resnet_thin"), drop_path=0.1)
     with pytest.raises(UserError, match=r"^config.finetune.drop_path=0.1: batch_norm=frozen .* allowed with it: 0$"):
-        tuned(VIT, drop_path=0.1, batch_norm="frozen")
+        dropping(VIT, drop_path=0.1, batch_norm="frozen")
 
 
 class Lazy:
