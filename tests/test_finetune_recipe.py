@@ -127,7 +127,7 @@ def test_the_average_is_that_of_a_loop(norm):
     made = finetune(toy_encoder(), images, labels, settings=dataclasses.replace(settings, ema=0.4), **options)
     for want, found in zip(average, leaves(made), strict=True):
         np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
-    assert any(np.abs(found - last).max() > 1e-3 for found, last in zip(leaves(made), each[-1]))
+    assert any(np.abs(found - last).max() > 3e-5 for found, last in zip(leaves(made), each[-1]))
 
 
 def test_layers_move_by_their_share():
@@ -150,10 +150,10 @@ def test_clipping_comes_before_adam():
     clipped, plain = (_adamw(0.1, 1.0, 0.0, How(lambda: None, clip_norm=norm)) for norm in (1.0, 0.0))
     one, other = clipped.init(params), plain.init(params)
     for size in (10.0, 1.0, 0.1):
-        grads = jax.tree.map(lambda p, size=size: size * rng.normal(size=p.shape), params)
+        grads = jax.tree.map(lambda p, size=size: (size * rng.normal(size=p.shape)).astype(np.float32), params)
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
         ours, one = clipped.update(grads, one, params)
-        theirs, other = plain.update(jax.tree.map(lambda g, n=norm: g / max(n, 1.0), grads), other, params)
+        theirs, other = plain.update(jax.tree.map(lambda g, n=norm: g / np.float32(max(n, 1.0)), grads), other, params)
         for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-5)
 

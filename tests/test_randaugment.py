@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ssl_jax.audit.lesions import kept_area
 from ssl_jax.augment import PRESETS, appearance, draw, geometry, make_views, randaugment, render
+from ssl_jax.augment.sheet import describe_view
 from ssl_jax.config import View
 from ssl_jax.errors import UserError
 from ssl_jax.testing.tiny import Images, set_up, tiny_config
@@ -81,7 +83,7 @@ def test_what_is_drawn():
 
 
 def test_it_changes_no_other_draw_and_repeats():
-    images = np.random.default_rng(0).integers(0, 256, (6, 30, 30, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (8, 30, 30, 3), dtype=np.uint8)
     plain = View(size=24, crop_scale=(0.3, 1.0), flip=0.5)
     specs = [plain, replace(plain, randaugment=2, erase=0.5)]
     made = [jax.jit(make_views([view]))(jax.random.key(1), images) for view in specs]
@@ -89,8 +91,11 @@ def test_it_changes_no_other_draw_and_repeats():
         np.testing.assert_array_equal(value, made[1][1][0][name])
     views, drawn = made[1][0][0], made[1][1][0]
     assert views.min() >= 0 and views.max() <= 1 and views.dtype == jnp.float32
-    again, _ = jax.jit(make_views(specs[1:]))(jax.random.key(1), images)
-    np.testing.assert_array_equal(views, again[0])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+    split = jax.device_put(images, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    again, _ = jax.jit(make_views(specs[1:]))(jax.random.key(1), split)
+    np.testing.assert_allclose(views, again[0], atol=1.01 / 255)  # a sum that is rounded otherwise
+    assert (np.asarray(views) != again[0]).mean() < 0.01
     nothing = (drawn["operation"] < 0).all(1) & (drawn["erased"][:, 2] == 0)
     away = np.abs(np.asarray(views - made[0][0][0])).max((1, 2, 3))
     assert (away[~nothing] > 0.01).all() and (away[nothing] <= 0.51 / 255).all()  # in 255ths
@@ -114,6 +119,20 @@ def test_a_mask_moves_with_its_image():
     still = np.asarray(rendered(image, appearance(drawn), view))
     assert still[mask[..., 0] > 0].max() < 0.1 < still[mask[..., 0] == 0].min()
     assert 0.1 < shown[:8].std() < 0.4  # noise
+
+
+def test_the_audit_knows_what_a_view_has_lost():
+    masks = np.zeros((3, 32, 32), np.float32)
+    masks[0, 10:20, 1:6] = masks[1, 10:20, 14:20] = masks[2, 24:30, 14:20] = 1  # at the left, in the middle, below it
+    operation, amount = jnp.array([randaugment.OPERATIONS.index("translate_x")]), jnp.array([0.25])
+    moved = randaugment.matrices(operation, amount, 32)
+    drawn = {"moved": moved[None], "erased": jnp.array([[22.0, 0.0, 10.0, 32.0]])}
+    np.testing.assert_allclose(kept_area(masks, drawn, View(size=32))[:, 0], [0, 1, 0], atol=0.02)
+
+
+def test_the_sheet_of_views_says_it():
+    view = View(size=28, randaugment=2, erase=0.25)
+    assert describe_view(view) == "28 px, RandAugment 2 (magnitude 9 ± 0.5), erase 0.25"
 
 
 def test_erased_pixels_are_noise_of_the_images_distribution():
