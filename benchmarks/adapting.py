@@ -1,6 +1,6 @@
 """A study at few labels: a ViT of one data set, continued on another, beside both of its starting points.
 
-    ssl-jax study --config=benchmarks/adapting.py:linear DIR/letters --workdir=runs/study
+    ssl-jax study --config=benchmarks/adapting.py:linear_quick DIR/letters --workdir=runs/study
 
 The commands before it, and what came out: benchmarks/adapting.md.
 """

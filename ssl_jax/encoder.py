@@ -150,6 +150,18 @@ def _metadata(model: Model, size: int, channels: int, **more: Any) -> dict[str, 
     return {"model": model_dict, "size": size, "channels": channels, "mean": mean, "std": std, **more}
 
 
+def with_drop_path(encoder: Encoder, rate: float) -> Encoder:
+    """`encoder` with drop path at this rate when it is trained. UserError if its network has no branches."""
+    key = f"config.finetune.drop_path={rate:g}"
+    if "model" not in encoder.about:
+        raise UserError(f"{key}: this encoder does not say what its network is; allowed: negative, its own rate")
+    model = dataclasses.replace(model_of(encoder.about), drop_path=rate)
+    network = build(resolve_model(model, encoder.size, channels=encoder.channels), encoder.channels, encoder.size)
+    if rate and not network.drop_path:
+        raise UserError(f"{key}: leaves out branches of a ViT or ConvNeXt; allowed for other networks: 0")
+    return encoder._replace(network=network)
+
+
 def export(folder: Path, encoder: Encoder) -> None:
     """Writes encoder.safetensors (torchvision's names and layouts) and encoder.json, from which `rebuild` works.
 

@@ -66,6 +66,12 @@ _WARPED = replace(
     hue=0.1,
 )
 
+# Fine-tuning of MAE and DeiT, and of DINO with DeiT's code (facebookresearch/mae, main_finetune.py:82-93 and
+# FINETUNE.md; deit, main.py:98-121; both leave crop and flip at the defaults of timm/data/transforms_factory.py).
+_FINETUNE = View(
+    crop_scale=(0.08, 1.0), flip=0.5, randaugment=2, randaugment_magnitude=9.0, randaugment_std=0.5, erase=0.25
+)
+
 PRESETS: dict[str, tuple[View, View]] = {
     # The second view is the one that is solarized and hardly blurred (BYOL, table 6).
     "natural": (replace(_BYOL, blur=1.0), replace(_BYOL, blur=0.1, solarize=0.2)),
@@ -74,6 +80,7 @@ PRESETS: dict[str, tuple[View, View]] = {
     "chest_xray": (_CHEST_XRAY, _CHEST_XRAY),
     "light": (_LIGHT, _LIGHT),
     "crops": (_CROPS, _CROPS),
+    "finetune": (_FINETUNE, _FINETUNE),
     "transformation": (_FLIP, _WARPED),
     "none": (View(), View()),
 }

@@ -166,4 +166,8 @@ def describe_view(view: View) -> str:
         low, high = view.blur_sigma
         parts.append(f"blur {view.blur:g} (sigma {low:g}-{high:g} px, kernel {blur_kernel(view.size)} px)")
     parts += [f"solarize {view.solarize:g} (from {view.solarize_threshold:g})"] if view.solarize else []
+    if view.randaugment:
+        magnitude = f"{view.randaugment_magnitude:g} ± {view.randaugment_std:g}"
+        parts.append(f"RandAugment {view.randaugment} (magnitude {magnitude})")
+    parts += [f"erase {view.erase:g}"] if view.erase else []
     return ", ".join(parts) if len(parts) > 1 else f"{parts[0]}, unchanged"

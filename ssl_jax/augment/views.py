@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ssl_jax import fields
-from ssl_jax.augment import ops
+from ssl_jax.augment import ops, randaugment
 from ssl_jax.augment.presets import PRESETS, preset_of
 from ssl_jax.config import Augment, View
 from ssl_jax.errors import UserError, unknown
@@ -35,7 +35,10 @@ FACTORS = {
     "zoom": ("zoom",), "translate": ("translate",), "perspective": ("perspective",),
     "colour": ("jitter", "order", *COLOUR, "gray"), "blur": ("blur",), "solarize": ("solarize",),
 }  # fmt: skip
-GEOMETRY = ("angle", "shear", "zoom", "corners", "shift", "top", "left", "height", "width", "flip")  # these move pixels
+# These move pixels, or take them away ("erased").
+GEOMETRY = (
+    "angle", "shear", "zoom", "corners", "shift", "top", "left", "height", "width", "flip", "moved", "erased",
+)  # fmt: skip
 LOCAL = {"crop_scale": (0.05, 0.4)}  # DINO, arXiv 2104.14294, section 3.2; the size is 96 / 224 of a global view's
 
 
@@ -116,6 +119,7 @@ def make_views(
             image = images[v % len(images)]
             row = {**row, **{slot: rows[0][slot] for slot in shared[v]}}
             parameters = _parameters(row, view, *image.shape[:2])
+            parameters |= _extra(jax.random.fold_in(key, v), view)
             rendered.append(render(image, parameters, view))
             drawn.append({**_identity(*image.shape[:2]), **parameters})
         return tuple(rendered), tuple(drawn)
@@ -153,8 +157,14 @@ def draw(key: jax.Array, view: View, height: int, width: int) -> Parameters:
     brightness, contrast, saturation     factors; 1 changes nothing
     hue                        shift in turns; 0 changes nothing
     sigma                      of the blur in px; 0: no blur
+    operation, amount, moved, erased, noise     see `randaugment.draw`
     """
-    return _parameters(_numbers(key), view, height, width)
+    return {**_parameters(_numbers(key), view, height, width), **_extra(key, view)}
+
+
+def _extra(key: jax.Array, view: View) -> Parameters:
+    """What RandAugment and erasing draw, from a key of their own: so nothing else changes with them."""
+    return randaugment.draw(jax.random.fold_in(key, 1), view) if view.randaugment or view.erase else {}
 
 
 def _numbers(key: jax.Array) -> Parameters:
@@ -249,8 +259,9 @@ def _draw_jitter(u: Parameters, view: View) -> Parameters:
 def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
     """One view float32 [s, s, C] in [0, 1] of an image [H, W, C], uint8 or float in [0, 1]; s = view.size.
 
-    The order is warp (rotation, shear, zoom, perspective and shift in one resampling), crop, flip, colour jitter, gray,
-    blur, solarize. Operations without parameters are skipped, and so are operations on colour unless C = 3.
+    The order is warp (rotation, shear, zoom, perspective and shift in one resampling), crop, flip, RandAugment, colour
+    jitter, gray, blur, solarize, erasing. Operations without parameters are skipped, and so are operations on colour
+    unless C = 3.
     """
     height, width, channels = image.shape
     image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
@@ -260,6 +271,8 @@ def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
         image = ops.resized_crop(image, **{k: parameters.get(k, whole) for k, whole in box.items()}, size=view.size)
     if "flip" in parameters:
         image = jnp.where(parameters["flip"], ops.horizontal_flip(image), image)
+    if "operation" in parameters or "moved" in parameters:
+        image = randaugment.randaugment(image, parameters)
     image = _jitter(image, parameters)
     if "gray" in parameters and channels == 3:
         image = jnp.where(parameters["gray"], ops.to_grayscale(image), image)
@@ -267,6 +280,8 @@ def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
         image = ops.gaussian_blur(image, blur_kernel(view.size), parameters["sigma"])
     if "solarize" in parameters:
         image = jnp.where(parameters["solarize"], ops.solarize(image, view.solarize_threshold), image)
+    if "erased" in parameters:
+        image = randaugment.erase(image, parameters)
     return image
 
 

@@ -99,6 +99,12 @@ class View:
     solarize_threshold: float = option(0.5, "solarize inverts the pixels above it; images are in [0, 1]", min=0)
     shear: float = option(0.0, "largest shear along the rows in either direction, degrees", min=0, below=90)
     zoom: tuple[float, ...] = option((1.0, 1.0), "factor by which the image is enlarged about its centre, uniform")
+    randaugment: int = option(
+        0, "operations of RandAugment after crop and flip, each with probability 0.5; 0: none", min=0
+    )
+    randaugment_magnitude: float = option(9.0, "their mean magnitude", min=0, max=10)
+    randaugment_std: float = option(0.5, "the standard deviation of the magnitude, which is cut to 0 to 10", min=0)
+    erase: float = option(0.0, "probability of filling a box of 2 to 33 % of the view with noise", min=0, max=1)
 
 
 @dataclass(frozen=True)
@@ -201,6 +207,10 @@ class Eval:
     online_probe: bool = option(True, "train a linear classifier on the embedding, without a gradient to the encoder")
 
 
+# Of `Finetune`: options that came later, or that few use.
+OPTIONAL = ("layer_decay", "warmup", "clip_norm", "drop_path", "label_smoothing", "mixup", "cutmix", "ema", "pixels")
+
+
 @dataclass(frozen=True)
 class Finetune:
     """Training a classifier from few labels. Each tuple is a grid; the best entry on held-out labels is used."""
@@ -211,6 +221,27 @@ class Finetune:
     lr: tuple[float, ...] = option((3e-4, 1e-3, 3e-3), "learning rate of the head (AdamW)")
     backbone_ratio: tuple[float, ...] = option((1.0,), "learning rate of the backbone relative to the head's")
     weight_decay: float = option(1e-2, "weight decay (AdamW)")
+    layer_decay: float = option(
+        1.0, "factor for the learning rate from each layer of the encoder to the one before it", above=0, max=1
+    )
+    warmup: float = option(0.05, "share of the steps over which the learning rate rises", min=0, below=1)
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping", min=0)
+    drop_path: float = option(
+        -1.0,
+        "ViT and ConvNeXt: probability of leaving out a branch, in the last block; negative: as the encoder",
+        below=1,
+    )
+    label_smoothing: float = option(0.0, "share of each label that is spread evenly over the classes", min=0, below=1)
+    mixup: float = option(0.0, "alpha of mixup: batches become mixtures of two images; 0: none", min=0)
+    cutmix: float = option(
+        0.0, "alpha of CutMix: a box comes from another image; 0: none; with mixup: one of both in each batch", min=0
+    )
+    ema: float = option(
+        0.0,
+        "decay of an exponential average of weights and statistics, which is the model; 0: none",
+        min=0,
+        below=1,
+    )
     head: Literal["probe", "zero"] = option("probe", "initial head: a linear probe, or zeros")
     batch_norm: Literal["train", "frozen"] = option("train", "statistics: of the batch, or of pretraining (frozen)")
     validation: float = option(0.2, "share of the labels held out to choose by; the final model trains on all labels")
@@ -235,10 +266,12 @@ class Finetune:
     strong: Augment = option(Augment(preset="small"), "consistency: strong views; same keys as config.augment")
 
     def inputs(self) -> dict[str, Any]:
-        """The options that a classifier depends on: `pixels` and those from `unlabelled` on only where they are on."""
+        """The options that a classifier depends on: those of OPTIONAL only where they differ from their defaults, and
+        those from `unlabelled` on only where it is on."""
         options = dataclasses.asdict(self)
         used = list(options) if self.unlabelled != "none" else itertools.takewhile("unlabelled".__ne__, options)
-        return {key: options[key] for key in used if key != "pixels" or self.pixels}
+        usual = {f.name: f.default for f in dataclasses.fields(self) if f.name in OPTIONAL}
+        return {key: options[key] for key in used if key not in usual or options[key] != usual[key]}
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from ssl_jax.data.source import Source
+
+T = TypeVar("T")
 
 
 class LazyImages:
@@ -71,3 +73,14 @@ def images_at(images: Images, rows: np.ndarray) -> Images:
 
 def _is_all(rows: np.ndarray, count: int) -> bool:
     return len(rows) == count and np.array_equal(rows, np.arange(count))
+
+
+def ahead(fetch: Callable[[int], T], count: int) -> Iterator[T]:
+    """fetch(0), fetch(1), ... fetch(count - 1), each called in a thread while the one before is used. What it raises is
+    raised here."""
+    with ThreadPoolExecutor(1) as thread:
+        following = [thread.submit(fetch, step) for step in range(count)[:1]]
+        for step in range(1, count + 1):
+            made = following.pop().result()
+            following += [thread.submit(fetch, step)] if step < count else []
+            yield made

@@ -1,34 +1,28 @@
 """Fine-tuning an encoder on few labels: the model that a practitioner came for."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from ssl_jax.augment import make_views, resolve_views
-from ssl_jax.config import Finetune, View
+from ssl_jax.augment import resolve_views
+from ssl_jax.config import Finetune
 from ssl_jax.data.images import as_images, as_pixels
-from ssl_jax.data.lazy import Images, LazyImages, images_at
-from ssl_jax.encoder import Encoder
+from ssl_jax.data.lazy import Images, LazyImages, ahead, images_at
+from ssl_jax.encoder import Encoder, with_drop_path
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import Probe, linear_probe
+from ssl_jax.evaluate.mixing import draw_mix
 from ssl_jax.evaluate.references import pixels, regression
 from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.evaluate.subsets import holdout
-from ssl_jax.losses import binary_cross_entropy, cross_entropy
-from ssl_jax.network import Network
-from ssl_jax.transforms import matrices
+from ssl_jax.evaluate.tuning_step import How, Supervised, copied, rates, start, take_step
 
 FALLING, FITTED = 0.05, 0.15  # parts of the loss of guessing: see `still_falling`
-WARMUP = 0.05  # share of the steps over which the learning rate rises
 PIECE = 1_024  # images whose pixels are read at a time
 Watch = Callable[[float], None]
 
@@ -42,7 +36,7 @@ class Classifier(NamedTuple):
     held_out: logits and labels of the images that decided the choice, from a model that was not trained on them; None
               if there was no choice
     losses:   float32 [steps], the training loss of each step relative to that of guessing: of the best prediction that
-              looks at no image. 1: nothing has been learnt
+              looks at no image. 1: nothing has been learnt. None if images were mixed: nobody can tell mixtures apart
     multilabel: whether an image can have several of the K classes, or none
     about:    the content of classifier.json, if it was loaded: "classes" (their names), "thresholds", "test", ...
     pixels:   the regression on raw pixels that votes beside the network (settings.pixels); None: there is none
@@ -109,8 +103,10 @@ def finetune(
     Labels int [N] in 0 .. classes - 1 are trained with softmax cross-entropy; labels float [N, classes], NaN where
     unknown, with binary cross-entropy per class.
 
+    images may also be `LazyImages`: then the next batch is decoded while a step computes.
+
     AdamW with a short warm-up and a cosine to zero, for settings.steps steps or settings.epochs passes over the labels,
-    whichever is longer. The model after the last step is returned.
+    whichever is longer. The model after the last step is returned, or, with settings.ema, the average over the steps.
 
     If settings.lr and settings.backbone_ratio give more than one pair, each pair is first trained without a stratified
     settings.validation share of the labels. The pair with the best `selection_score` on that share is then trained
@@ -188,6 +184,10 @@ class Task(NamedTuple):
     watch: Watch
 
     @property
+    def mixes(self) -> bool:
+        return bool(self.settings.mixup or self.settings.cutmix)
+
+    @property
     def everything(self) -> np.ndarray:
         return np.arange(len(self.labels))
 
@@ -207,7 +207,8 @@ class Task(NamedTuple):
         head, beside = self._initial_head(index), self._beside(index)
         for lr, ratio in pairs:
             for params, stats, losses in _train(self, index, head, lr, ratio, batch, stops):
-                told: Any = {"losses": losses, "multilabel": self.labels.ndim == 2, "pixels": beside}
+                told: Any = {"multilabel": self.labels.ndim == 2, "pixels": beside}
+                told["losses"] = None if self.mixes else losses
                 yield Classifier(self.encoder, params, stats, {"lr": lr, "backbone_ratio": ratio}, **told)
 
     def _beside(self, index: np.ndarray) -> Probe | None:
@@ -245,6 +246,10 @@ def task_of(
         images = as_pixels(np.asarray(images), "images")
     labels = np.asarray(labels)
     _check(encoder, images, labels, classes)
+    if settings.drop_path > 0 and settings.batch_norm == "frozen":
+        key = f"config.finetune.drop_path={settings.drop_path:g}"
+        raise UserError(f"{key}: batch_norm=frozen applies the network as in evaluation; allowed with it: 0")
+    encoder = with_drop_path(encoder, settings.drop_path) if settings.drop_path >= 0 else encoder
     labels = labels.astype(np.int32 if labels.ndim == 1 else np.float32)
     weights = balance(labels, classes) if settings.class_weights == "balanced" else None
     features = encoder.embed(images, fixed=True) if settings.head == "probe" else None
@@ -325,104 +330,47 @@ def _train(
 ) -> Iterator[tuple[Any, Any, np.ndarray]]:
     """(params, stats) after each share of the steps in `stops`, which rise, and the losses up to there; the last share
     ends it. Every batch has the same shape, so the step compiles once."""
-    encoder, settings, images, labels = task.encoder, task.settings, task.images, task.labels[index]
-    objective, more = batch or Batch(Supervised(resolve_views(settings.augment, 1, encoder.size)), lambda step: ())
+    encoder, settings, labels = task.encoder, task.settings, task.labels[index]
+    objective, more = batch or _supervised(task)
     size = settings.batch
     steps = length(settings, len(labels))
-    order = _order(len(labels), steps * size, task.seed)
-    rates = _rates(lr, steps)
+    order = index[_order(len(labels), steps * size, task.seed)]
+    per_step = rates(lr, steps, settings.warmup)
     scales = np.float32(ratio), np.float32(settings.weight_decay)
-    static = encoder.network, settings.batch_norm == "frozen", objective
+    how = How(objective, settings.batch_norm == "frozen", settings.layer_decay, settings.clip_norm, settings.ema)
     guess = np.tile(log_frequencies(labels, head["b"].shape[0]), (len(labels), 1))
     guessing = max(-selection_score(guess, labels)[1], 1e-6)
-    state = _start(encoder.params, encoder.stats, head)
+    state = start(encoder.params, encoder.stats, head, how)
     key, losses = jax.random.key(task.seed), list[jax.Array]()
     ends = [max(1, round(share * steps)) for share in stops]
-    for step in range(ends[-1]):
+
+    def fetch(step: int) -> tuple[Any, ...]:
         rows = order[step * size : (step + 1) * size]
-        data = images[index[rows]], labels[rows], task.weights, *more(step)
-        state, loss = _step(state, data, key, np.int32(step), rates[step], *scales, *static)
+        return task.images[rows], task.labels[rows], task.weights, *more(step)
+
+    batches = ahead(fetch, ends[-1]) if isinstance(task.images, LazyImages) else map(fetch, range(ends[-1]))
+    for step, data in enumerate(batches):
+        state, loss = take_step(state, data, key, np.int32(step), per_step[step], *scales, encoder.network, how)
         jax.block_until_ready(losses[-1:])  # of the step before, so that the device never waits for `watch`
         losses.append(loss)
         task.watch((step + 1) / ends[-1])
         for _ in range(ends.count(step + 1)):
             # Copies, because the next step donates the state.
-            (params, stats), so_far = jax.device_get((_copied(state[:2]), losses))
+            (params, stats), so_far = jax.device_get((copied(state[3] if how.ema else state[:2]), losses))
             yield params, stats, np.asarray(so_far) / guessing
 
 
-def loss_of_labels(logits: jax.Array, labels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Softmax or, for labels [B, K], binary cross-entropy."""
-    return (binary_cross_entropy if labels.ndim == 2 else cross_entropy)(logits, labels, weights=weights)
+def _supervised(task: Task) -> Batch:
+    settings = task.settings
+    views = resolve_views(settings.augment, 1, task.encoder.size)
 
+    def mix(step: int) -> tuple[Any, ...]:
+        return (draw_mix(settings.mixup, settings.cutmix, views[0].size, task.seed, step),) if task.mixes else ()
 
-@dataclass(frozen=True)
-class Supervised:
-    """The objective of a `Batch` of nothing but labelled images."""
-
-    views: tuple[View, ...]
-
-    def __call__(self, predict: Callable[..., Any], data: tuple[Any, ...], key: jax.Array) -> tuple[jax.Array, Any]:
-        images, labels, weights = data
-        (x,), _ = make_views(self.views)(key, images)
-        logits, stats = predict(x)
-        loss = loss_of_labels(logits, labels, weights)
-        return loss, (stats, loss)
+    return Batch(Supervised(views, settings.label_smoothing), mix)
 
 
 def _order(examples: int, count: int, seed: int) -> np.ndarray:
     """`count` indices: one shuffle of all examples after another, so that each is used equally often."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.permutation(examples) for _ in range(-(-count // examples))])[:count]
-
-
-def _rates(lr: float, steps: int) -> np.ndarray:
-    """The learning rate at each step, float32 [steps]: a linear warm-up times a cosine from lr to 0.
-
-    In NumPy: optax's schedules would compile eleven programs for each number of steps.
-    """
-    step = np.arange(steps)
-    warmup = np.minimum(1, (step + 1) / max(1, round(WARMUP * steps)))
-    return (lr * warmup * (1 + np.cos(np.pi * step / steps)) / 2).astype(np.float32)
-
-
-def _adamw(lr: Any, ratio: Any, decay: Any) -> optax.GradientTransformation:
-    """AdamW at rate lr for the head and lr * ratio for the encoder; decay applies to matrices only.
-
-    All three may be traced, so one compiled step serves every pair of a grid and every point of the schedule.
-    """
-    parts = {"encoder": lr * ratio, "head": lr}
-    adamw = {part: optax.adamw(rate, weight_decay=decay, mask=matrices) for part, rate in parts.items()}
-    return optax.partition(adamw, {part: part for part in parts})
-
-
-@jax.jit
-def _start(params, stats, head):
-    params = {"encoder": params, "head": head}
-    return jax.tree.map(jnp.copy, (params, stats, _adamw(0, 0, 0).init(params)))  # copies, because a step donates them
-
-
-@jax.jit
-def _copied(tree):
-    return jax.tree.map(jnp.copy, tree)
-
-
-@functools.partial(jax.jit, static_argnums=(7, 8, 9), donate_argnums=0)
-def _step(state, data, key, step, lr, ratio, decay, network: Network, frozen: bool, objective: Callable[..., Any]):
-    params, stats, opt_state = state
-
-    own = jax.random.fold_in(key, step)
-
-    def loss_of(params):
-        def predict(x):
-            drops = {}
-            if network.drop_path and not frozen:
-                drops["keys"] = jax.random.split(jax.random.fold_in(own, 1), len(x))
-            features, new_stats = network.apply(params["encoder"], stats, x, train=not frozen, **drops)
-            return features @ params["head"]["w"] + params["head"]["b"], new_stats
-
-        return objective(predict, data, own)
-
-    (_, (new_stats, loss)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    updates, opt_state = _adamw(lr, ratio, decay).update(grads, opt_state, params)
-    return (optax.apply_updates(params, updates), stats if frozen else new_stats, opt_state), loss

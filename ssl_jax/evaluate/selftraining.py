@@ -25,13 +25,13 @@ from ssl_jax.evaluate.finetuning import (
     Watch,
     check_finite,
     finetune,
-    loss_of_labels,
     probabilities,
     task_of,
 )
 from ssl_jax.evaluate.propagation import Neighbourhood
 from ssl_jax.evaluate.references import digest
 from ssl_jax.evaluate.scores import class_shares, selection_score
+from ssl_jax.evaluate.tuning_step import loss_of_labels
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.settings import data_of, images_only
 
@@ -87,6 +87,7 @@ def self_train(
 
     Raises UserError if there are no images without a label, if they have another shape, or if training diverges.
     """
+    _check_mixing(settings)
     task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups, watch=watch)
     pool = unlabelled if isinstance(unlabelled, Unlabelled) else Unlabelled(unlabelled)
     _check(task.images, pool.images)
@@ -135,6 +136,7 @@ def train_classifier(
     settings: Finetune = options["settings"]
     if settings.unlabelled == "none" or unlabelled is None:
         return finetune(encoder, images, labels, **options)
+    _check_mixing(settings)
     nothing_to_choose = len(settings.lr) == len(settings.backbone_ratio) == 1
     untaught = settings.teacher == "propagated" and nothing_to_choose
     teacher = None if untaught else finetune(encoder, images, labels, **options)
@@ -184,6 +186,12 @@ def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
     return Unlabelled(open_source(images_only(spec)), config.data.memory_gb)
 
 
+def _check_mixing(settings: Finetune) -> None:
+    for key in ("mixup", "cutmix"):
+        if value := getattr(settings, key):
+            raise UserError(f"config.finetune.{key}={value:g}: a teacher knows no mixtures; allowed with unlabelled: 0")
+
+
 def _check(images: np.ndarray | LazyImages, unlabelled: Images) -> None:
     if not len(unlabelled):
         raise UserError(
@@ -215,7 +223,7 @@ def _lessons(
 
     views = resolve_views(settings.augment, 1, encoder.size)
     strong = resolve_views(settings.strong, 1, views[0].size) if settings.consistency else ()
-    return Batch(_Objective(views, strong), more)
+    return Batch(_Objective(views, strong, settings.label_smoothing), more)
 
 
 def _take(images: Images, rows: np.ndarray) -> np.ndarray:
@@ -268,10 +276,11 @@ def _alignment(logits: np.ndarray, labels: np.ndarray, align: bool | str) -> np.
 
 @dataclasses.dataclass(frozen=True)
 class _Objective:
-    """The objective of a `Batch`. strong: for consistency; (): the targets are the teacher's."""
+    """The objective of a `Batch`. strong: for consistency; (): the targets are the teacher's. smoothing: of labels."""
 
     views: tuple[View, ...]
     strong: tuple[View, ...]
+    smoothing: float = 0.0
 
     def __call__(self, predict: Callable[..., Any], data: tuple[Any, ...], key: jax.Array) -> tuple[jax.Array, Any]:
         images, labels, weights, unlabelled, targets, offset, confidence, share, temperature = data
@@ -281,12 +290,12 @@ class _Objective:
         parts = [make_views(views)(key, x)[0][0] for (views, x), key in zip(shown, keys)]
         logits, stats = predict(jnp.concatenate(parts))  # together, so that they share the statistics of BatchNorm
         own, student, *weak = jnp.split(logits, np.cumsum([len(x) for x in parts])[:-1])
-        supervised = loss_of_labels(own, labels, weights)
+        supervised, above = loss_of_labels(own, labels, weights, self.smoothing)
         if self.strong:
             taught = agreement(student, weak[0] + offset, confidence, several)
         else:
             taught = distillation(student, targets + offset, temperature, several)
-        return (1 - share) * supervised + share * taught, (stats, supervised)
+        return (1 - share) * supervised + share * taught, (stats, above)
 
 
 def distillation(student: jax.Array, teacher: jax.Array, temperature: jax.Array | float, several: bool) -> jax.Array:

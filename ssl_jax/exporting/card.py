@@ -81,6 +81,8 @@ def changes(view: View) -> list[str]:
         "whether there is colour at all": view.gray > 0,
         "sharpness": view.blur > 0,
         "bright parts inverted": view.solarize > 0,
+        "colours, sharpness and place (RandAugment)": view.randaugment > 0,
+        "a part, which is replaced by noise": view.erase > 0,
     }
     return [text for text, applies in told.items() if applies]
 

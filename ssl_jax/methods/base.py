@@ -207,6 +207,12 @@ def require_batch(views: Sequence[jax.Array], method: str) -> None:
         )
 
 
+def refuse_randaugment(drawn: Sequence[Mapping[str, Any]], method: str) -> None:
+    """UserError if the views of a method that reads how they were drawn have moved pixels by RandAugment, too."""
+    if any("moved" in parameters for parameters in drawn):
+        raise UserError(f"config.augment.randaugment: changes views in ways that {method} does not read; allowed: 0")
+
+
 def std_collapse(cause: str, threshold: float = 0.05) -> Callable[[Mapping[str, float]], str]:
     """The `collapsed` of a method with the metric "projection_std": a collapse if it is below `threshold`."""
 

@@ -29,6 +29,7 @@ from ssl_jax.methods.base import (
     enqueue,
     init_queue,
     init_with_target,
+    refuse_randaugment,
     require_shuffle,
     search_metrics,
 )
@@ -66,6 +67,7 @@ def make(config, encoder, run):
         return params, state._replace(memory=init_queue(key_queue, config.queue, spaces, config.out))
 
     def forward(params, target, state, batch, key):
+        refuse_randaugment(batch.get("drawn", ()), "looc")
         groups, target_stats, keys = config.bn_groups, state.stats["target"], []
         view_query, *view_keys = batch["views"]
         q, stats = network.apply(params, state.stats, view_query, train=True, groups=groups)

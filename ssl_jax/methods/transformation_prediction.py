@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from ssl_jax.errors import UserError
-from ssl_jax.methods.base import Method, init_network
+from ssl_jax.methods.base import Method, init_network, refuse_randaugment
 from ssl_jax.models import mlp
 from ssl_jax.network import siamese, stack
 
@@ -80,6 +80,7 @@ def make(config, encoder, run):
 
     def forward(params, target, state, batch, key):
         del target, key
+        refuse_randaugment(batch.get("drawn", ()), "transformation_prediction")
         pair = jnp.stack(batch["views"], axis=1)
         y, stats = network.apply(params, state.stats, pair, train=True)
         embedding = jnp.split(y["encoder"], 2, axis=1)[0]

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from ssl_jax.fields import option
 from ssl_jax.losses import vicregl
-from ssl_jax.methods.base import Method, State, require_batch, std_collapse
+from ssl_jax.methods.base import Method, State, refuse_randaugment, require_batch, std_collapse
 from ssl_jax.models import mlp
 from ssl_jax.network import Network, apply_separately, stack
 
@@ -71,6 +71,7 @@ def make(config, encoder, run):
     def forward(params, target, state, batch, key):
         del target, key
         require_batch(batch["views"], "vicregl")
+        refuse_randaugment(batch.get("drawn", ()), "vicregl")
         each, stats = apply_separately(Network(init, apply), params, state.stats, batch["views"])
         where = [positions(drawn, *y["maps"].shape[1:3]) for y, drawn in zip(each, batch["drawn"], strict=True)]
         maps = [y["maps"].reshape(*p.shape[:2], -1) for y, p in zip(each, where, strict=True)]
