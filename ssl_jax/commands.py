@@ -23,7 +23,7 @@ from ssl_jax.settings import data_of, images_only, settings_of
 from ssl_jax.weights import weights as weights
 
 # Options of config.data that a classifier keeps: its images are read as in training.
-READ = ("window", "frontal", "background", "bands")
+READ = ("window", "frontal", "background", "bands", "test_side")
 
 
 def pretrain(config: Config, workdir: str, cluster: bool = False, dry_run: bool = False) -> Encoder | None:

@@ -1,0 +1,205 @@
+"""Crops cut from the files' own pixels (config.data.crops="file"): which ones, and how files are decoded for them.
+
+Where a crop lies is a function of (seed, step, position in the batch, view) and of the image's height and width. An
+image is decoded once for all of its views. Each crop is cut out first and resized then, as torchvision's
+RandomResizedCrop does with Pillow's images; the rest of the view happens in the compiled step.
+"""
+
+import contextlib
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from ssl_jax.config import Data, View
+from ssl_jax.data.central import central, region
+from ssl_jax.data.channels import choose
+from ssl_jax.data.dicom import is_dicom
+from ssl_jax.data.folder import convert, decode, open_image, plain, read_image, reason_of
+from ssl_jax.data.source import Content, Source, reading
+from ssl_jax.errors import UnreadableError, UserError
+
+TRIES = 10  # boxes, of which the first that fits into the image is used, as in torchvision
+NUMBERS = 2 * TRIES + 2  # uniform numbers of a crop: areas, ratios, and the corner
+SCALES = (8, 4, 2)  # parts of its sides at which libjpeg decodes in a fraction of the time
+TURNS = {  # the EXIF orientation of a file, and what puts it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Box(NamedTuple):
+    """px of the upright image; whole numbers unless it is that of a view without a crop."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
+class Cutter:
+    """Cuts the views of images from their own pixels.
+
+    data: how they are read; views: with their sizes; shares: for each view, what it has in common with the first
+    (`augment.make_views`); channels: of the images; size: their side (config.data.size).
+    """
+
+    def __init__(
+        self, data: Data, views: Sequence[View], shares: Sequence[Sequence[str]], seed: int, channels: int, size: int
+    ):
+        self.data, self.views, self.seed, self.channels = data, list(views), seed, channels
+        self.as_first = {v for v, names in enumerate(shares) if "crop" in names}
+        # The shorter side of the whole image, of which a view without a crop shows the centre; 0: its largest square.
+        self.sides = [round(data.test_side * view.size / size) for view in self.views]
+
+    def __call__(
+        self, source: Source, step: int, positions: np.ndarray, index: np.ndarray, partner: np.ndarray | None = None
+    ) -> dict[str, np.ndarray | tuple[np.ndarray, ...]]:
+        """What a batch holds of some of its images.
+
+        positions: of these images in the batch of the step; index: their indices in the source; partner: those of the
+        images that every second view shows.
+
+        crops: uint8 [n, s, s, C] of each view. boxes: float32 [n, V, 6]: top, left, height and width of each crop, and
+        the height and width of the upright image that it was cut from, in px.
+        """
+        content = content_of(source, self.data)
+        shown = [index] if partner is None else [index, partner]
+        made: list[list[np.ndarray]] = [[] for _ in self.views]
+        boxes = np.zeros((len(index), len(self.views), 6), np.float32)
+        for row, position in enumerate(positions):
+            numbers = self.numbers(step, int(position))
+            for first, images in enumerate(shown):
+                which = range(first, len(self.views), len(shown))
+                found = source.first_readable(int(images[row]), lambda i: self.cut(content(i), numbers, which))  # noqa: B023
+                for v, (crop, box) in zip(which, found, strict=True):
+                    made[v].append(crop)
+                    boxes[row, v] = box
+        return {"crops": tuple(map(np.stack, made)), "boxes": boxes}
+
+    def numbers(self, step: int, position: int) -> list[np.ndarray]:
+        """The uniform numbers [NUMBERS] of each view of the image at this position."""
+        drawn: list[np.ndarray] = []
+        for v in range(len(self.views)):
+            # Philox is a function of key and counter: streams whose counters differ above the first word never meet.
+            key, counter = np.array([self.seed % 2**64, step], np.uint64), np.array([0, 0, position, v], np.uint64)
+            bits = np.random.Philox(key=key, counter=counter)
+            drawn.append(drawn[0] if v in self.as_first else np.random.Generator(bits).random(NUMBERS))
+        return drawn
+
+    def cut(
+        self, content: Content, numbers: Sequence[np.ndarray], which: Sequence[int]
+    ) -> list[tuple[np.ndarray, tuple[float, ...]]]:
+        """(crop, box) of each of the views `which` of one image. Raises UnreadableError."""
+        if isinstance(content, str | tuple):
+            files = (content,) if isinstance(content, str) else content
+            with reading(files[0]):
+                if self.data.bands:
+                    return self.cut(read_image(files, 0, self.channels, self.data), numbers, which)
+                return self.cut(Path(files[0]).read_bytes(), numbers, which)
+        if isinstance(content, bytes):
+            if self.channels in (1, 3) and not is_dicom(content[:132]):
+                return self._cut_file(content, numbers, which)
+            content = decode(content, 0, self.channels, self.data.window, self.data.background)
+        array = convert(np.atleast_3d(content), 0, self.channels)
+        if array.shape[-1] in (1, 3):
+            planes = [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)]
+        else:
+            planes = [Image.fromarray(array[..., c]) for c in range(array.shape[-1])]
+        height, width = array.shape[:2]
+        boxes = [self._box(v, numbers[v], height, width) for v in which]
+        return [(self._shown(planes, v, box), (*box, height, width)) for v, box in zip(which, boxes, strict=True)]
+
+    def _cut_file(
+        self, content: bytes, numbers: Sequence[np.ndarray], which: Sequence[int]
+    ) -> list[tuple[np.ndarray, tuple[float, ...]]]:
+        """`cut` for what Pillow decodes to one picture, which may be a JPEG that is decoded small."""
+        try:
+            with open_image(io.BytesIO(content), 0, self.channels) as image:
+                if len(choose(image, self.channels)) > 1:
+                    return self.cut(decode(content, 0, self.channels, self.data.window), numbers, which)
+                orientation = 1
+                with contextlib.suppress(Exception):  # a damaged EXIF block
+                    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+                width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+                boxes = [self._box(v, numbers[v], height, width) for v in which]
+                scale = self._scale(which, boxes)
+                if scale > 1:
+                    image.draft(None, (image.width // scale, image.height // scale))
+                image.load()
+                upright: Image.Image = image
+                if orientation in TURNS:
+                    upright = image.transpose(TURNS[orientation])
+                planes = [plain(upright, self.channels, self.data.window, self.data.background)]
+                reduced = width / upright.width, height / upright.height
+                found = [self._shown(planes, v, box, *reduced) for v, box in zip(which, boxes, strict=True)]
+                return [(crop, (*box, height, width)) for crop, box in zip(found, boxes, strict=True)]
+        except (MemoryError, UnreadableError):
+            raise
+        except Exception as error:  # on bad bytes, Pillow raises anything from OSError to struct.error
+            raise UnreadableError(reason_of(error)) from error
+
+    def _box(self, v: int, numbers: np.ndarray, height: int, width: int) -> Box:
+        view = self.views[v]
+        if tuple(view.crop_scale) == (1.0, 1.0):
+            return Box(*region(width, height, view.size, self.sides[v]))
+        return draw_box(numbers, view, height, width)
+
+    def _scale(self, which: Sequence[int], boxes: Sequence[Box]) -> int:
+        """The largest of SCALES at which every crop still has the pixels of its view, so none is enlarged; else 1."""
+        if any(tuple(self.views[v].crop_scale) == (1.0, 1.0) for v in which):
+            return 1  # the test image
+        pixels = min(min(box.height, box.width) / self.views[v].size for v, box in zip(which, boxes, strict=True))
+        return next((scale for scale in SCALES if scale <= pixels), 1)
+
+    def _shown(self, planes: Sequence[Image.Image], v: int, box: Box, x: float = 1, y: float = 1) -> np.ndarray:
+        """View v, uint8 [s, s, C], of an image in one or more planes, decoded at 1 / x and 1 / y of its size."""
+        view = self.views[v]
+        if tuple(view.crop_scale) == (1.0, 1.0):
+            shown = [np.asarray(central(plane, view.size, self.sides[v])) for plane in planes]
+        else:
+            left, top = box.left / x, box.top / y
+            right, bottom = left + box.width / x, top + box.height / y
+            width, height = planes[0].size
+            outer = math.floor(left), math.floor(top), min(width, math.ceil(right)), min(height, math.ceil(bottom))
+            right, bottom = min(right, width), min(bottom, height)  # they may lie beyond by rounding
+            inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
+            size, bilinear = (view.size, view.size), Image.Resampling.BILINEAR
+            shown = [np.asarray(plane.crop(outer).resize(size, bilinear, box=inner)) for plane in planes]
+        return np.atleast_3d(shown[0]) if len(shown) == 1 else np.stack(shown, axis=-1)
+
+
+def draw_box(numbers: np.ndarray, view: View, height: int, width: int) -> Box:
+    """The crop that these uniform numbers [NUMBERS] mean in an image of this size.
+
+    As in torchvision's RandomResizedCrop: the first of TRIES boxes that fits, with a uniform area and a log-uniform
+    ratio; else the central one that is as large as the ratios allow.
+    """
+    low, high = view.crop_scale
+    log_low, log_high = map(math.log, view.crop_ratio)
+    u = numbers.tolist()
+    for n in range(TRIES):
+        area = height * width * (low + (high - low) * u[n])
+        ratio = math.exp(log_low + (log_high - log_low) * u[TRIES + n])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(u[-2] * (height - h + 1)), int(u[-1] * (width - w + 1)), h, w)
+    h = max(1, min(height, round(width / view.crop_ratio[0])))
+    w = max(1, min(width, round(height * view.crop_ratio[1])))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def content_of(source: Source, data: Data) -> Callable[[int], Content]:
+    """`source.content`. UserError if the source has nothing that crops could be cut from."""
+    if source.content is None:
+        raise UserError(f"config.data.crops='file': images of {data.name!r} are made at data.size; allowed: square")
+    return source.content
