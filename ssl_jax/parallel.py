@@ -171,7 +171,7 @@ def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
 
 
 def global_batch(mesh: Mesh, batch: int, rows: np.ndarray, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays [batch, ...] split over all devices, from this process's `rows` of them: parts [len(rows), ...], a tree."""
+    """Arrays [batch, ...] split over all devices, from this process's `rows` of them: a tree [len(rows), ...]."""
 
     def place(part: np.ndarray) -> jax.Array:
         def rows_of_device(index):

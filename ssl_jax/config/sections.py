@@ -27,7 +27,7 @@ class Data:
     size: int = option(0, "images are resized to size x size px; 0: unchanged (arrays), 224 (image files)", min=0)
     test_side: int = option(
         0,
-        "shorter side of a test image in px, of which the central size x size is used; 0: size, the whole central square",
+        "shorter side of a test image in px, of which the central size x size are used; 0: size, so the central square",
         min=0,
     )
     crops: Literal["square", "file"] = option(

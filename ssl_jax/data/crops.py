@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image
 
-from ssl_jax.config import Data, View
+from ssl_jax.augment import check_no_warp
+from ssl_jax.config import Config, Data, View
 from ssl_jax.data.central import central, region
 from ssl_jax.data.channels import choose
 from ssl_jax.data.dicom import is_dicom
 from ssl_jax.data.folder import convert, decode, open_image, plain, read_image, reason_of
-from ssl_jax.data.source import Content, Source, reading
+from ssl_jax.data.source import Batch, Content, Source, reading
 from ssl_jax.errors import UnreadableError, UserError
 
 TRIES = 10  # boxes, of which the first that fits into the image is used, as in torchvision
@@ -63,7 +64,7 @@ class Cutter:
 
     def __call__(
         self, source: Source, step: int, positions: np.ndarray, index: np.ndarray, partner: np.ndarray | None = None
-    ) -> dict[str, np.ndarray | tuple[np.ndarray, ...]]:
+    ) -> Batch:
         """What a batch holds of some of its images.
 
         positions: of these images in the batch of the step; index: their indices in the source; partner: those of the
@@ -196,6 +197,19 @@ def draw_box(numbers: np.ndarray, view: View, height: int, width: int) -> Box:
     h = max(1, min(height, round(width / view.crop_ratio[0])))
     w = max(1, min(width, round(height * view.crop_ratio[1])))
     return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def draws(
+    config: Config, source: Source, views: Sequence[View], indices: Sequence[int] | np.ndarray, count: int = 4
+) -> list[Batch]:
+    """What `augment.sheet.view_sheet` shows of these images: `count` random draws of their views; [] unless crops are
+    cut from files."""
+    if config.data.crops != "file":
+        return []
+    check_no_warp(views)
+    cutter = Cutter(config.data, views, (), config.train.seed, source.shape[2], min(source.shape[:2]))
+    index = np.asarray(indices)
+    return [cutter(source, step, np.arange(len(index)), index) for step in range(count)]
 
 
 def content_of(source: Source, data: Data) -> Callable[[int], Content]:

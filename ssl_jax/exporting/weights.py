@@ -159,7 +159,7 @@ def _hugging(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Ex
 
 
 def _share(size: int, side: int) -> float:
-    """timm's crop_pct, from which it computes the shorter side as floor(size / crop_pct)."""
+    """The crop_pct from which timm computes the shorter side as floor(size / crop_pct)."""
     share = size / side
     return share if math.floor(size / share) == side else math.nextafter(share, 0)
 

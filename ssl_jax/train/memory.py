@@ -220,9 +220,7 @@ def nbytes(x: Any) -> int:
     return x.size * (8 if is_key else x.dtype.itemsize)
 
 
-def abstract_arguments(
-    setup: Setup, config: Config, source: Source, mesh: Mesh
-) -> tuple[TrainState, dict[str, Any]]:
+def abstract_arguments(setup: Setup, config: Config, source: Source, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
     """(state, batch) of a step as shapes, types and shardings, without any values."""
     abstract = jax.ShapeDtypeStruct
     state = jax.eval_shape(lambda: init_state(setup, 0))

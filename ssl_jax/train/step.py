@@ -29,7 +29,6 @@ from ssl_jax.models import low_rank, merge
 from ssl_jax.network import KEYS, Network, hold, with_keys
 from ssl_jax.transforms import learning_rate, optimizer, target_of
 
-
 SEEN = ("image", "pair", "crops", "boxes")  # what views are made of, where a batch has it
 
 
