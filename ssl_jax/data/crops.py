@@ -58,47 +58,36 @@ class Cutter:
         self, data: Data, views: Sequence[View], shares: Sequence[Sequence[str]], seed: int, channels: int, size: int
     ):
         self.data, self.views, self.seed, self.channels = data, list(views), seed, channels
-        self.as_first = {v for v, names in enumerate(shares) if "crop" in names}
+        self.as_first = [v for v, names in enumerate(shares) if "crop" in names]
         # The shorter side of the whole image, of which a view without a crop shows the centre; 0: its largest square.
         self.sides = [round(data.test_side * view.size / size) for view in self.views]
 
-    def __call__(
-        self, source: Source, step: int, positions: np.ndarray, index: np.ndarray, partner: np.ndarray | None = None
-    ) -> Batch:
-        """What a batch holds of some of its images.
+    def empty(self, count: int) -> Batch:
+        """crops: uint8 [n, s, s, C] of each view. boxes: float32 [n, V, 6]: top, left, height and width of each crop,
+        and the height and width of the upright image that it is cut from, in px."""
+        crops = tuple(np.empty((count, view.size, view.size, self.channels), np.uint8) for view in self.views)
+        return {"crops": crops, "boxes": np.empty((count, len(self.views), 6), np.float32)}
 
-        positions: of these images in the batch of the step; index: their indices in the source; partner: those of the
-        images that every second view shows.
+    def fill(self, out: Batch, row: int, source: Source, step: int, position: int, images: Sequence[int]) -> None:
+        """Cuts the views of the image at a position of the batch: row `row` of `out`. images: its index, or those of
+        two images, of which the second is the one that every second view shows."""
+        content, numbers = content_of(source, self.data), self.numbers(step, position)
+        for first, image in enumerate(images):
+            which = range(first, len(self.views), len(images))
+            found = source.first_readable(image, lambda i: self.cut(content(i), numbers, which))  # noqa: B023
+            for v, (crop, box) in zip(which, found, strict=True):
+                out["crops"][v][row], out["boxes"][row, v] = crop, box
 
-        crops: uint8 [n, s, s, C] of each view. boxes: float32 [n, V, 6]: top, left, height and width of each crop, and
-        the height and width of the upright image that it was cut from, in px.
-        """
-        content = content_of(source, self.data)
-        shown = [index] if partner is None else [index, partner]
-        made: list[list[np.ndarray]] = [[] for _ in self.views]
-        boxes = np.zeros((len(index), len(self.views), 6), np.float32)
-        for row, position in enumerate(positions):
-            numbers = self.numbers(step, int(position))
-            for first, images in enumerate(shown):
-                which = range(first, len(self.views), len(shown))
-                found = source.first_readable(int(images[row]), lambda i: self.cut(content(i), numbers, which))  # noqa: B023
-                for v, (crop, box) in zip(which, found, strict=True):
-                    made[v].append(crop)
-                    boxes[row, v] = box
-        return {"crops": tuple(map(np.stack, made)), "boxes": boxes}
-
-    def numbers(self, step: int, position: int) -> list[np.ndarray]:
-        """The uniform numbers [NUMBERS] of each view of the image at this position."""
-        drawn: list[np.ndarray] = []
-        for v in range(len(self.views)):
-            # Philox is a function of key and counter: streams whose counters differ above the first word never meet.
-            key, counter = np.array([self.seed % 2**64, step], np.uint64), np.array([0, 0, position, v], np.uint64)
-            bits = np.random.Philox(key=key, counter=counter)
-            drawn.append(drawn[0] if v in self.as_first else np.random.Generator(bits).random(NUMBERS))
+    def numbers(self, step: int, position: int) -> np.ndarray:
+        """Uniform numbers [V, NUMBERS], one row for each view of the image at this position."""
+        # Philox is a function of key and counter: streams whose counters differ above the first word never meet.
+        key, counter = np.array([self.seed % 2**64, step], np.uint64), np.array([0, 0, 0, position], np.uint64)
+        drawn = np.random.Generator(np.random.Philox(key=key, counter=counter)).random((len(self.views), NUMBERS))
+        drawn[self.as_first] = drawn[0]
         return drawn
 
     def cut(
-        self, content: Content, numbers: Sequence[np.ndarray], which: Sequence[int]
+        self, content: Content, numbers: np.ndarray, which: Sequence[int]
     ) -> list[tuple[np.ndarray, tuple[float, ...]]]:
         """(crop, box) of each of the views `which` of one image. Raises UnreadableError."""
         if isinstance(content, str | tuple):
@@ -121,7 +110,7 @@ class Cutter:
         return [(self._shown(planes, v, box), (*box, height, width)) for v, box in zip(which, boxes, strict=True)]
 
     def _cut_file(
-        self, content: bytes, numbers: Sequence[np.ndarray], which: Sequence[int]
+        self, content: bytes, numbers: np.ndarray, which: Sequence[int]
     ) -> list[tuple[np.ndarray, tuple[float, ...]]]:
         """`cut` for what Pillow decodes to one picture, which may be a JPEG that is decoded small."""
         try:
@@ -208,8 +197,11 @@ def draws(
         return []
     check_no_warp(views)
     cutter = Cutter(config.data, views, (), config.train.seed, source.shape[2], min(source.shape[:2]))
-    index = np.asarray(indices)
-    return [cutter(source, step, np.arange(len(index)), index) for step in range(count)]
+    made = [cutter.empty(len(indices)) for _ in range(count)]
+    for step, out in enumerate(made):
+        for row, index in enumerate(indices):
+            cutter.fill(out, row, source, step, row, [int(index)])
+    return made
 
 
 def content_of(source: Source, data: Data) -> Callable[[int], Content]:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
@@ -372,6 +372,17 @@ class Partners:
         return self.by_object[first + (self.position[index] - first + offset) % self.counts[objects]]
 
 
+class Cut(Protocol):
+    """Makes a batch row by row, such as `crops.Cutter`."""
+
+    def empty(self, count: int) -> Batch:
+        """Arrays [count, ...] for as many images."""
+
+    def fill(self, out: Batch, row: int, source: Source, step: int, position: int, images: Sequence[int]) -> None:
+        """Writes the row of `out` for the image at a position of the batch of `step`. images: its index, and that of
+        its partner if there is one."""
+
+
 def batches(
     source: Source,
     *,
@@ -382,7 +393,7 @@ def batches(
     workers: int = 2,
     rows: np.ndarray | None = None,
     decode: bool = True,
-    cut: Callable[..., Batch] | None = None,
+    cut: Cut | None = None,
 ) -> Iterator[Batch]:
     """The batches of steps start to stop - 1: the same images in the same order, whether they are decoded or not.
 
@@ -392,7 +403,7 @@ def batches(
     decode=False, for images in memory: nothing is read. If the source has objects, also "partner" int32 [B], the
         indices chosen by `Partners`.
 
-    cut: a `crops.Cutter`, with decode=True: "crops" and "boxes", as it returns them, in place of "image" and "pair".
+    cut: with decode=True, what fills its arrays ("crops" and "boxes") in place of "image" and "pair".
     rows: the rows of the batch to return, such as those of this process; None: all.
     """
     rows = np.arange(batch) if rows is None else rows
@@ -423,7 +434,7 @@ def _decode_ahead(
     start: int,
     stop: int,
     workers: int,
-    cut: Callable[..., Batch] | None,
+    cut: Cut | None,
 ) -> Generator[Batch, None, None]:
     """Yields the "image" of each step, and its "pair" if there are partners; or what `cut` makes of them. grain reads
     PIECE images at a time."""
@@ -432,11 +443,17 @@ def _decode_ahead(
     pieces = -(-len(rows) // PIECE)
     names = {"index": "image", "partner": "pair"}
 
+    filled: dict[int, Batch] = {}  # the arrays of a step, into which every piece writes its rows: no copies to join
+
     def load(position: int) -> Batch:
         step, piece = divmod(position, pieces)
         part = slice(piece * PIECE, (piece + 1) * PIECE)
         if cut:
-            return cut(source, step, rows[part], **{key: values[part] for key, values in indices(step).items()})
+            out = filled.setdefault(step, cut.empty(len(rows)))
+            for row in range(len(rows))[part]:
+                images = [int(values[row]) for values in indices(step).values()]
+                cut.fill(out, row, source, step, int(rows[row]), images)
+            return {}
         return {names[key]: source.load_many(values[part]) for key, values in indices(step).items()}
 
     indices(start)  # a batch that is too large fails here rather than in a thread
@@ -444,15 +461,11 @@ def _decode_ahead(
     reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2 * pieces, workers))
     loaded = iter(positions.map(load).to_iter_dataset(reading))
     try:
-        for _ in range(start, stop):
+        for step in range(start, stop):
             parts = [next(loaded) for _ in range(pieces)]
-            yield {name: _joined([part[name] for part in parts]) for name in parts[0]}
+            joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            yield filled.pop(step, joined)
     except UserError as error:
         raise UserError(str(error.args[0]).partition("\n")[0]) from None  # without grain's note about its traceback
     finally:
         loaded.close()  # ends the threads, also when the caller stops early
-
-
-def _joined(parts: Sequence[Any]) -> Any:
-    """Arrays, or tuples of arrays, along their first axis."""
-    return tuple(map(np.concatenate, zip(*parts))) if isinstance(parts[0], tuple) else np.concatenate(parts)
