@@ -130,8 +130,10 @@ class Cutter:
                 if orientation in TURNS:
                     upright = image.transpose(TURNS[orientation])
                 planes = [plain(upright, self.channels, self.data.window, self.data.background)]
-                reduced = width / upright.width, height / upright.height
-                found = [self._shown(planes, v, box, *reduced) for v, box in zip(which, boxes, strict=True)]
+                # Of a length that is no multiple of the scale, the file's last pixels are wider than what they show.
+                x = upright.width - width / scale if orientation in (2, 3, 6, 7) else 0  # where they come first
+                y = upright.height - height / scale if orientation in (3, 4, 7, 8) else 0
+                found = [self._shown(planes, v, box, scale, x, y) for v, box in zip(which, boxes, strict=True)]
                 return [(crop, (*box, height, width)) for crop, box in zip(found, boxes, strict=True)]
         except (MemoryError, UnreadableError):
             raise
@@ -151,17 +153,20 @@ class Cutter:
         pixels = min(min(box.height, box.width) / self.views[v].size for v, box in zip(which, boxes, strict=True))
         return next((scale for scale in SCALES if scale <= pixels), 1)
 
-    def _shown(self, planes: Sequence[Image.Image], v: int, box: Box, x: float = 1, y: float = 1) -> np.ndarray:
-        """View v, uint8 [s, s, C], of an image in one or more planes, decoded at 1 / x and 1 / y of its size."""
+    def _shown(
+        self, planes: Sequence[Image.Image], v: int, box: Box, scale: int = 1, x: float = 0, y: float = 0
+    ) -> np.ndarray:
+        """View v, uint8 [s, s, C], of an image in one or more planes, decoded at 1 / scale of its size.
+
+        x, y: px of the planes where the image begins
+        """
         view = self.views[v]
         if tuple(view.crop_scale) == (1.0, 1.0):
             shown = [np.asarray(central(plane, view.size, self.sides[v])) for plane in planes]
         else:
-            left, top = box.left / x, box.top / y
-            right, bottom = left + box.width / x, top + box.height / y
-            width, height = planes[0].size
-            outer = math.floor(left), math.floor(top), min(width, math.ceil(right)), min(height, math.ceil(bottom))
-            right, bottom = min(right, width), min(bottom, height)  # they may lie beyond by rounding
+            left, top = x + box.left / scale, y + box.top / scale
+            right, bottom = left + box.width / scale, top + box.height / scale
+            outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
             inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
             size, bilinear = (view.size, view.size), Image.Resampling.BILINEAR
             shown = [np.asarray(plane.crop(outer).resize(size, bilinear, box=inner)) for plane in planes]

@@ -47,7 +47,9 @@ def resized(images: jax.Array, size: int, test_side: int = 0) -> jax.Array:
         return (length - side) / 2, side / size
 
     def cut(length):
-        scaled, first = _scaled(length, side, jnp.where((height == size) & (width == size), size, test_side), size)
+        scaled, first = _scaled(
+            length, side, jnp.where((height == size) & (width == size), float(size), float(test_side)), size
+        )
         return first * (length / scaled), length / scaled
 
     def weights(pixels, length):  # [pixels, size]: of each pixel in each pixel of the result
@@ -69,13 +71,12 @@ def resized(images: jax.Array, size: int, test_side: int = 0) -> jax.Array:
 def _scaled(length: jax.Array, shorter: jax.Array, side: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """(length, first pixel of the central `size`) of a side of an image whose shorter side becomes `side` px.
 
-    In whole numbers, as torchvision counts: the length is rounded down, half a pixel to an even number.
+    All are whole numbers in float32. As torchvision counts, the length is rounded down, half a pixel to an even number.
     """
-    whole = jax.lax.div(side.astype(jnp.int32) * length.astype(jnp.int32), shorter.astype(jnp.int32))
-    half = jax.lax.div(whole - size, 2)
+    whole = jnp.floor(side * length / shorter)
+    half = jnp.floor((whole - size) / 2)
     odd = whole - size - 2 * half
-    first = half + odd * (half - 2 * jax.lax.div(half, 2))
-    return whole.astype(jnp.float32), first.astype(jnp.float32)
+    return whole, half + odd * (half - 2 * jnp.floor(half / 2))
 
 
 def described(encoder: Encoder) -> str:
