@@ -8,6 +8,7 @@ Each side reads the same JPEGs of 500 x 375 px, made here: coloured noise with t
 3/4 to 4/3, bilinear), and hands out batches of 64.
 
 ours         `data.batches` with config.data.crops="file": uint8 [B, 224, 224, 3] of each view, and the boxes
+square       the same with config.data.crops="square": one image of 224 px, of which views are made on the device
 torchvision  ImageFolder, RandomResizedCrop and ToTensor for each view, DataLoader: float32 [B, 3, 224, 224]
 lightly      LightlyDataset, MultiViewTransform of the same two transforms, DataLoader
 
@@ -34,7 +35,7 @@ from PIL import Image, ImageDraw
 
 FILES, WIDTH, HEIGHT, QUALITY = 400, 500, 375, 90
 SIZE, BATCH, IMAGES = 224, 64, 768
-SIDES = ("ours", "torchvision", "lightly")
+OURS, SIDES = ("ours", "square"), ("ours", "torchvision", "lightly", "square")
 
 
 def make_files(folder: Path) -> None:
@@ -61,16 +62,17 @@ def make_files(folder: Path) -> None:
         image.save(path, quality=QUALITY)
 
 
-def ours(folder: Path, workers: int) -> Iterator[int]:
+def ours(side: str, folder: Path, workers: int) -> Iterator[int]:
     from ssl_jax.config import Data, View
     from ssl_jax.data import batches, open_source
     from ssl_jax.data.crops import Cutter
 
-    data = Data(name="folder", path=str(folder), size=SIZE, crops="file", workers=workers)
+    data = Data(name="folder", path=str(folder), size=SIZE, workers=workers)
     source = open_source(data)
     cut = Cutter(data, [View(size=SIZE, crop_scale=(0.08, 1.0))] * 2, (), seed=0, channels=3, size=SIZE)
-    for batch in batches(source, batch=BATCH, seed=0, start=0, stop=10**6, workers=workers, cut=cut):
-        assert batch["crops"][1].shape == (BATCH, SIZE, SIZE, 3)
+    options = {"batch": BATCH, "seed": 0, "start": 0, "stop": 10**6, "workers": workers}
+    for batch in batches(source, **options, cut=cut if side == "ours" else None):
+        assert (batch["crops"][1] if side == "ours" else batch["image"]).shape == (BATCH, SIZE, SIZE, 3)
         yield BATCH
 
 
@@ -101,7 +103,7 @@ def serve(side: str, folder: Path) -> None:
     for line in sys.stdin:
         cores, workers = map(int, line.split())
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0) | set(range(os.cpu_count() or 1)))[:cores])
-        feed = ours(folder, workers) if side == "ours" else peer(side, folder, workers)
+        feed = (ours if side in OURS else peer)(side, folder, workers)
         next(feed)
         start, made = time.perf_counter(), 0
         while made < IMAGES:
@@ -143,12 +145,12 @@ def main() -> None:
         if args.make:
             return
         size = statistics.mean(path.stat().st_size for path in folder.rglob("*.jpg"))
-        sides = {name: Side(sys.executable if name == "ours" else args.peer, name, folder) for name in SIDES}
+        sides = {name: Side(sys.executable if name in OURS else args.peer, name, folder) for name in SIDES}
         found: dict[tuple[int, str], list[float]] = {}
         for turn in range(args.rounds):
             for cores in (1, 2):
-                for name in SIDES[turn % 3 :] + SIDES[: turn % 3]:
-                    ways = (0, 1) if cores == 1 and name != "ours" else (cores,)
+                for name in SIDES[turn % 4 :] + SIDES[: turn % 4]:
+                    ways = (0, 1) if cores == 1 and name not in OURS else (cores,)
                     best = max(sides[name].rate(cores, workers) for workers in ways)
                     found.setdefault((cores, name), []).append(best / cores)
         for each in sides.values():

@@ -127,7 +127,7 @@ def test_exported_programs_resize_as_pillow_does(vit):
         found, wanted = np.asarray(function(images, 16, 20)), as_images(list(images), slice(0, 4), 16, 3, 20)
         assert found.shape == (4, 16, 16, 3)
         assert np.abs(found - wanted).max() <= 2
-        assert np.abs(found - wanted).mean() < (0.02 if width >= height else 0.4)
+        assert np.abs(found - wanted).mean() < (0.1 if width >= height else 0.4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="needs pip install '.[onnx]'")

@@ -374,17 +374,11 @@ def test_devices_and_micro_batches_change_no_loss(photos):
 
 def test_what_cannot_be_cut_from_files_is_one_line(photos):
     source = open_source(data_of(photos))
-    for key, value in (
-        ("rotate", 10.0),
-        ("zoom", (0.8, 1.2)),
-        ("translate", 0.1),
-        ("shear", 5.0),
-        ("perspective", 0.2),
-    ):
+    warps = {"rotate": 10.0, "zoom": (0.8, 1.2), "translate": 0.1, "shear": 5.0, "perspective": 0.2}
+    for key, value in warps.items():
         config = tiny_config("simclr", data__crops="file", train__batch=8, **{f"augment__{key}": value})
-        with pytest.raises(
-            UserError, match=rf"config.augment.{key}=.*: allowed with config.data.crops='file': "
-        ) as error:
+        told = rf"config.augment.{key}=.*: allowed with config.data.crops='file': "
+        with pytest.raises(UserError, match=told) as error:
             train.set_up(config, source)
         assert "\n" not in str(error.value)
     config = tiny_config("simclr", data__crops="file", data__engine="memory", train__batch=8)

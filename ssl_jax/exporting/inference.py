@@ -47,9 +47,8 @@ def resized(images: jax.Array, size: int, test_side: int = 0) -> jax.Array:
         return (length - side) / 2, side / size
 
     def cut(length):
-        scaled, first = _scaled(
-            length, side, jnp.where((height == size) & (width == size), float(size), float(test_side)), size
-        )
+        as_it_is = (height == size) & (width == size)
+        scaled, first = _scaled(length, side, jnp.where(as_it_is, float(size), float(test_side)), size)
         return first * (length / scaled), length / scaled
 
     def weights(pixels, length):  # [pixels, size]: of each pixel in each pixel of the result
