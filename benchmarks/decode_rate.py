@@ -16,11 +16,13 @@ The flip, colours and blur are left out: ours happen on the device, theirs on th
 
 All processes start first and then take turns, each with the cores that it may use (sched_setaffinity); a turn is
 IMAGES images after one batch that is not counted. As many workers as cores: threads here, processes there. With one
-core the peers also run without a worker, and the better of the two counts. The table has medians over the turns.
+core the peers also run without a worker, in the process itself. The table has medians over the turns: by the clock, and
+by the processor time of the process and its workers, which other programs on the machine disturb less.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -34,7 +36,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 FILES, WIDTH, HEIGHT, QUALITY = 400, 500, 375, 90
-SIZE, BATCH, IMAGES = 224, 64, 768
+SIZE, BATCH, IMAGES = 224, 64, 384
 OURS, SIDES = ("ours", "square"), ("ours", "torchvision", "lightly", "square")
 
 
@@ -98,18 +100,27 @@ def peer(side: str, folder: Path, workers: int) -> Iterator[int]:
 
 
 def serve(side: str, folder: Path) -> None:
-    """For each line "cores workers" of stdin, prints images per second."""
+    """For each line "cores workers" of stdin, prints images per second, and per second of processor time."""
     print("ready", flush=True)
     for line in sys.stdin:
         cores, workers = map(int, line.split())
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0) | set(range(os.cpu_count() or 1)))[:cores])
         feed = (ours if side in OURS else peer)(side, folder, workers)
         next(feed)
-        start, made = time.perf_counter(), 0
+        start, before, made = time.perf_counter(), processor_time(), 0
         while made < IMAGES:
             made += next(feed)
-        print(made / (time.perf_counter() - start), flush=True)
+        print(made / (time.perf_counter() - start), made / (processor_time() - before), flush=True)
         feed.close()
+
+
+def processor_time() -> float:
+    """Seconds, of this process and its workers."""
+    total = time.process_time()
+    for worker in multiprocessing.active_children():
+        user, system = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 class Side:
@@ -121,15 +132,17 @@ class Side:
         self.process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
         assert self.process.stdout.readline().strip() == "ready"
 
-    def rate(self, cores: int, workers: int) -> float:
+    def rates(self, cores: int, workers: int) -> tuple[float, float]:
         self.process.stdin.write(f"{cores} {workers}\n")
-        return float(self.process.stdout.readline())
+        wall, processor = map(float, self.process.stdout.readline().split())
+        return wall / cores, processor
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", default="peer/bin/python", help="python of the environment with torch and lightly")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--serve", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="where the files are made, and kept; default: nowhere")
     parser.add_argument("--make", action="store_true", help="only make the files")
@@ -146,22 +159,27 @@ def main() -> None:
             return
         size = statistics.mean(path.stat().st_size for path in folder.rglob("*.jpg"))
         sides = {name: Side(sys.executable if name in OURS else args.peer, name, folder) for name in SIDES}
-        found: dict[tuple[int, str], list[float]] = {}
+        found: dict[tuple[int, str], list[tuple[float, float]]] = {}
         for turn in range(args.rounds):
-            for cores in (1, 2):
+            for cores in args.cores:
                 for name in SIDES[turn % 4 :] + SIDES[: turn % 4]:
-                    ways = (0, 1) if cores == 1 and name not in OURS else (cores,)
-                    best = max(sides[name].rate(cores, workers) for workers in ways)
-                    found.setdefault((cores, name), []).append(best / cores)
+                    for workers in (cores, 0) if cores == 1 and name not in OURS else (cores,):
+                        label = name if workers else f"{name}, no worker"
+                        found.setdefault((cores, label), []).append(rates := sides[name].rates(cores, workers))
+                        print(turn, cores, label, *map(round, rates), flush=True)
         for each in sides.values():
             each.process.stdin.close()
             each.process.wait()
     print(f"{FILES} JPEGs of {WIDTH} x {HEIGHT} px, {size / 1e3:.0f} kB on average, {args.rounds} turns")
-    print("| cores | side | images/s and core | of ours to it, paired |\n|---|---|---|---|")
+    print("| cores | side | images/s and core | ours to it | images per s of processor time | ours to it |")
+    print("|---|---|---|---|---|---|")
     for (cores, name), rates in found.items():
-        ratios = [a / b for a, b in zip(found[cores, "ours"], rates, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {cores} | {name} | {statistics.median(rates):.0f} | {spread} |")
+        cells = [str(cores), name]
+        for kind in (0, 1):
+            ratios = [a[kind] / b[kind] for a, b in zip(found[cores, "ours"], rates, strict=True)]
+            cells += [f"{statistics.median(each[kind] for each in rates):.0f}"]
+            cells += [f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
+        print(f"| {' | '.join(cells)} |")
     print(json.dumps({f"{cores} {name}": rates for (cores, name), rates in found.items()}))
 
 
