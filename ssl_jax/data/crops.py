@@ -123,8 +123,8 @@ class Cutter:
                 width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
                 boxes = [self._box(v, numbers[v], height, width) for v in which]
                 scale = self._scale(which, boxes)
-                if scale > 1:
-                    image.draft(None, (image.width // scale, image.height // scale))
+                if scale > 1 and image.draft(None, (image.width // scale, image.height // scale)) is None:
+                    scale = 1  # no JPEG
                 image.load()
                 upright: Image.Image = image
                 if orientation in TURNS:
