@@ -1,9 +1,11 @@
-"""Write tests/reference/torchvision_ops.npz: what torchvision makes of small images, computed in float64.
+"""Write what torchvision makes of small images: tests/reference/torchvision_ops.npz, computed in float64, and
+tests/reference/torchvision_test_images.npz, as it reads test images with Pillow.
 
     pip install torch==2.13.0 torchvision==0.28.0
     python benchmarks/torchvision_reference.py
 
-SHAPE.image is uint8 [H, W, C]; for each case, SHAPE-CASE.call is JSON (op and arguments), SHAPE-CASE.result float32.
+Ops: SHAPE.image is uint8 [H, W, C]; for each case, SHAPE-CASE.call is JSON (op and arguments), SHAPE-CASE.result
+float32. Test images: HEIGHTxWIDTH-SIZE-SIDE.image, and what Resize(SIDE) and CenterCrop(SIZE) make of it (.result).
 """
 
 import json
@@ -11,10 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from torchvision import transforms
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 OUT = Path(__file__).parent.parent / "tests" / "reference" / "torchvision_ops.npz"
+TEST_IMAGES = OUT.with_name("torchvision_test_images.npz")
+# height, width, size, side: wide, high, square, a side that stays, larger than before, rounded in every way.
+TESTED = (
+    *((40, 61, 24, 28), (61, 40, 24, 28), (33, 33, 24, 27), (28, 45, 24, 28), (13, 20, 24, 24), (41, 60, 23, 30)),
+    *((60, 41, 23, 30), (35, 52, 21, 26), (5, 60, 8, 9), (60, 5, 8, 9)),
+)
 SHAPES = ((24, 24, 3), (15, 22, 3), (19, 13, 1), (7, 7, 1))
 BILINEAR = {"interpolation": InterpolationMode.BILINEAR}
 CORNERS = ([0, 0], [1, 0], [1, 1], [0, 1])  # shares of (width - 1, height - 1)
@@ -84,6 +94,13 @@ def main() -> None:
             made[f"{key}-{number:02}_{op}.result"] = result.numpy().astype(np.float32)
     OUT.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(OUT, **made)
+    tested = {}
+    for height, width, size, side in TESTED:
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        read = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(size)])
+        key = f"{height}x{width}-{size}-{side}"
+        tested |= {f"{key}.image": image, f"{key}.result": np.asarray(read(Image.fromarray(image)))}
+    np.savez_compressed(TEST_IMAGES, **tested)
     print(f"{OUT}: {(len(made) - len(SHAPES)) // 2} cases, {OUT.stat().st_size / 1e3:.0f} kB")
 
 

@@ -8,14 +8,22 @@ What they took: 512 TPU v3 for 8 hours (byol), 32 TPU v3 for 6 hours (simclr), 6
 days (moco_v1, moco_v2, dino), 8 GPUs (simsiam, rotation, jigsaw), 4 GPUs (swav_256), 2 RTX 4090 for four days (tico,
 dino_resnet50). On less, lower config.train.batch: the learning rate follows it.
 
-Different from every source: a crop is cut from the image's centre square, resized to data.size px, not from the whole
-photograph; and learning rates fall to 0 where some fall to a thousandth of the peak. "differs" says what else.
+Crops are cut from the whole photograph, and tests see the central 224 px of a shorter side of 256. Different from the
+sources: images are resized bilinearly where some resize bicubically, and learning rates fall to 0 where some fall to a
+thousandth of the peak. "differs" says what else.
 """
 
 from ssl_jax.config import default
 from ssl_jax.errors import unknown
 
-COMMON = {"data.name": "tfds", "data.path": "imagenet2012", "data.size": 224, "model.name": "resnet50"}
+COMMON = {
+    "data.name": "tfds",
+    "data.path": "imagenet2012",
+    "data.size": 224,
+    "data.test_side": 256,  # of which the central 224 are used
+    "data.crops": "file",
+    "model.name": "resnet50",
+}
 
 # Views, as far as they are not the preset "natural", BYOL's two; here both are alike.
 _ALIKE = {"augment.solarize": 0.0, "augment.saturation": 0.4}

@@ -15,6 +15,8 @@ from ssl_jax.evaluate.linear import Probe
 PARTS = ("classifier.safetensors", "test.csv", "reliability.png")
 # What classifier.json says of its encoder, with the options of config.data that its images are read with.
 OF_ENCODER = ("model", "size", "channels", "mean", "std", "method", "step", "read")
+# Options of config.data that a classifier keeps: its images are read as in training.
+READ = ("window", "frontal", "background", "bands", "test_side")
 AGAIN = "remove the folder and run its `ssl-jax finetune` command again"
 
 

@@ -22,9 +22,6 @@ from ssl_jax.run_folder import RunFolder, StudyFolder
 from ssl_jax.settings import data_of, images_only, settings_of
 from ssl_jax.weights import weights as weights
 
-# Options of config.data that a classifier keeps: its images are read as in training.
-READ = ("window", "frontal", "background", "bands")
-
 
 def pretrain(config: Config, workdir: str, cluster: bool = False, dry_run: bool = False) -> Encoder | None:
     from ssl_jax import parallel
@@ -197,7 +194,7 @@ def finetune(
 
     unlabelled: images to learn from beside the labelled ones; "": those of the run, if config.finetune.unlabelled=all.
     """
-    from ssl_jax.classifier import begin_classifier, save_about, save_weights
+    from ssl_jax.classifier import READ, begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds
     from ssl_jax.evaluate.finetuning import loss_curve, still_falling
     from ssl_jax.evaluate.selftraining import train_classifier, unlabelled_of
@@ -335,6 +332,7 @@ def views(config: Config, out: str, images: int = 6, masks: str = "") -> None:
     from ssl_jax.audit.masks import find_lesions, open_masks
     from ssl_jax.augment import preset_of, resolve_views
     from ssl_jax.augment.sheet import view_sheet
+    from ssl_jax.data.crops import draws
 
     count, seed = max(1, images), config.train.seed
     source = open_source(dataclasses.replace(config.data, cache=""))  # filling a cache would decode every image
@@ -348,8 +346,9 @@ def views(config: Config, out: str, images: int = 6, masks: str = "") -> None:
     size = min(source.shape[:2])
     specs, preset = resolve_views(config.augment, 2, size), preset_of(config.augment.preset, size)
     title = f"{kind(config.data)}images, preset {preset}{', changed' * bool(config.augment.changes())}"
-    names = [source.names[i] for i in indices]
-    view_sheet(source.load_many(indices), specs, Path(out), seed=seed, names=names, outlines=outlines, title=title)
+    more: Any = {"names": [source.names[i] for i in indices], "outlines": outlines, "title": title}
+    cuts = [] if outlines else draws(config, source, specs, indices)  # masks lie on the test image
+    view_sheet(source.load_many(indices), specs, Path(out), seed=seed, cuts=cuts, **more)
     print(f"views: {out}")
 
 

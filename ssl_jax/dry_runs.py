@@ -42,7 +42,7 @@ def pretraining(config: Config, workdir: Path, source: Source) -> Iterator[str]:
     yield f"model     {config.method_name}, {config.model.name}: {encoder} parameters, {trained} while it trains"
     yield f"length    {setup.steps:,} steps of {train.batch} images ({train.duration})"
     size = sum(map(memory.nbytes, jax.tree.leaves(state)))
-    feed = batches(config, source, mesh, 0, min(STEPS, setup.steps))
+    feed = batches(config, source, mesh, 0, min(STEPS, setup.steps), setup.views, setup.method.shares)
     first, stop, seconds = next(feed), parallel.per_device(mesh, 0), []
     start = time.monotonic()
     step_fn = compile_step(setup, config, mesh, state, first, stop)

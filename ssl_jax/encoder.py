@@ -41,8 +41,8 @@ class Encoder(NamedTuple):
 
         images: an array [N, H, W, C], or [N, H, W] of gray images; `Source.all_images`; or a list of arrays [H, W, C]
             and Pillow images, each of its own size. Integers are from 0 to 255, floats from 0 to 1. An image that is
-            not `size` px large is treated like an image file: its central square is resized. A single image is a list
-            of one.
+            not `size` px large is treated like an image file: its central part is resized, as in training. A
+            single image is a list of one.
         batch: images at a time, on a CPU at most a million pixels; if there are fewer, their number is padded to a
             power of two, which is compiled once.
         fixed: pad to `batch` instead, so that a single compilation serves calls with any number of images.
@@ -55,6 +55,11 @@ class Encoder(NamedTuple):
         """`embed`, and the last feature map float32 [N, h, w, D]. UserError if the network has none."""
         embeddings, maps = self._features(images, batch, fixed, dense=True)
         return embeddings, maps
+
+    @property
+    def test_side(self) -> int:
+        """config.data.test_side of its training: how an image of another size is resized; 0: the central square."""
+        return self.about.get("read", {}).get("test_side", 0)
 
     @property
     def width(self) -> int:
@@ -78,7 +83,7 @@ class Encoder(NamedTuple):
             batch = min(batch, 1 << max(0, (PIXELS_ON_CPU // self.size**2).bit_length() - 1))
         full, whole = batch if fixed else min(batch, 1 << (count - 1).bit_length()), list[np.ndarray]()
         for start in range(0, count, full):
-            part = as_images(images, slice(start, start + full), self.size, self.channels)
+            part = as_images(images, slice(start, start + full), self.size, self.channels, self.test_side)
             padded = np.pad(part, [(0, full - len(part)), (0, 0), (0, 0), (0, 0)])
             found = self._call(compiled_embed(self.network), padded, dense)
             whole = whole or [np.empty((count, *each.shape[1:]), each.dtype) for each in found]
@@ -173,7 +178,8 @@ def export(folder: Path, encoder: Encoder) -> None:
 
 def encoder_metadata(config: Config, size: int, channels: int, step: int) -> dict[str, Any]:
     """The `about` of an encoder that a run of `config` trained."""
-    return _metadata(config.model, size, channels, method=config.method_name, step=step, seed=config.train.seed)
+    read = {"read": {"test_side": config.data.test_side}} if config.data.test_side else {}
+    return _metadata(config.model, size, channels, method=config.method_name, step=step, seed=config.train.seed, **read)
 
 
 def load_encoder(path: str | Path) -> Encoder:

@@ -36,6 +36,7 @@ HOW_READ = (
     "workers",
     "engine",
     "memory_gb",
+    "crops",
 )  # options of config.data that change how images are read, not which
 
 

@@ -170,8 +170,8 @@ def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch)[rows] for rows in slices if rows is not None]))
 
 
-def global_batch(mesh: Mesh, batch: int, rows: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Arrays [batch, ...] split over all devices, from this process's `rows` of them: parts [len(rows), ...]."""
+def global_batch(mesh: Mesh, batch: int, rows: np.ndarray, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays [batch, ...] split over all devices, from this process's `rows` of them: a tree [len(rows), ...]."""
 
     def place(part: np.ndarray) -> jax.Array:
         def rows_of_device(index):
@@ -181,7 +181,7 @@ def global_batch(mesh: Mesh, batch: int, rows: np.ndarray, parts: Mapping[str, n
 
         return jax.make_array_from_callback((batch, *part.shape[1:]), batch_sharding(mesh), rows_of_device)
 
-    return {name: place(part) for name, part in parts.items()}
+    return jax.tree.map(place, dict(parts))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:

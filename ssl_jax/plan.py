@@ -28,6 +28,10 @@ from ssl_jax.train import memory
 from ssl_jax.train.step import in_memory, make_step, set_up
 
 KNOWN_DATA = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10)}  # TFDS: training images, classes
+DECODED = ("folder", "csv", "chexpert", "tfds")  # sources of image files, or of records that hold some
+# Images per second and core, by config.data.crops: JPEGs of 500 x 375 px and two views of 224 px, on one core with
+# AVX-512 (benchmarks/decode_rate.py).
+CORE_RATES = {"file": 0.0, "square": 0.0}
 HOP_SECONDS = 1e-6  # from one chip to the next, roughly; https://jax-ml.github.io/scaling-book/sharding
 
 
@@ -86,6 +90,7 @@ class Plan:
     memory_s: float = 0.0
     network_s: float = 0.0
     steps: int = 0
+    core_rate: float = 0.0  # images that a core of the host decodes per second; 0: unknown, or nothing is decoded
 
     @property
     def version(self) -> str:
@@ -106,6 +111,11 @@ class Plan:
     @property
     def images_per_s(self) -> float:
         return self.batch / self.step_s
+
+    @property
+    def cores(self) -> int:
+        """Of all hosts together, to decode as fast as the chips train; 0: unknown, or nothing is decoded."""
+        return math.ceil(self.images_per_s / self.core_rate) if self.core_rate else 0
 
     @property
     def hours(self) -> float:
@@ -211,6 +221,8 @@ def estimate(config: Config, topology: str, source: Source) -> Plan:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, parallel.replicated(mesh)))
     traced = jitted.trace(*args)
     known = Plan(str(tpu), len(devices), train.batch, train.part, fits=False, memory=0.0, steps=setup.steps)
+    if not in_memory(config, source) and config.data.name in DECODED and not config.data.cache:
+        known = dataclasses.replace(known, core_rate=CORE_RATES[config.data.crops])
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -350,7 +362,10 @@ def compare(config: Config, topologies: Sequence[str], source: Source) -> list[P
 def table_row(plan: Plan) -> dict[str, Any]:
     """A row of plan.csv. Of a batch that does not fit only the memory is known; the other cells are empty."""
     known = ("topology", "chips", "batch", "micro_batch", "fits", "memory")
-    predicted = ("flops", "bytes", "compute_s", "memory_s", "network_s", "step_s", "limit", "images_per_s", "hours")
+    predicted = (
+        *("flops", "bytes", "compute_s", "memory_s", "network_s", "step_s", "limit"),
+        *("images_per_s", "hours", "cores"),
+    )
     row = {key: getattr(plan, key) for key in known}
     row |= {key: getattr(plan, key) if plan.fits else "" for key in predicted}
     return row | {kind: plan.collectives.get(kind, (0, 0.0))[0] for kind in hlo.COLLECTIVES}
@@ -360,6 +375,10 @@ def summary(plan: Plan) -> str:
     """A few lines for people."""
     memory = CHIPS[plan.version].memory
     kinds = [f"{number} {kind} ({size / 1e6:.1f} MB)" for kind, (number, size) in plan.collectives.items()]
+    host = (
+        f"  hosts        {plan.cores:,} cores in all to feed it, if one decodes {plan.core_rate:.0f} images/s, as was "
+        "measured with JPEGs of 500 x 375 px, two views of 224 px and AVX-512"
+    )
     return "\n".join(
         [
             f"{plan.topology}: {plan.chips} chips, batch {plan.batch} (a prediction, nothing was run)",
@@ -371,6 +390,7 @@ def summary(plan: Plan) -> str:
             f"network {1e3 * plan.network_s:.2f} ms: limited by {plan.limit}",
             f"  speed        at best {1e3 * plan.step_s:.2f} ms per step, {plan.images_per_s:,.0f} images/s, "
             f"{plan.hours:.1f} hours for {plan.steps:,} steps",
+            *[host] * bool(plan.cores),
         ]
     )
 

@@ -167,7 +167,7 @@ def list_cells(study: Study, part: tuple[int, int] | None = None) -> list[CellId
 
 
 # The keys of config.data that say how images are read. All others say which images, and what is known about them.
-READING = ("size", "channels", "bands", "window", "cache", "workers", "max_bad_share")
+READING = ("size", "test_side", "channels", "bands", "window", "cache", "workers", "max_bad_share")
 
 
 def data_of_test(config: Config) -> Data:

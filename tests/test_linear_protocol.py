@@ -165,6 +165,18 @@ def test_data_larger_than_memory_give_the_same_and_are_never_decoded_at_once(tmp
     assert small.chosen == large.chosen
 
 
+def test_crops_of_files(tmp_path):
+    """config.data.crops="file": the host cuts them. Without a crop, they are the images themselves."""
+    cut = dataclasses.replace(config(), data=dataclasses.replace(CONFIG.data, crops="file"))
+    same(train(tmp_path / "square"), train(tmp_path / "file", settings=cut), atol=1e-6)
+    crops = dataclasses.replace(cut.linear, augment=Augment(preset="crops"))
+    cropped = train(tmp_path / "crops", settings=dataclasses.replace(cut, linear=crops))
+    assert not np.allclose(heads_of(cropped)["w"], heads_of(train(tmp_path / "square"))["w"], atol=1e-3)
+    warped = dataclasses.replace(cut.linear, augment=Augment(preset="none", override={"rotate": 5.0}))
+    with pytest.raises(UserError, match=r"^config.linear.augment.rotate=5.0: allowed with config.data.crops='file': 0"):
+        train(tmp_path / "warped", settings=dataclasses.replace(cut, linear=warped))
+
+
 def test_it_goes_on_after_an_error_bit_identical_and_begins_anew_for_other_labels(tmp_path, monkeypatch, capsys):
     settings = config(**GRID)
     whole = train(tmp_path / "whole", settings=settings)

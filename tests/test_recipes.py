@@ -6,7 +6,6 @@ import runpy
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +13,7 @@ from ssl_jax import train
 from ssl_jax.config import resolve
 from ssl_jax.errors import UserError
 from ssl_jax.parallel import make_mesh
+from ssl_jax.train import memory
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = {name: runpy.run_path(str(CONFIGS / f"{name}.py")) for name in ("imagenet", "cifar10")}
@@ -32,7 +32,7 @@ class Source:
     def __init__(self, file, size):
         self.examples, classes = EXAMPLES[file]
         self.shape, self.classes = (size, size, 3), [str(i) for i in range(classes)]
-        self.labels = np.zeros(1, np.int32)
+        self.labels, self.objects = np.zeros(1, np.int32), None
 
     def __len__(self):
         return self.examples
@@ -70,10 +70,10 @@ def test_a_recipe_is_traced_at_full_size(file, name):
     source, batch = Source(file, config.data.size), config.train.batch
     setup = train.set_up(config, source)
     state = jax.eval_shape(lambda: train.init_state(setup, 0))
-    images = jax.ShapeDtypeStruct((batch, *source.shape), jnp.uint8)
-    numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    step = train.make_step(setup, config, make_mesh(1, batch))
-    after, metrics = jax.eval_shape(step, state, {"image": images, "label": numbers, "index": numbers})
+    mesh = make_mesh(1, batch)
+    _, inputs = memory.abstract_arguments(setup, config, source, mesh)
+    assert ("crops" in inputs) == (config.data.crops == "file") == ("image" not in inputs)
+    after, metrics = jax.eval_shape(train.make_step(setup, config, mesh), state, inputs)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
 

@@ -104,7 +104,7 @@ def _from_folder(root: Path, source: Source, index: int, data: Data) -> dict[str
         if abs(values.shape[0] * size[1] - values.shape[1] * size[0]) > max(size) + max(values.shape):
             shapes = f"{values.shape[1]} x {values.shape[0]} px, but the image has {size[1]} x {size[0]}"
             raise UserError(f"{file}: {shapes}; allowed: the image's size")
-        masks[visible(printable(lesion))] = as_read(values > values.max() / 2, source.shape, str(file))
+        masks[visible(printable(lesion))] = as_read(values > values.max() / 2, source.shape, str(file), data.test_side)
     return masks
 
 
@@ -121,18 +121,22 @@ def _from_boxes(boxes: dict[str, list], source: Source, index: int, data: Data) 
     for name, left, top, right, bottom in boxes_of_image:
         box = (x > left) & (x < right) & (y > top) & (y < bottom)
         masks[name] = masks.get(name, False) | box
-    return {name: as_read(mask, source.shape, source.names[index]) for name, mask in masks.items()}
+    name_of_image = source.names[index]
+    return {name: as_read(mask, source.shape, name_of_image, data.test_side) for name, mask in masks.items()}
 
 
-def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """A mask bool [H, W] of a whole image, cropped and resized as the image is when it is read: float32 [H, W]."""
+def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str, side: int = 0) -> np.ndarray:
+    """A mask bool [H, W] of a whole image, cropped and resized as the image is when it is read: float32 [H, W].
+
+    side: config.data.test_side
+    """
     from ssl_jax.data.folder import convert
 
     height, width = shape[:2]
-    if mask.shape != (height, width):
+    if mask.shape != (height, width) or side:
         if height != width:
             raise UserError(f"{where}: a mask of {mask.shape[1]} x {mask.shape[0]} px; allowed: {width} x {height}")
-        mask = convert(255 * mask[..., None].astype(np.uint8), height, 1)[..., 0] / 255
+        mask = convert(255 * mask[..., None].astype(np.uint8), height, 1, side)[..., 0] / 255
     return mask.astype(np.float32)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssl_jax.augment import geometry, make_views, render
+from ssl_jax.augment import finish_views, geometry, make_views, render
 from ssl_jax.augment.views import blur_kernel
 from ssl_jax.config import View
 from ssl_jax.errors import UserError, visible
@@ -31,6 +31,7 @@ def view_sheet(
     names: Sequence[str] | None = None,
     outlines: Sequence[Mapping[str, np.ndarray]] | None = None,
     title: str = "",
+    cuts: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Writes a PNG with a row per image: the original, then `draws` random draws of each view.
 
@@ -38,6 +39,7 @@ def view_sheet(
     views:  with their sizes, as `ssl_jax.augment.resolve_views` returns them
     names:  N labels for the rows, such as file names, beside the originals
     outlines: for each image, class -> mask [H, W] in [0, 1], whose outline is drawn in every picture
+    cuts: "crops" and "boxes" of each draw, where crops are cut from the files (`data.crops.draws`)
 
     Raises UserError if `out` is a folder or not a .png.
     """
@@ -48,9 +50,11 @@ def view_sheet(
         raise UserError(
             f"{out}: {'is a folder' if out.is_dir() else 'not a .png file'}; allowed: the path of a .png file"
         )
-    make = jax.jit(make_views(views))
+    keys = jax.random.split(jax.random.key(seed), len(cuts) or draws)
+    make = jax.jit((finish_views if cuts else make_views)(views))
+    seen: list[Any] = [(cut["crops"], cut["boxes"]) for cut in cuts] or [(images,)] * draws
+    drawn = [make(key, *each) for key, each in zip(keys, seen, strict=True)]
     bare: Sequence[Mapping[str, np.ndarray]] = [{}] * len(images)
-    drawn = [make(key, images) for key in jax.random.split(jax.random.key(seed), draws)]
     blocks: list[tuple[str, list[Any]]] = [("original", [(images, outlines or bare)])]
     for v, view in enumerate(views):
         columns = [(made[v], _moved(outlines, parameters[v], view) or bare) for made, parameters in drawn]

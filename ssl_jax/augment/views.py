@@ -110,14 +110,11 @@ def make_views(
     """
     for view in views:
         _check(view, "view")
-    shared = [[slot for name in names for slot in FACTORS[name]] for names in shares] or [[]] * len(views)
 
     def one(key, *images):
-        rows = [_numbers(jax.random.fold_in(key, v)) for v in range(len(views))]
         rendered, drawn = [], []
-        for v, (view, row) in enumerate(zip(views, rows, strict=True)):
+        for v, (view, row) in enumerate(zip(views, _rows(key, len(views), shares), strict=True)):
             image = images[v % len(images)]
-            row = {**row, **{slot: rows[0][slot] for slot in shared[v]}}
             parameters = _parameters(row, view, *image.shape[:2])
             parameters |= _extra(jax.random.fold_in(key, v), view)
             rendered.append(render(image, parameters, view))
@@ -130,6 +127,52 @@ def make_views(
         return jax.vmap(one)(keys, images, *(() if pairs is None else (pairs,)))
 
     return apply
+
+
+def finish_views(
+    views: Sequence[View], shares: Sequence[Sequence[str]] = ()
+) -> Callable[..., tuple[tuple[jax.Array, ...], tuple[Parameters, ...]]]:
+    """Like `make_views`, for crops that the host has cut: (rng, crops, boxes, positions=None) -> views, drawn.
+
+    crops: uint8 [B, s, s, C] of each view; boxes: float32 [B, V, 6], as of `data.crops.Cutter`, which `drawn` reports
+    as crop box and "source". All other parameters are what `make_views` draws for the same rng.
+    """
+
+    def one(key, crops, boxes):
+        rendered, drawn = [], []
+        rows = _rows(key, len(views), shares)
+        for v, (view, row, crop, box) in enumerate(zip(views, rows, crops, boxes, strict=True)):
+            whole = dataclasses.replace(view, crop_scale=(1.0, 1.0))
+            parameters = _parameters(row, whole, *crop.shape[:2])
+            parameters |= _extra(jax.random.fold_in(key, v), view)
+            rendered.append(render(crop, parameters, whole))
+            cut = dict(zip(("top", "left", "height", "width"), box[:4], strict=True))
+            source = jnp.round(box[4:]).astype(jnp.int32)
+            drawn.append({**_identity(*crop.shape[:2]), **parameters, **cut, "source": source})
+        return tuple(rendered), tuple(drawn)
+
+    def apply(rng, crops, boxes, positions=None):
+        positions = jnp.arange(len(boxes)) if positions is None else positions
+        keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(positions)
+        return jax.vmap(one)(keys, crops, boxes)
+
+    return apply
+
+
+def check_no_warp(views: Sequence[View], path: str = "config.augment") -> None:
+    """Raises UserError if a view warps the whole image before its crop, which the host would have to do."""
+    for view in views:
+        for key in ("rotate", "translate", "perspective", "shear", "zoom"):
+            if (value := getattr(view, key)) != getattr(View(), key):
+                allowed = getattr(View(), key)
+                raise UserError(f"{path}.{key}={value}: allowed with config.data.crops='file': {allowed}")
+
+
+def _rows(key: jax.Array, count: int, shares: Sequence[Sequence[str]]) -> list[Parameters]:
+    """The uniform numbers of each view of an image."""
+    shared = [[slot for name in names for slot in FACTORS[name]] for names in shares] or [[]] * count
+    rows = [_numbers(jax.random.fold_in(key, v)) for v in range(count)]
+    return [{**row, **{slot: rows[0][slot] for slot in shared[v]}} for v, row in enumerate(rows)]
 
 
 def _identity(height: int, width: int) -> Parameters:

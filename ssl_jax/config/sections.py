@@ -25,6 +25,14 @@ class Data:
     )
     split: str = option("train", "train, test, val or all; tfds: any TFDS split")
     size: int = option(0, "images are resized to size x size px; 0: unchanged (arrays), 224 (image files)", min=0)
+    test_side: int = option(
+        0,
+        "shorter side of a test image in px, of which the central size x size are used; 0: size, so the central square",
+        min=0,
+    )
+    crops: Literal["square", "file"] = option(
+        "square", "what pretraining cuts random crops from; square: the test image; file: the file's own pixels"
+    )
     channels: int = option(
         0, "1: grayscale, 3: colour, others: those of the data; 0: as in the data, but 3 for gray files", min=0
     )

@@ -55,7 +55,8 @@ def cached(
         :3
     ]  # in the name unless it is white, as it was when there was no choice
     background = f"-{bytes(colour).hex()}" * (colour != (255, 255, 255))
-    folder = Path(data.cache).expanduser() / f"{'x'.join(map(str, shape))}-{data.window}{background}-v{VERSION}"
+    side = f"-of{data.test_side}" * (data.test_side > 0)
+    folder = Path(data.cache).expanduser() / f"{'x'.join(map(str, shape))}{side}-{data.window}{background}-v{VERSION}"
     # One after another where they are several. Path.absolute takes five times as long.
     names = ["\n".join(os.path.abspath(path) for path in paths) for paths in files]  # noqa: PTH100
     stamps = [_stamp(paths) for paths in files]

@@ -21,6 +21,7 @@ from PIL import Image, ImageColor, ImageOps
 
 from ssl_jax.config import Data
 from ssl_jax.data import dicom
+from ssl_jax.data.central import central, check_side
 from ssl_jax.data.channels import DEEP, check_ratios, choose, count, grouped, naming, number_of_bands, why_unknown
 from ssl_jax.data.exclude import not_excluded
 from ssl_jax.data.source import (
@@ -31,6 +32,7 @@ from ssl_jax.data.source import (
     open_file,
     pick_parts,
     printable,
+    reading,
     same_object,
     warn_once,
 )
@@ -153,6 +155,7 @@ def from_files(
     check_background(data.background)
     wanted = not_excluded(data, [file.name for file in files], [file.path for file in files])
     shape = (data.size or SIZE, data.size or SIZE, channels_of([files[i] for i in wanted], data))
+    check_side(data, shape[0])
     look = functools.partial(_check_file, size=shape[0], channels=shape[2], exact=bool(data.bands))
     problems = dict(zip(wanted, _first_look([files[i] for i in wanted], data.workers, look), strict=True))
     bad = {i: problem for i, problem in problems.items() if problem}
@@ -164,13 +167,8 @@ def from_files(
     files = [files[i] for i in kept]
 
     def read(index: int) -> np.ndarray:
-        path = files[index].path
-        try:
+        with reading(files[index].path):
             return read_image(files[index].files, shape[0], shape[2], data)
-        except OSError as error:  # a failing disk; with a stand-in, results would depend on it
-            raise UserError(f"{printable(path)!r}: {error.strerror}; it was readable at the start") from error
-        except MemoryError as error:  # with a stand-in, results would depend on the machine
-            raise UserError(f"{printable(path)!r}: not enough memory to decode it") from error
 
     load: Callable[[int], np.ndarray] = read
     if data.cache:
@@ -196,6 +194,7 @@ def from_files(
         skipped=skipped,
         max_bad_share=data.max_bad_share,
         workers=data.workers,
+        content=lambda index: files[index].bands or files[index].path,
     )
 
 
@@ -275,12 +274,13 @@ def from_array(
     if new_channels != channels and {new_channels, channels} != {1, 3}:
         raise UserError(f"config.data.channels={data.channels}: {where} has {channels}; allowed: 0 or {channels}")
     shape = (data.size or height, data.size or width, new_channels)
-    unchanged = shape == images.shape[1:]
+    check_side(data, data.size)
+    unchanged = shape == images.shape[1:] and not data.test_side
 
     def load(index: int) -> np.ndarray:
         if unchanged:
             return images[index]
-        return convert(images[index], data.size, new_channels)
+        return convert(images[index], data.size, new_channels, data.test_side)
 
     return Source(
         [str(i) for i in range(len(images))],
@@ -291,6 +291,7 @@ def from_array(
         objects=None if objects is None else same_object(objects[: data.limit or None], where, data.pairs),
         array=images if unchanged else None,
         workers=data.workers,
+        content=images.__getitem__,
     )
 
 
@@ -305,14 +306,14 @@ def check(path: Path | str, size: int = 0, channels: int = 3, exact: bool = Fals
                 dicom.check(Path(path))
                 return 0, 0
             file.seek(0)
-            with _open(file, size, channels, exact) as image:
+            with open_image(file, size, channels, exact) as image:
                 whole = image.size  # of a JPEG, that at which it is decoded: of the same ratio
                 choose(image, channels, exact)
                 return whole
     except (MemoryError, UnreadableError, UserError):
         raise
     except Exception as error:  # on bad bytes, Pillow raises anything from OSError to struct.error
-        raise UnreadableError(_reason(error)) from error
+        raise UnreadableError(reason_of(error)) from error
 
 
 def header(path: Path | str) -> tuple[int, int, str]:
@@ -336,12 +337,13 @@ def read_image(files: Sequence[str], size: int, channels: int, data: Data) -> np
     It is decoded as `decode` says. Raises OSError and UnreadableError; bands with size 0 must be equally large.
     """
     if not data.bands:
-        return decode(Path(files[0]).read_bytes(), size, channels, data.window, data.background)
+        content = Path(files[0]).read_bytes()
+        return decode(content, size, channels, data.window, data.background, side=data.test_side)
     planes, sizes = [], []
     for path in files:
         content = Path(path).read_bytes()
         with naming(path):
-            planes.append(decode(content, size, 1, data.window, data.background, True))
+            planes.append(decode(content, size, 1, data.window, data.background, True, data.test_side))
             sizes.append((0, 0) if dicom.is_dicom(content[:132]) else _size(content))
     check_ratios(sizes)
     if len({plane.shape for plane in planes}) > 1:
@@ -356,13 +358,14 @@ def decode(
     window: str = "auto",
     background: str = "white",
     exact: bool = False,
+    side: int = 0,
 ) -> np.ndarray:
     """The image, or its first frame, in `content` as uint8 [size, size, channels].
 
-    It is rotated according to its EXIF orientation. Its central square is resized, bilinear with antialias; size 0
-    keeps the whole image at its size. Transparent parts become `background`. A deep channel (16 bit, 32 bit, float) is
-    stretched from the image's own lowest and highest value to 0..255: medical images often use 12 of 16 bits, and would
-    be black otherwise. window="percentile" stretches between `dicom.PERCENTILES` instead. For DICOM, see
+    It is rotated according to its EXIF orientation. Its central part is resized as `central` says (side: see there);
+    size 0 keeps the whole image at its size. Transparent parts become `background`. A deep channel (16 bit, 32 bit,
+    float) is stretched from the image's own lowest and highest value to 0..255: medical images often use 12 of 16 bits,
+    and would be black otherwise. window="percentile" stretches between `dicom.PERCENTILES` instead. For DICOM, see
     `dicom.decode`. The pages of a TIFF, if they are gray, are its channels, each read like a file of its own.
 
     exact: only an image that has this number of channels, which is so anyway if it is neither 1 nor 3
@@ -373,20 +376,20 @@ def decode(
         own = 1 if pixels.ndim == 2 else 3
         if own != channels and (exact or channels not in (1, 3)):
             raise UnreadableError(f"DICOM of {own} channel{'s' * (own > 1)}; allowed: {channels}")
-        return finish(Image.fromarray(pixels), size, channels)
+        return finish(Image.fromarray(pixels), size, channels, side=side)
     try:
-        with _open(io.BytesIO(content), size, channels, exact) as image:
+        with open_image(io.BytesIO(content), 0 if side else size, channels, exact) as image:
             pages = choose(image, channels, exact)
             if len(pages) > 1 or channels not in (1, 3):
-                return _planes(image, pages, size, channels, window)
+                return _planes(image, pages, size, channels, window, side)
             image.load()  # first, so that only errors of a damaged EXIF block are suppressed below
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
-            return finish(image, size, channels, window, background)
+            return finish(image, size, channels, window, background, side)
     except (MemoryError, UnreadableError):
         raise
     except Exception as error:
-        raise UnreadableError(_reason(error)) from error
+        raise UnreadableError(reason_of(error)) from error
 
 
 def check_background(colour: str) -> None:
@@ -398,19 +401,19 @@ def check_background(colour: str) -> None:
         raise UserError(f"config.data.background={colour!r}: not a colour; allowed: {example}") from error
 
 
-def _planes(image: Image.Image, pages: Sequence[int], size: int, channels: int, window: str) -> np.ndarray:
+def _planes(image: Image.Image, pages: Sequence[int], size: int, channels: int, window: str, side: int) -> np.ndarray:
     """The pages of an opened image, or the samples of its pixels, as uint8 [size, size, channels]."""
     planes = []
     for number in pages:
         image.seek(number)
-        _prepare(image, size, image.mode)
+        _prepare(image, 0 if side else size, image.mode)
         image.load()
         upright: Image.Image = image
         with contextlib.suppress(Exception):
             upright = ImageOps.exif_transpose(image)  # not in place: the next page is loaded into `image`
         if len(pages) == 1:
-            return convert(np.asarray(upright), size, channels)
-        planes.append(finish(upright, size, 1, window))
+            return convert(np.asarray(upright), size, channels, side)
+        planes.append(finish(upright, size, 1, window, side=side))
     return np.concatenate(planes, axis=-1)
 
 
@@ -419,7 +422,7 @@ def _size(content: bytes) -> tuple[int, int]:
         return image.size
 
 
-def _open(file: BinaryIO, size: int, channels: int, exact: bool = False) -> Image.Image:
+def open_image(file: BinaryIO, size: int, channels: int, exact: bool = False) -> Image.Image:
     """An image of which only the header is read. Raises UnreadableError if decoding it would take too much memory."""
     try:
         image = Image.open(file, formats=_formats())
@@ -447,29 +450,31 @@ def _prepare(image: Image.Image, size: int, mode: str) -> None:
     check_memory(width, height, needed + each * image.width * image.height)
 
 
-def convert(array: np.ndarray, size: int, channels: int) -> np.ndarray:
+def convert(array: np.ndarray, size: int, channels: int, side: int = 0) -> np.ndarray:
     """uint8 [H,W,C] as [size, size, channels], as by `decode`; C does not change if it is neither 1 nor 3."""
     if array.shape[-1] not in (1, 3):
-        return np.concatenate([convert(array[..., i : i + 1], size, 1) for i in range(array.shape[-1])], axis=-1)
-    return finish(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), size, channels)
+        return np.concatenate([convert(array[..., i : i + 1], size, 1, side) for i in range(array.shape[-1])], axis=-1)
+    return finish(Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array), size, channels, side=side)
 
 
-def finish(image: Image.Image, size: int, channels: int, window: str = "auto", background: str = "white") -> np.ndarray:
+def finish(
+    image: Image.Image, size: int, channels: int, window: str = "auto", background: str = "white", side: int = 0
+) -> np.ndarray:
     """A loaded image that is upright, as `decode` returns it."""
+    image = plain(image, channels, window, background)
+    array = np.asarray(central(image, size, side) if size else image)
+    return array[..., None] if channels == 1 else array
+
+
+def plain(image: Image.Image, channels: int, window: str, background: str) -> Image.Image:
+    """A loaded image in 8 bits, without transparency: gray if `channels` is 1, else RGB."""
     if image.mode in DEEP:
         image = _stretch(image, window)
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3]), image)
     mode = "L" if channels == 1 else "RGB"
-    if image.mode != mode:
-        image = image.convert(mode)
-    if size and image.size != (size, size):
-        side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(image)[..., None] if channels == 1 else np.asarray(image)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _stretch(image: Image.Image, window: str) -> Image.Image:
@@ -485,7 +490,7 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # not every Pillow has AVIF
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image"
     if isinstance(error, OSError) and error.strerror:

@@ -15,22 +15,23 @@ VALUES = "integers from 0 to 255 or floats from 0 to 1"
 ROUNDING = 1e-3  # by which floats may miss the range from 0 to 1, after a resampling for instance
 
 
-def as_images(images: Any, rows: slice, size: int, channels: int) -> np.ndarray:
+def as_images(images: Any, rows: slice, size: int, channels: int, side: int = 0) -> np.ndarray:
     """One or more of the images, images[rows], as uint8 or float32 in [0, 1], [N, size, size, channels].
 
     images: an array [N, H, W, C], or [N, H, W] if `channels` is 1; or a sequence of arrays [H, W, C], or [H, W], and
         Pillow's images, of which each may have its own size.
 
-    An image of another size is treated like a file: its central square is resized, bilinear with antialias. Pillow's
-    images become gray or RGB; arrays must have `channels` channels. Raises UserError for everything else.
+    An image of another size is treated like a file: its central square is resized, bilinear with antialias; side: as
+    `central.central` says. Pillow's images become gray or RGB; arrays must have `channels` channels. Raises UserError
+    for everything else.
     """
     if isinstance(images, list | tuple) or getattr(images, "dtype", "") == np.dtype(object):
-        each = [_one(image, size, channels, f"images[{i}]") for i, image in enumerate(images[rows], rows.start)]
+        each = [_one(image, size, channels, side, f"images[{i}]") for i, image in enumerate(images[rows], rows.start)]
     else:
         array = _with_channels(images[rows], 4, channels, "images", getattr(images, "shape", None))
         if array.shape[1:3] == (size, size):
             return as_pixels(array, "images")
-        each = [_resized(image, size, channels) for image in as_pixels(array, "images")]
+        each = [_resized(image, size, channels, side) for image in as_pixels(array, "images")]
     if len({image.dtype for image in each}) > 1:
         each = [image if image.dtype == np.float32 else image.astype(np.float32) / 255 for image in each]
     return np.stack(each)
@@ -51,7 +52,7 @@ def as_pixels(array: np.ndarray, where: str) -> np.ndarray:
     return array if is_float else array.astype(np.uint8)
 
 
-def _one(image: Any, size: int, channels: int, where: str) -> np.ndarray:
+def _one(image: Any, size: int, channels: int, side: int, where: str) -> np.ndarray:
     """uint8 or float32 [size, size, channels]."""
     from PIL import Image, ImageOps
 
@@ -61,11 +62,12 @@ def _one(image: Any, size: int, channels: int, where: str) -> np.ndarray:
         if channels not in (1, 3):
             raise UserError(f"{where}: a Pillow image; allowed: an array with {channels} channels, as in training")
         try:
-            return finish(ImageOps.exif_transpose(image), size, channels)
+            image = ImageOps.exif_transpose(image)
+            return finish(image, size, channels, side=0 if image.size == (size, size) else side)
         except Exception as error:  # a file that is read only now, and damaged
             raise UserError(f"{where}: {first_line(error)}") from error
     array = as_pixels(_with_channels(image, 3, channels, where), where)
-    return array if array.shape[:2] == (size, size) else _resized(array, size, channels)
+    return array if array.shape[:2] == (size, size) else _resized(array, size, channels, side)
 
 
 def _with_channels(images: Any, ndim: int, channels: int, where: str, whole: Sequence[int] | None = None) -> np.ndarray:
@@ -97,8 +99,8 @@ def _with_channels(images: Any, ndim: int, channels: int, where: str, whole: Seq
     return array
 
 
-def _resized(image: np.ndarray, size: int, channels: int) -> np.ndarray:
+def _resized(image: np.ndarray, size: int, channels: int, side: int) -> np.ndarray:
     from ssl_jax.data.folder import convert
 
     image = image if image.dtype == np.uint8 else np.round(255 * image.clip(0, 1)).astype(np.uint8)
-    return convert(image, size, channels)
+    return convert(image, size, channels, side)

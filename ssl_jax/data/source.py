@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ log = logging.getLogger("ssl_jax")
 PIECE = 16  # images that grain passes on at a time; passing on one takes three times as long as reading it from a cache
 MAX_BYTES = 2 * 10**9  # memory that decoding one image may take; a thread (data.workers) decodes one at a time
 T = TypeVar("T")
+# What an image is decoded from: its file, its files (config.data.bands), their bytes, or pixels uint8 [H,W,C].
+Content = str | tuple[str, ...] | bytes | np.ndarray
+Batch = dict[str, Any]  # arrays [B, ...], or tuples of them, by name
 
 
 class Source:
@@ -64,13 +67,16 @@ class Source:
         max_bad_share: float = 0.0,
         workers: int = 2,
         memory_gb: float = 2.0,
+        content: Callable[[int], Content] | None = None,
     ):
         """load: index -> uint8 [H,W,C]; may raise UnreadableError. labels: a function is called on first use.
-        array: all images, if they are in memory already. memory_gb: see `all_images`."""
+        array: all images, if they are in memory already. memory_gb: see `all_images`. content: index -> what an image
+        is decoded from, if there is something; needed to cut crops from its own pixels (config.data.crops)."""
         self.names, self.shape, self.objects = list(names), shape, objects
         self.classes = [visible(name) for name in classes]
         self.groups, self.paths, self.unreadable = groups, list(paths), dict(unreadable or {})
         self.replaced: dict[int, int] = {}
+        self.content = content
         self._load, self._labels, self._array, self._files = load, labels, array, list(files)
         self._skipped, self._bad = list(skipped), dict[int, str]()
         self._max_bad_share, self._workers, self.memory_gb = max_bad_share, workers, memory_gb
@@ -123,17 +129,21 @@ class Source:
 
     def load(self, index: int) -> np.ndarray:
         """Image `index`, uint8 [H,W,C], or its stand-in. UserError if too many images are unreadable."""
+        return self.first_readable(index, self._load)
+
+    def first_readable(self, index: int, read: Callable[[int], T]) -> T:
+        """read(index), or that of its stand-in if `read` raises UnreadableError. UserError if too many images do so."""
         for candidate in self._candidates(index):
             if candidate in self._bad:
                 continue
             try:
-                image = self._load(candidate)
+                result = read(candidate)
             except UnreadableError as error:
                 self._add_bad(candidate, str(error))
                 continue
             if candidate != index:
                 self.replaced[index] = candidate
-            return image
+            return result
         raise UserError(f"{self.names[index]!r}: unreadable, and no other image with its label can stand in for it")
 
     def load_many(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -208,7 +218,7 @@ class Source:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Source":
         """A source of only these images, in this order. Their stand-ins come from among them."""
-        kept = [int(i) for i in indices]
+        kept, content = [int(i) for i in indices], self.content
 
         def labels() -> np.ndarray | None:
             return None if self.labels is None else self.labels[kept]
@@ -227,6 +237,7 @@ class Source:
             max_bad_share=self._max_bad_share,
             workers=self._workers,
             memory_gb=self.memory_gb,
+            content=None if content is None else lambda i: content(kept[i]),
         )
 
 
@@ -247,6 +258,17 @@ def open_file(path: Path | str) -> BinaryIO:
     """An image file, to read from. UnreadableError for what is not a file: opening a pipe would wait for ever."""
     check_is_file(path)
     return Path(path).open("rb")
+
+
+@contextlib.contextmanager
+def reading(path: Path | str) -> Generator[None, None, None]:
+    """Ends the run if a file cannot be read any more. With a stand-in, results would depend on the disk or machine."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{printable(path)!r}: {error.strerror}; it was readable at the start") from error
+    except MemoryError as error:
+        raise UserError(f"{printable(path)!r}: not enough memory to decode it") from error
 
 
 def check_is_file(path: Path | str) -> None:
@@ -360,6 +382,17 @@ class Partners:
         return self.by_object[first + (self.position[index] - first + offset) % self.counts[objects]]
 
 
+class Cut(Protocol):
+    """Makes a batch row by row, such as `crops.Cutter`."""
+
+    def empty(self, count: int) -> Batch:
+        """Arrays [count, ...] for as many images."""
+
+    def fill(self, out: Batch, row: int, source: Source, step: int, position: int, images: Sequence[int]) -> None:
+        """Writes the row of `out` for the image at a position of the batch of `step`. images: its index, and that of
+        its partner if there is one."""
+
+
 def batches(
     source: Source,
     *,
@@ -370,7 +403,8 @@ def batches(
     workers: int = 2,
     rows: np.ndarray | None = None,
     decode: bool = True,
-) -> Iterator[dict[str, np.ndarray]]:
+    cut: Cut | None = None,
+) -> Iterator[Batch]:
     """The batches of steps start to stop - 1: the same images in the same order, whether they are decoded or not.
 
     Every batch contains "index", int32 [B]: the images of the step.
@@ -379,6 +413,7 @@ def batches(
     decode=False, for images in memory: nothing is read. If the source has objects, also "partner" int32 [B], the
         indices chosen by `Partners`.
 
+    cut: with decode=True, what fills its arrays ("crops" and "boxes") in place of "image" and "pair".
     rows: the rows of the batch to return, such as those of this process; None: all.
     """
     rows = np.arange(batch) if rows is None else rows
@@ -395,7 +430,7 @@ def batches(
     if not decode:
         yield from (dict(indices(step)) for step in range(start, stop))
         return
-    with contextlib.closing(_decode_ahead(source, indices, len(rows), start, stop, workers)) as decoded:
+    with contextlib.closing(_decode_ahead(source, indices, rows, start, stop, workers, cut)) as decoded:
         for step, images in zip(range(start, stop), decoded):
             index = indices(step)["index"]
             labels = {} if source.labels is None else {"label": source.labels[index]}
@@ -405,20 +440,30 @@ def batches(
 def _decode_ahead(
     source: Source,
     indices: Callable[[int], Mapping[str, np.ndarray]],
-    size: int,
+    rows: np.ndarray,
     start: int,
     stop: int,
     workers: int,
-) -> Generator[dict[str, np.ndarray], None, None]:
-    """Yields the "image" of each step, and its "pair" if there are partners; grain reads PIECE images at a time."""
+    cut: Cut | None,
+) -> Generator[Batch, None, None]:
+    """Yields the "image" of each step, and its "pair" if there are partners; or what `cut` makes of them. grain reads
+    PIECE images at a time."""
     import grain
 
-    pieces = -(-size // PIECE)
+    pieces = -(-len(rows) // PIECE)
     names = {"index": "image", "partner": "pair"}
 
-    def load(position: int) -> dict[str, np.ndarray]:
+    filled: dict[int, Batch] = {}  # the arrays of a step, into which every piece writes its rows: no copies to join
+
+    def load(position: int) -> Batch:
         step, piece = divmod(position, pieces)
         part = slice(piece * PIECE, (piece + 1) * PIECE)
+        if cut:
+            out = filled.setdefault(step, cut.empty(len(rows)))
+            for row in range(len(rows))[part]:
+                images = [int(values[row]) for values in indices(step).values()]
+                cut.fill(out, row, source, step, int(rows[row]), images)
+            return {}
         return {names[key]: source.load_many(values[part]) for key, values in indices(step).items()}
 
     indices(start)  # a batch that is too large fails here rather than in a thread
@@ -426,9 +471,10 @@ def _decode_ahead(
     reading = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(2 * pieces, workers))
     loaded = iter(positions.map(load).to_iter_dataset(reading))
     try:
-        for _ in range(start, stop):
+        for step in range(start, stop):
             parts = [next(loaded) for _ in range(pieces)]
-            yield {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            yield filled.pop(step, joined)
     except UserError as error:
         raise UserError(str(error.args[0]).partition("\n")[0]) from None  # without grain's note about its traceback
     finally:

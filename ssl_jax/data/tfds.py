@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Data
+from ssl_jax.data.central import check_side
 from ssl_jax.data.folder import SIZE, check_background, decode
 from ssl_jax.data.source import Source
 from ssl_jax.errors import NoPartError, UserError, first_line
@@ -39,6 +40,7 @@ def read(data: Data) -> Source:
     fixed = height and width and not data.size
     shape = (height, width) if fixed else (data.size or SIZE, data.size or SIZE)
     channels, size = data.channels or (1 if depth == 1 else 3), 0 if fixed else shape[0]
+    check_side(data, size)
     count = min(len(records), data.limit or len(records))
 
     def labels() -> np.ndarray | None:
@@ -48,11 +50,12 @@ def read(data: Data) -> Source:
     return Source(
         [str(i) for i in range(count)],
         (*shape, channels),
-        lambda index: decode(records[index][image_name], size, channels, background=data.background),
+        lambda i: decode(records[i][image_name], size, channels, background=data.background, side=data.test_side),
         labels=labels if label_name else None,
         classes=info.features[label_name].names if label_name else (),
         max_bad_share=data.max_bad_share,
         workers=data.workers,
+        content=lambda i: records[i][image_name],
     )
 
 

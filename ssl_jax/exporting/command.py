@@ -168,8 +168,7 @@ def _program(
     where = "ONNX Runtime" if kind == "onnx" else "a new process"
     facts = [
         f"{path.name}: images uint8 [N, H, W, {encoder.channels}] of any number and size -> {outputs} per image",
-        f"Inside: the central square of each image is resized to {encoder.size} px (bilinear with antialias), then "
-        "normalised",
+        f"Inside: {inference.described(encoder)}; then it is normalised",
         f"Compared in {where}: the largest relative difference is {differences['same_size']:.1e}, and "
         f"{other:.1e} where an image has to be resized",
         *_in_float32(encoder),
@@ -236,8 +235,8 @@ def _weights(subject: Subject, kind: str, folder: Path, images: np.ndarray) -> t
     pool, library = encoder.about["model"].get("pool", "cls"), NEEDS[kind]
     facts = [
         f"model.safetensors: {sum(a.size for a in made.weights.values()):,} values under the names of {library}",
-        f"Images: the central square at {encoder.size} px (bilinear with antialias), from 0 to 1, less mean "
-        f"{prepared['mean']}, divided by std {prepared['std']}",
+        f"Images: {inference.described(encoder)}; from 0 to 1, less mean {prepared['mean']}, divided by std "
+        f"{prepared['std']}",
     ]
     if classifier and classifier.multilabel:
         facts += ["Several classes can apply: take a sigmoid of each logit, not a softmax"]

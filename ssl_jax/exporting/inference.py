@@ -30,9 +30,11 @@ class Inference(NamedTuple):
     channels: int
 
 
-def resized(images: jax.Array, size: int) -> jax.Array:
+def resized(images: jax.Array, size: int, test_side: int = 0) -> jax.Array:
     """The central square of each image [N, H, W, C], 0 to 255, at `size` px: whole numbers, float32.
 
+    test_side: the shorter side to which images are resized before the square is cut out (`data.central`), unless they
+    have size x size px; 0: the largest square.
     As Pillow resizes files here: bilinear with antialias, along the rows and then along the columns, and rounded after
     each. A pixel may differ by one or two of 255: where the exact value lies halfway between two integers, and in
     images higher than wide, of which Pillow 13 resizes the columns first. N, H and W may be symbolic.
@@ -40,10 +42,18 @@ def resized(images: jax.Array, size: int) -> jax.Array:
     """
     height, width = (jnp.asarray(side, jnp.float32) for side in images.shape[1:3])
     side = jnp.minimum(height, width)
-    scale = side / size
+
+    def square(length):  # where it begins, and its pixels per pixel of the result
+        return (length - side) / 2, side / size
+
+    def cut(length):
+        as_it_is = (height == size) & (width == size)
+        scaled, first = _scaled(length, side, jnp.where(as_it_is, float(size), float(test_side)), size)
+        return first * (length / scaled), length / scaled
 
     def weights(pixels, length):  # [pixels, size]: of each pixel in each pixel of the result
-        middle = (length - side) / 2 + (jnp.arange(size, dtype=jnp.float32) + 0.5) * scale
+        start, scale = cut(length) if test_side else square(length)
+        middle = start + (jnp.arange(size, dtype=jnp.float32) + 0.5) * scale
         distance = jnp.arange(pixels, dtype=jnp.float32)[:, None] + 0.5 - middle
         triangle = jnp.maximum(0, 1 - jnp.abs(distance) / jnp.maximum(scale, 1))
         return triangle / triangle.sum(0)
@@ -55,6 +65,28 @@ def resized(images: jax.Array, size: int) -> jax.Array:
     x = along_last(x, weights(images.shape[2], width))  # [N, H, C, size]
     x = along_last(x.transpose(0, 3, 2, 1), weights(images.shape[1], height))  # [N, size (columns), C, size (rows)]
     return x.transpose(0, 3, 1, 2)
+
+
+def _scaled(length: jax.Array, shorter: jax.Array, side: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """(length, first pixel of the central `size`) of a side of an image whose shorter side becomes `side` px.
+
+    All are whole numbers in float32. As torchvision counts, the length is rounded down, half a pixel to an even number.
+    """
+    whole = jnp.floor(side * length / shorter)
+    half = jnp.floor((whole - size) / 2)
+    odd = whole - size - 2 * half
+    return whole, half + odd * (half - 2 * jnp.floor(half / 2))
+
+
+def described(encoder: Encoder) -> str:
+    """`resized`, in words."""
+    size, side = encoder.size, encoder.test_side
+    if not side:
+        return f"the central square of each image is resized to {size} px (bilinear with antialias)"
+    return (
+        f"the shorter side of each image is resized to {side} px (bilinear with antialias), of which the central "
+        f"{size} x {size} px are used; an image of {size} x {size} px is taken as it is"
+    )
 
 
 def in_float32(encoder: Encoder, conv: str = "") -> Encoder:
@@ -69,7 +101,7 @@ def of_encoder(encoder: Encoder, features: str) -> Inference:
     features_of = _features(encoder)
 
     def function(images):
-        embedding, patches = features_of(resized(images, encoder.size) / 255)
+        embedding, patches = features_of(resized(images, encoder.size, encoder.test_side) / 255)
         found = {"embedding": embedding, "patches": patches}
         return {"cls": {"embedding": embedding}, "patch": {"patches": patches}, "both": found}[features]
 
@@ -83,7 +115,7 @@ def of_classifier(classifier: Classifier) -> Inference:
     limits = thresholds(classifier)
 
     def function(images):
-        x = resized(images, encoder.size)
+        x = resized(images, encoder.size, encoder.test_side)
         logits = jnp.matmul(features_of(x / 255)[0], head["w"], precision=EXACT) + head["b"]
         if classifier.pixels is not None:
             side = min(SIDE, encoder.size)
@@ -114,7 +146,8 @@ def thresholds(classifier: Classifier) -> np.ndarray | None:
 def preprocessing(encoder: Encoder) -> dict[str, Any]:
     """In words and numbers, for formats that hold weights alone."""
     mean, std = normalization(model_of(encoder.about), encoder.channels)
-    return {"size": encoder.size, "channels": encoder.channels, "mean": list(mean), "std": list(std)}
+    sides = {"size": encoder.size, "test_side": encoder.test_side or encoder.size}
+    return {**sides, "channels": encoder.channels, "mean": list(mean), "std": list(std)}
 
 
 def _features(encoder: Encoder) -> Callable[[Any], tuple[jax.Array, jax.Array]]:

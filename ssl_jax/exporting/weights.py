@@ -4,6 +4,7 @@ Sources: the modules of timm 1.0, torchvision 0.28 and transformers 5 with these
 counterpart there is refused: what such a file would compute is another function.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -92,7 +93,7 @@ def _timm(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Expor
             "tag": "ssl_jax",
             "input_size": size,
             "interpolation": "bilinear",
-            "crop_pct": 1.0,
+            "crop_pct": _share(encoder.size, prepared["test_side"]),
             "crop_mode": "center",
             "mean": list(prepared["mean"]),
             "std": list(prepared["std"]),
@@ -143,7 +144,7 @@ def _hugging(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Ex
         files["preprocessor_config.json"] = {
             "image_processor_type": "CLIPImageProcessor",
             "do_resize": True,
-            "size": {"shortest_edge": side},
+            "size": {"shortest_edge": prepared["test_side"]},
             "resample": 2,  # bilinear
             "do_center_crop": True,
             "crop_size": {"height": side, "width": side},
@@ -155,6 +156,12 @@ def _hugging(encoder: Encoder, prepared: Mapping[str, Any], head, classes) -> Ex
         }
     auto = "AutoModelForImageClassification" if head else "AutoModel"
     return Exported(named, files, f'model = transformers.{auto}.from_pretrained("FOLDER")')
+
+
+def _share(size: int, side: int) -> float:
+    """The crop_pct from which timm computes the shorter side as floor(size / crop_pct)."""
+    share = size / side
+    return share if math.floor(size / share) == side else math.nextafter(share, 0)
 
 
 def _model(encoder: Encoder) -> Any:

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from ssl_jax import parallel
-from ssl_jax.augment import center_view, make_views
+from ssl_jax.augment import center_view, finish_views, make_views
 from ssl_jax.config import Optim, View
 from ssl_jax.encoder import compiler_options
 from ssl_jax.errors import UserError
@@ -109,14 +109,17 @@ def compiled_step(network: Network, spec: Spec, mesh: Mesh) -> Any:
     lr: peak rates, which the schedule multiplies. The state is donated.
     """
     relative = learning_rate(Optim(lr=1.0, lr_batch=0, schedule=spec.schedule), 1, spec.steps, spec.warmup)  # type: ignore[arg-type]
-    draw = make_views(spec.views)
 
     def step(state, params, stats, batch, key, number, lr, decay):
-        def embed(images, positions):
-            (views,), _ = draw(jax.random.fold_in(key, number), images, positions=positions)
+        cut = "crops" in batch  # by the host
+        seen = (batch["crops"], batch["boxes"]) if cut else (batch["image"],)
+
+        def embed(seen, positions):
+            draw = (finish_views if cut else make_views)(spec.views)
+            (views,), _ = draw(jax.random.fold_in(key, number), *seen, positions=positions)
             return features_of(network, params, stats, views, spec)
 
-        x, norm = _in_parts(embed, batch["image"], mesh), state["norm"]
+        x, norm = _in_parts(embed, seen, mesh), state["norm"]
         if spec.batch_norm:
             mean, var, count = x.mean(axis=0), x.var(axis=0), len(x)
             fresh = {"mean": mean, "var": var * count / max(1, count - 1)}
@@ -144,11 +147,11 @@ def compiled_logits(network: Network, spec: Spec, mesh: Mesh) -> Any:
     """(heads, norm, params, stats, images uint8 [B, H, W, C]) -> logits [G, B, K] of the images as they are."""
 
     def logits(heads, norm, params, stats, images):
-        def embed(images, positions):
+        def embed(seen, positions):
             del positions
-            return features_of(network, params, stats, center_view(images, spec.views[0].size), spec)
+            return features_of(network, params, stats, center_view(seen[0], spec.views[0].size), spec)
 
-        x = _in_parts(embed, images, mesh)
+        x = _in_parts(embed, (images,), mesh)
         if spec.batch_norm:
             x = (x - norm["mean"]) / jnp.sqrt(norm["var"] + EPS)
         return logits_of(heads, x)
@@ -182,15 +185,16 @@ def _compiled(function: Any, network: Network, mesh: Mesh, donate: bool = False)
     return call
 
 
-def _in_parts(embed: Any, images: jax.Array, mesh: Mesh) -> jax.Array:
-    """embed(images [B, H, W, C], positions [B]) -> [B, D], a part of the batch at a time: what is frozen needs no
-    activations, so memory need not grow with the batch."""
+def _in_parts(embed: Any, seen: Any, mesh: Mesh) -> jax.Array:
+    """embed(seen, positions [B]) -> [B, D], a part of the batch at a time: what is frozen needs no activations, so
+    memory need not grow with the batch. seen: images [B, H, W, C], and what belongs to them, [B, ...]."""
+    images = jax.tree.leaves(seen)[0]
     batch, devices = len(images), mesh.devices.size
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     each = PIXELS_ON_CPU if on_cpu else PIXELS_AT_A_TIME * devices
     least = math.ceil(batch * math.prod(images.shape[1:3]) / each)
     parts = next(p for p in range(least, batch + 1) if batch % p == 0 and (batch // p) % devices == 0 or p == batch)
     if parts == 1 or (batch // parts) % devices:
-        return embed(images, jnp.arange(batch))
-    pieces = split_batch((images, jnp.arange(batch)), parts)
+        return embed(seen, jnp.arange(batch))
+    pieces = split_batch((seen, jnp.arange(batch)), parts)
     return join_batch(jax.lax.map(lambda piece: embed(*jax.tree.map(parallel.shard_batch, piece)), pieces))

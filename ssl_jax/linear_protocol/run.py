@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax import files, parallel
-from ssl_jax.augment import resolve_views
+from ssl_jax.augment import check_no_warp, resolve_views
 from ssl_jax.config import Config, Linear, to_steps
 from ssl_jax.data.labelled import Labelled
 from ssl_jax.data.lazy import Images
@@ -97,6 +97,8 @@ def train(
     batch, devices = _shared_batch(settings.batch, len(kept), config.train.devices)
     config = replace(config, train=replace(config.train, batch=batch, devices=devices, seed=seed))
     spec = _spec(settings, encoder.size, len(kept), batch)
+    if config.data.crops == "file":
+        check_no_warp(spec.views, "config.linear.augment")
     scorer = Scorer(encoder, spec, parallel.make_mesh(devices, batch), batch)
     image = jax.ShapeDtypeStruct((1, spec.views[0].size, spec.views[0].size, encoder.channels), np.float32)
     width = of_heads.width_of(encoder.network, encoder.params, encoder.stats, image, spec)
@@ -196,7 +198,7 @@ def _trained(
     step_fn = of_heads.compiled_step(encoder.network, spec, mesh)
     last, losses = time.monotonic(), None
     with counting("linear", f"steps of {config.train.batch} images") as progress:
-        for step, batch in enumerate(batches(config, source, mesh, start, spec.steps), start):
+        for step, batch in enumerate(batches(config, source, mesh, start, spec.steps, spec.views), start):
             before = losses
             state, losses = step_fn(state, *scorer.weights, batch, key, step, rates * scale, decays)
             jax.block_until_ready(before)  # so that the device never waits for the host, nor the clock runs ahead

@@ -323,10 +323,13 @@ def make_hooks(training: Training, checkpoints: Checkpoints) -> Iterator[Hook]:
 def write_views(training: Training, log: Log) -> None:
     """Writes views.png, which shows what the transforms do to six images."""
     from ssl_jax.augment.sheet import view_sheet
+    from ssl_jax.data.crops import draws
 
     path = training.out.views
     if not path.exists():
         indices = np.random.default_rng(training.config.train.seed).permutation(len(training.source))[:6]
         names = [training.source.names[i] for i in indices]
-        view_sheet(training.source.load_many(indices), training.setup.views, path, names=names)
+        source, views = training.source, training.setup.views
+        cuts = draws(training.config, source, views, indices)
+        view_sheet(source.load_many(indices), views, path, names=names, cuts=cuts)
         log.picture(training.start, "views", path)

@@ -61,7 +61,8 @@ def fit(config: Config, workdir: Path, source: Source | None = None, encoder: Ne
 def train(training: Training, state: TrainState, checkpoints: Checkpoints, may_shrink: bool = False) -> TrainState:
     """Runs the remaining steps. After a stop signal, every process raises SystemExit(75) after the same step."""
     config, mesh, total, clock = training.config, training.mesh, training.setup.steps, training.clock
-    feed = batches(config, training.source, mesh, training.start, total)
+    setup = training.setup
+    feed = batches(config, training.source, mesh, training.start, total, setup.views, setup.method.shares)
     with contextlib.ExitStack() as stack:
         hooks = [stack.enter_context(contextlib.closing(hook)) for hook in make_hooks(training, checkpoints)]
         stop = next(hook for hook in hooks if isinstance(hook, Stop))

@@ -220,9 +220,7 @@ def nbytes(x: Any) -> int:
     return x.size * (8 if is_key else x.dtype.itemsize)
 
 
-def abstract_arguments(
-    setup: Setup, config: Config, source: Source, mesh: Mesh
-) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+def abstract_arguments(setup: Setup, config: Config, source: Source, mesh: Mesh) -> tuple[TrainState, dict[str, Any]]:
     """(state, batch) of a step as shapes, types and shardings, without any values."""
     abstract = jax.ShapeDtypeStruct
     state = jax.eval_shape(lambda: init_state(setup, 0))
@@ -230,13 +228,18 @@ def abstract_arguments(
         lambda x, sharding: abstract(x.shape, x.dtype, sharding=sharding), state, parallel.state_sharding(mesh, state)
     )
     batch, sharding = config.train.batch, parallel.batch_sharding(mesh)
-    inputs = {"image": abstract((batch, *source.shape), jnp.uint8, sharding=sharding)}
+    inputs: dict[str, Any] = {"image": abstract((batch, *source.shape), jnp.uint8, sharding=sharding)}
     inputs["index"] = abstract((batch,), jnp.int32, sharding=sharding)
     if source.labels is not None:
         labels = np.asarray(source.labels)
         inputs["label"] = abstract((batch, *labels.shape[1:]), labels.dtype, sharding=sharding)
     if source.objects is not None:
         inputs["pair"] = inputs["image"]
+    if config.data.crops == "file":
+        sides, channels = [view.size for view in setup.views], source.shape[2]
+        crops = tuple(abstract((batch, side, side, channels), jnp.uint8, sharding=sharding) for side in sides)
+        boxes = abstract((batch, len(sides), 6), jnp.float32, sharding=sharding)
+        inputs = {k: v for k, v in inputs.items() if k not in ("image", "pair")} | {"crops": crops, "boxes": boxes}
     return state, inputs
 
 

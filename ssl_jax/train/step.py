@@ -6,7 +6,7 @@ continues from its TrainState alone.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from ssl_jax import parallel
-from ssl_jax.augment import make_views, resolve_views
+from ssl_jax.augment import check_no_warp, finish_views, make_views, resolve_views
 from ssl_jax.collapse import embedding_std
 from ssl_jax.config import Config, View, method_module, to_steps
 from ssl_jax.data import Source
@@ -28,6 +28,8 @@ from ssl_jax.methods.base import Context, Method, RunInfo, State
 from ssl_jax.models import low_rank, merge
 from ssl_jax.network import KEYS, Network, hold, with_keys
 from ssl_jax.transforms import learning_rate, optimizer, target_of
+
+SEEN = ("image", "pair", "crops", "boxes")  # what views are made of, where a batch has it
 
 
 class TrainState(NamedTuple):
@@ -93,6 +95,10 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
     schedule = learning_rate(config.optim, batch, steps, to_steps(config.optim.warmup, examples, batch))
     tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr)
     views = resolve_views(config.augment, method.views, size, method.local_views)
+    if config.data.crops == "file":
+        check_no_warp(views)
+        if config.data.engine == "memory":
+            raise UserError("config.data.engine='memory': holds no files; allowed with config.data.crops='file': disk")
     return Setup(method, encoder, tx, schedule, views, steps, shape, classes if config.eval.online_probe else 0)
 
 
@@ -131,9 +137,11 @@ def init_state(setup: Setup, seed: int, mesh: Mesh | None = None) -> TrainState:
 def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """The train step, not yet jitted: (state, {"image" uint8 [B, H, W, C], "index" [B], ...}) -> state, metrics.
 
-    The batch contains "label" [B] if the data have labels, and "pair" [B, H, W, C] if config.data.pairs is set.
+    The batch contains "label" [B] if the data have labels, and "pair" [B, H, W, C] if config.data.pairs is set. With
+    config.data.crops="file", "crops" and "boxes" (`augment.finish_views`) take the place of "image" and "pair".
     """
-    method, augment = setup.method, make_views(setup.views, setup.method.shares)
+    render = finish_views if config.data.crops == "file" else make_views
+    method, augment = setup.method, render(setup.views, setup.method.shares)
     train = config.train
     parts = {"micro_batch": train.part, "bn_group": train.bn_group}
     gradient = make_gradient(method, augment, **parts, drop_path=bool(config.model.drop_path), mesh=mesh)
@@ -141,7 +149,7 @@ def make_step(setup: Setup, config: Config, mesh: Mesh) -> Callable[[TrainState,
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(train.seed), state.step)
         key_views, key_forward, key_loss = jax.random.split(key, 3)
-        inputs = {name: batch[name] for name in ("image", "pair", *method.needs) if name in batch}
+        inputs = {name: batch[name] for name in (*SEEN, *method.needs) if name in batch}
         inputs = jax.lax.with_sharding_constraint(inputs, parallel.batch_sharding(mesh))
         ctx = Context(state.step, key_loss, state.params)
         before = state.model_state
@@ -209,8 +217,18 @@ def _probe_step(probe, embedding, label):
     return probe, {"probe_accuracy": correct.sum() / jnp.maximum(known.sum(), 1)}
 
 
-def batches(config: Config, source: Source, mesh: Mesh, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+def batches(
+    config: Config,
+    source: Source,
+    mesh: Mesh,
+    start: int,
+    stop: int,
+    views: Sequence[View],
+    shares: Sequence[Sequence[str]] = (),
+) -> Iterator[dict[str, Any]]:
     """The batches of steps start to stop - 1, on the devices. Each process makes only the rows of its own devices.
+
+    views, shares: as of `make_views`, for config.data.crops="file".
 
     A data set that fits in memory is stored on the devices. A separate program gathers each batch there, so the train
     step is the same program, and its results the same to the last digit, wherever the images come from.
@@ -218,6 +236,11 @@ def batches(config: Config, source: Source, mesh: Mesh, start: int, stop: int) -
     size, rows, memory = config.train.batch, parallel.local_rows(mesh, config.train.batch), in_memory(config, source)
     options: Any = {"seed": config.train.seed, "workers": config.data.workers, "rows": rows, "decode": not memory}
     complete = device_store(source, mesh) if memory else lambda batch: batch
+    if config.data.crops == "file":
+        from ssl_jax.data.crops import Cutter  # which imports Pillow
+
+        channels, side = source.shape[2], min(source.shape[:2])
+        options["cut"] = Cutter(config.data, views, shares, config.train.seed, channels, side)
     for batch in host_batches(source, batch=size, start=start, stop=stop, **options):
         yield complete(parallel.global_batch(mesh, size, rows, batch))
 
@@ -240,6 +263,8 @@ def device_store(source: Source, mesh: Mesh) -> Callable[[dict[str, jax.Array]],
 
 def in_memory(config: Config, source: Source) -> bool:
     """Whether the data set is decoded once and stored on the devices."""
+    if config.data.crops == "file":
+        return False
     if config.data.engine == "auto":
         return len(source) * int(np.prod(source.shape)) <= config.data.memory_gb * 1e9
     return config.data.engine == "memory"
@@ -307,7 +332,8 @@ def make_gradient(
 ) -> Callable[..., Any]:
     """A function (ctx, target, state, inputs, keys) -> (loss, (outputs, stats, metrics)), gradients of ctx.params.
 
-    inputs: arrays [B, ...]: "image" (uint8), and "pair", "label" and "index" if there are any.
+    inputs: arrays [B, ...]: "image" (uint8), and "pair", "label" and "index" if there are any; or "crops" and "boxes"
+    in place of "image" and "pair". augment: makes views of these (`make_views`, `finish_views`).
     keys: two random keys, for the views and for `forward`.
     micro_batch: images embedded at a time, a divisor of B; 0: all.
     bn_group: number of neighbouring images that share BatchNorm statistics, a divisor of micro_batch; 0: all that are
@@ -319,7 +345,8 @@ def make_gradient(
 
     def forward(params, target, state, inputs, keys):
         key_views, key_forward = keys
-        views, drawn = augment(key_views, inputs["image"], inputs.get("pair"), inputs["position"])
+        first, second = ("crops", "boxes") if "crops" in inputs else ("image", "pair")
+        views, drawn = augment(key_views, inputs[first], inputs.get(second), inputs["position"])
         batch = {"views": views, "drawn": drawn, **{name: inputs[name] for name in method.needs}}
         key = keys_at(key_forward, inputs["position"])
         run = functools.partial(dropping if drop_path else method.forward, params, target, state)
@@ -395,8 +422,9 @@ def make_gradient(
         return {name: inputs[name] for name in method.needs}
 
     def gradient(ctx: Context, target, state: State, inputs: Inputs, keys):
-        inputs = {**inputs, "position": jnp.arange(len(inputs["image"]))}
-        in_micro_batches = micro_batch and micro_batch < len(inputs["image"])
+        size = len(jax.tree.leaves(inputs)[0])
+        inputs = {**inputs, "position": jnp.arange(size)}
+        in_micro_batches = micro_batch and micro_batch < size
         return (in_parts if in_micro_batches else at_once)(ctx, target, state, inputs, keys)
 
     return gradient
