@@ -31,6 +31,9 @@ HOW_READ = (
     "workers",
     "engine",
     "memory_gb",
+    "shuffle_buffer",
+    "retries",
+    "timeout",
 )  # options of config.data that change how images are read, not which
 
 

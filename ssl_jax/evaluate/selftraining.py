@@ -158,7 +158,7 @@ class Unlabelled:
     def digest(self) -> str:
         """Of all images, or of their names if they do not fit."""
         if isinstance(self.images, Source):
-            return hashlib.sha256(json.dumps([self.images.names, self.images.shape]).encode()).hexdigest()
+            return hashlib.sha256(json.dumps([list(self.images.names), self.images.shape]).encode()).hexdigest()
         return digest(self.images)
 
     def neighbourhood(self, encoder: Encoder) -> Neighbourhood:
@@ -205,7 +205,7 @@ def _lessons(
     size = min(settings.unlabelled_batch, len(unlabelled))
 
     def more(step: int) -> tuple[Any, ...]:
-        rows = order(seed, len(unlabelled), size, step)
+        rows = order(seed, len(unlabelled), size, step, getattr(unlabelled, "blocks", None))
         return _take(unlabelled, rows), targets[rows], *constants
 
     views = resolve_views(settings.augment, 1, encoder.size)
