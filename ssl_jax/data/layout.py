@@ -8,8 +8,11 @@ from ssl_jax.data.source import pick_parts, printable, warn_once
 PARTS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
-def in_parts(paths: Sequence[tuple[str, ...]], data: Data) -> tuple[list[tuple[tuple[str, ...], str | None]], list[str]]:
-    """([(path, its label)] of those that data.split means, the classes), for files as tuples of names, sorted."""
+Place = tuple[str, ...]  # of a file: the names of the folders on the way to it, and its own
+
+
+def in_parts(paths: Sequence[Place], data: Data) -> tuple[list[tuple[Place, str | None]], list[str]]:
+    """([(path, its label)] of those that data.split means, the classes), for sorted files."""
     has_parts = any(PARTS.get(path[0].lower()) == "train" for path in paths if len(path) > 1)
     if has_parts:
         paths = [path for path in paths if len(path) > 1 and path[0].lower() in PARTS]
@@ -19,7 +22,7 @@ def in_parts(paths: Sequence[tuple[str, ...]], data: Data) -> tuple[list[tuple[t
     labelled = len(names) > 1 and None not in names and (has_parts or not any(n and n.lower() in PARTS for n in names))
     if None in names and len(names) > 2:
         _warn_of_strays(paths, depth, data)
-    parts: dict[str, list[tuple[tuple[str, ...], str | None]]] = {"train": []}
+    parts: dict[str, list[tuple[Place, str | None]]] = {"train": []}
     for path in paths:
         part = PARTS[path[0].lower()] if has_parts else "train"
         parts.setdefault(part, []).append((path, printable(path[depth]) if labelled else None))

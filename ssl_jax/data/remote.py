@@ -91,7 +91,7 @@ class Files:
 
     @property
     def _fs(self) -> Any:
-        """fsspec's file system. Those that are not asynchronous need not be safe to share among threads."""
+        """That of fsspec. Those that are not asynchronous need not be safe to share among threads."""
         if self._shared is None and not hasattr(self._of_thread, "fs"):
             self._of_thread.fs = _file_system(self._path, self.protocol)
         return self._shared or self._of_thread.fs
@@ -104,7 +104,7 @@ class Files:
             return sorted(glob.glob(str(Path(pattern).expanduser())))  # noqa: PTH207 - the pattern may be absolute
         folder, _, name = pattern.rpartition("/")
         if has_magic(folder):
-            raise UserError(f"config.data.path={shown(pattern)!r}: * in a folder; allowed: in the last name of an address")
+            raise UserError(f"config.data.path={shown(pattern)!r}: * in a folder; allowed: in the last name")
         return [path for path in self.folder(folder) if fnmatch.fnmatchcase(base_name(path), name)]
 
     def folder(self, path: str) -> list[str]:
@@ -148,7 +148,7 @@ class Files:
             return Stamp(status.st_size, str(status.st_mtime_ns))
         info = self._call("info", path)
         if info.get("size") is None:
-            raise UserError(f"{shown(path)!r}: the server does not tell its size; copy the files, or use another server")
+            raise UserError(f"{shown(path)!r}: the server does not tell its size; allowed: one that does")
         return Stamp(int(info["size"]), next((str(info[key]) for key in MARKS if info.get(key)), ""))
 
     def bytes(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -159,7 +159,7 @@ class Files:
             return self._call("cat_file", path)
         if stop <= start:
             return b""
-        exactly = {} if self._shared else {"cache_type": "none"}  # others would read a block of megabytes for each range
+        exactly = {} if self._shared else {"cache_type": "none"}  # or it would read megabytes for each range
         content = self._call("cat_file", path, start=start, end=stop, **exactly)
         if len(content) > stop - start:
             raise UserError(
@@ -260,7 +260,8 @@ def _local_bytes(path: str, start: int, stop: int | None) -> bytes:
                 return file.read()[start:]
             return os.pread(file.fileno(), stop - start, start)
     except OSError as error:
-        raise (MissingError if isinstance(error, FileNotFoundError) else UserError)(f"{path!r}: {error.strerror}") from error
+        kind = MissingError if isinstance(error, FileNotFoundError) else UserError
+        raise kind(f"{path!r}: {error.strerror}") from error
 
 
 def _file_system(path: str, protocol: str) -> Any:
@@ -275,7 +276,9 @@ def _file_system(path: str, protocol: str) -> Any:
         needed = " ".join(dict.fromkeys(("fsspec", package or protocol)))
         raise UserError(f"{where}: {first_line(error)}; pip install {needed}") from error
     except ValueError as error:
-        raise UserError(f"{where}: {first_line(error)}; allowed: s3://, gs://, hf://, https:// and fsspec's others") from error
+        raise UserError(
+            f"{where}: {first_line(error)}; allowed: s3://, gs://, hf://, https:// and fsspec's others"
+        ) from error
     except Exception as error:  # gcsfs looks for credentials at once
         raise UserError(f"{where}: {first_line(error)}; {CREDENTIALS.get(protocol, '')}".rstrip("; ")) from error
 
@@ -286,4 +289,4 @@ def _status(error: BaseException | None) -> int | None:
     if isinstance(response, Mapping):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     found = getattr(response, "status_code", None), getattr(error, "status", None), getattr(error, "code", None)
-    return next((int(each) for each in found if re.fullmatch(r"[1-5]\d\d", str(each))), None)
+    return next((int(str(each)) for each in found if re.fullmatch(r"[1-5]\d\d", str(each))), None)

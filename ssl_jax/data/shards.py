@@ -54,7 +54,7 @@ def find_shards(files: Files, data: Data, ending: str) -> list[Shard]:
     """The files with this ending that data.path and data.split mean, sorted where they are listed.
 
     data.path: a file, a folder, or a pattern with {000..146}, {a,b} or *. A file belongs to a part if its name has
-    train, val or test in it as a word; if no name has train, all files are one part. Raises UserError if there are none.
+    train, val or test in it as a word; if no name has train, all files are one part. Raises UserError without any.
     """
     where = f"config.data.path={shown(data.path)!r}"
     if not data.path:
@@ -127,9 +127,8 @@ def indexed(files: Files, shards: Sequence[Shard], make: Callable[[Shard], Index
         place = shard.path if files.remote else os.path.abspath(shard.path)  # noqa: PTH100
         key = repr((VERSION, data.name, data.image_column, data.labels, place, *shard.stamp))
         path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        with contextlib.suppress(Exception):  # none yet, or damaged
-            with np.load(path, allow_pickle=False) as file:
-                return dict(file), False
+        with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:  # none yet, or damaged
+            return dict(file), False
         index, content = make(shard), io.BytesIO()
         np.savez(content, **index)  # type: ignore[arg-type]
         if shard.stamp.mark:
@@ -217,9 +216,12 @@ def source_of(
         log.warning("%s; skipped", problem)
     found = list[int]()
     for i in range(0 if data.channels else min(FIRST, count)):
-        content = io.BytesIO(encoded(i))
-        with contextlib.suppress(Exception):  # decoding it says what is wrong
-            found += own_channels(content)
+        try:
+            found += own_channels(io.BytesIO(encoded(i)))
+        except UserError:
+            raise
+        except Exception:  # decoding it says what is wrong
+            continue
     size, channels = data.size or SIZE, data.channels or most_common(found)
 
     def load(index: int) -> np.ndarray:

@@ -6,6 +6,7 @@ free as that of files in a folder.
 
 import tarfile
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -85,36 +86,38 @@ def index_of(files: Files, shard: Shard) -> Index:
     Raises UserError if it is no tar, or compressed.
     """
     size, samples, bad = shard.stamp.size, list[tuple[bytes, int, int, int, bytes]](), list[tuple[bytes, bytes]]()
+
+    def finish(sample: _Sample | None) -> None:
+        if sample and (problem := sample.problem(size)):
+            bad.append((sample.name, problem))
+        elif sample and sample.image:
+            samples.append((sample.name, sample.image.offset_data, sample.image.size, sample.header, sample.label))
+
     with files.open(shard.path, size, AHEAD) as file:
         first = file.read(BLOCK)
         if kind := next((kind for magic, kind in COMPRESSED.items() if first.startswith(magic)), ""):
-            raise UserError(f"{shown(shard.path)!r}: compressed ({kind}), so nothing in it can be found; unpack it first")
+            raise UserError(f"{shown(shard.path)!r}: compressed ({kind}), which has no random access; unpack it first")
         file.seek(0)
+        sample: _Sample | None = None
         try:
             with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
-                key, group = "", dict[str, tarfile.TarInfo]()
-
-                def finish() -> None:
-                    if group and (sample := _sample(file, key, group, size, bad)):
-                        samples.append(sample)
-
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # which would hold all of them
+                    tar.members.clear()  # type: ignore[attr-defined]  # which would hold all of them
                     stem, _, kind = member.name.rpartition("/")[2].partition(".")
-                    if not member.isreg() or not stem or not kind or (stem.startswith("__") and stem.endswith("__")):
+                    is_meta = stem.startswith("__") and stem.endswith("__")
+                    if not member.isreg() or member.issparse() or not stem or not kind or is_meta:
                         continue
-                    name = member.name[: len(member.name) - len(kind) - 1]
-                    if name != key or kind.lower() in group:
-                        finish()
-                        key, group = name, {}
-                    group[kind.lower()] = member
-                finish()
+                    key = member.name[: -len(kind) - 1]
+                    if sample is None or sample.key != key or kind.lower() in sample.kinds:
+                        finish(sample)
+                        sample = _Sample(key, member.name)
+                    sample.add(kind.lower(), member, file)
                 _check_end(file, tar.offset, shard, size)
         except tarfile.ReadError as error:
-            if not samples:
-                raise UserError(f"{shown(shard.path)!r}: {'empty' if not size else f'not a tar ({error})'}") from error
-            finish()
+            if sample is None:
+                raise UserError(f"{shown(shard.path)!r}: {f'not a tar ({error})' if size else 'empty'}") from error
             _warn_of_end(shard)
+        finish(sample)
     columns = list(zip(*samples, strict=True)) or [()] * 5
     return {
         "images": np.array(len(samples)),
@@ -127,30 +130,45 @@ def index_of(files: Files, shard: Shard) -> Index:
     }
 
 
-def _sample(file, key: str, group: dict[str, tarfile.TarInfo], size: int, bad: list) -> tuple | None:
-    """The entry of a sample in the index; None, and a line in `bad`, if it has no image."""
-    kind = next((kind for kind in group if f".{kind}" in EXTENSIONS), None)
-    name = f"{key}.{kind or next(iter(group))}".encode(errors="surrogateescape")
-    if kind is None:
-        bad.append((name, b"no image among its files"))
-        return None
-    image = group[kind]
-    if image.offset_data + image.size > size:
-        bad.append((name, b"cut off: the tar ends before it"))
-        return None
-    file.seek(image.offset_data - BLOCK)
-    header = zlib.crc32(file.read(BLOCK))
-    label = b""
-    if (text := group.get("cls")) and text.size <= LONGEST:
-        file.seek(text.offset_data)
-        label = file.read(text.size).strip()
-    elif (text := group.get("json")) and text.size <= MAX_JSON:
-        file.seek(text.offset_data)
-        label = json_label(file.read(text.size))[:LONGEST]
-    return name, image.offset_data, image.size, header, label
+class _Sample:
+    """The files of a tar that share a key. Of each, what is needed is read at once: a remote tar is read forwards."""
+
+    def __init__(self, key: str, first: str):
+        self.key, self.kinds, self._first, self._json = key, set[str](), first, b""
+        self.image: tarfile.TarInfo | None = None
+        self.header, self._cls, self._end = 0, b"", 0
+
+    def add(self, kind: str, member: tarfile.TarInfo, file: Any) -> None:
+        self.kinds.add(kind)
+        self._end = member.offset_data + member.size
+        if self.image is None and f".{kind}" in EXTENSIONS:
+            file.seek(member.offset_data - BLOCK)
+            self.image, self.header = member, zlib.crc32(file.read(BLOCK))
+        elif (kind == "cls" and member.size <= LONGEST) or (kind == "json" and member.size <= MAX_JSON):
+            file.seek(member.offset_data)
+            content = file.read(member.size)
+            if kind == "cls":
+                self._cls = content.strip()
+            else:
+                self._json = json_label(content)[:LONGEST]
+
+    @property
+    def name(self) -> bytes:
+        name = self.image.name if self.image else self._first
+        return name.removeprefix("./").encode(errors="surrogateescape")
+
+    @property
+    def label(self) -> bytes:
+        return self._cls or self._json
+
+    def problem(self, size: int) -> bytes:
+        """Why it cannot be read from a tar of `size` bytes; b"" if it can."""
+        if self.image is None:
+            return b"no image among its files"
+        return b"cut off: the tar ends before it" if self._end > size else b""
 
 
-def _check_end(file, offset: int, shard: Shard, size: int) -> None:
+def _check_end(file: Any, offset: int, shard: Shard, size: int) -> None:
     """A tar ends with zeros. tarfile takes any other end, such as a damaged header in the middle, without a word."""
     file.seek(offset)
     end = file.read(min(BLOCK, max(0, size - offset)))
@@ -159,4 +177,5 @@ def _check_end(file, offset: int, shard: Shard, size: int) -> None:
 
 
 def _warn_of_end(shard: Shard) -> None:
-    warn_once(f"{shown(shard.path)!r}: does not end like a tar: cut short or damaged; what follows its last image is lost")
+    end = "does not end like a tar; it is cut short or damaged, and images that should follow are left out"
+    warn_once(f"{shown(shard.path)!r}: {end}")
