@@ -70,6 +70,7 @@ class Server:
 class _Handler(BaseHTTPRequestHandler):
     server_of: Server
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # 40 ms for each answer
 
     def log_message(self, *_):
         pass

@@ -209,7 +209,7 @@ class Files:
         """(whether trying again is of no use, why in words)."""
         if isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # fsspec's for any error of a request
             return self._reason(error.__cause__)
-        status = _status(error) or _status(error.__cause__)
+        status = _status(error)
         if status in (401, 403) or isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
             told = f"status {status}" if status else first_line(error)
             hint = CREDENTIALS.get("gs" if self.protocol == "gcs" else self.protocol)
@@ -284,9 +284,13 @@ def _file_system(path: str, protocol: str) -> Any:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The status of HTTP in an error of aiohttp, botocore, gcsfs, requests or httpx; None if there is none."""
+    """The status of HTTP in an error of aiohttp, s3fs, gcsfs, requests or httpx; None if there is none."""
+    if isinstance(error, OSError) and type(error).__module__ == "builtins" and error.__cause__ is not None:
+        error = error.__cause__  # what s3fs translated
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    found = getattr(response, "status_code", None), getattr(error, "status", None), getattr(error, "code", None)
-    return next((int(str(each)) for each in found if re.fullmatch(r"[1-5]\d\d", str(each))), None)
+    for holder, name in ((response, "status_code"), (error, "status"), (error, "code")):
+        if re.fullmatch(r"[1-5]\d\d", value := str(getattr(holder, name, ""))):
+            return int(value)
+    return None
