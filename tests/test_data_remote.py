@@ -252,6 +252,11 @@ def test_mistakes(server, path, message):
     assert message in str(told.value) and "\n" not in str(told.value)
 
 
+def test_a_folder_of_shards(server):
+    with pytest.raises(UserError, match=f"no images; say webdataset:{server.url}/tars"):
+        opened(f"{server.url}/tars", "folder")
+
+
 def test_options_for_local_folders(server):
     for options, key in (({"bands": ("_a", "_b")}, "bands"), ({"cache": "here"}, "cache")):
         with pytest.raises(UserError, match=f"config.data.{key}=.* allowed with local folders"):

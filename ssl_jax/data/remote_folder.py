@@ -24,12 +24,15 @@ def open_folder(data: Data) -> Source:
         raise UserError(f"config.data.{key}={getattr(data, key)!r}: allowed with local folders, not with an address")
     check_background(data.background)
     files = Files(data.path, data)
-    places = {relative_names(data.path, path): path for path in files.tree(data.path)}
+    found = files.tree(data.path)
+    places = {relative_names(data.path, path): path for path in found}
     names = sorted(path for path in places if PurePath(path[-1]).suffix.lower() in EXTENSIONS)
     selected, classes = in_parts(names, data)
     selected = selected[: data.limit or None]
     if not selected:
-        raise UserError(f"{where}: no images; allowed: {KINDS}")
+        kinds = {".tar": "webdataset", ".parquet": "parquet"}
+        other = next((kinds[ending] for path in found if (ending := PurePath(path).suffix.lower()) in kinds), "")
+        raise UserError(f"{where}: no images; " + (f"say {other}:{shown(data.path)}" if other else f"allowed: {KINDS}"))
     numbers = {name: i for i, name in enumerate(classes)}
 
     def encoded(index: int) -> bytes:
