@@ -6,7 +6,8 @@
 `write` makes gray PNGs of 16 x 16 px with an integer label: blurred noise around a class's mean. Ten different tars are
 made; the others repeat them, which neither the index nor the memory can tell. `measure` opens them twice, first without
 an index, and pretrains for some steps with config.data.engine=auto, which takes the disk. Each is a process of its own;
-its peak is that of the kernel (ru_maxrss), which counts no file cache.
+its peak is that of the kernel (ru_maxrss), which counts no file cache. With other work on the machine, "cpu s" says
+more than seconds.
 """
 
 import argparse
@@ -30,12 +31,12 @@ OPEN = """
 import sys, time
 from ssl_jax.config import Data
 from ssl_jax.data import open_source
-start = time.monotonic()
+start, cpu = time.monotonic(), time.process_time()
 source = open_source(Data(name="webdataset", path=sys.argv[1], size=32, channels=3))
-opened = time.monotonic() - start
+opened, cpu = time.monotonic() - start, time.process_time() - cpu
 rng, start = __import__("numpy").random.default_rng(0), time.monotonic()
 source.load_many(rng.integers(0, len(source), 2000))
-print(len(source), opened, 2000 / (time.monotonic() - start))
+print(len(source), opened, cpu, 2000 / (time.monotonic() - start))
 """
 
 
@@ -59,8 +60,8 @@ def write(folder: Path, images: int, tars: int) -> None:
         shutil.copyfile(folder / f"train-{number % DIFFERENT:06d}.tar", folder / f"train-{number:06d}.tar")
 
 
-def run(*command: str) -> tuple[str, float, float]:
-    """(stdout, seconds, peak of resident memory in GB) of a process."""
+def run(*command: str) -> tuple[str, dict[str, float]]:
+    """(stdout; seconds, seconds of the processor, peak of resident memory in GB) of a process."""
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -68,23 +69,24 @@ def run(*command: str) -> tuple[str, float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{command} ended with {os.waitstatus_to_exitcode(status)}")
-    return text, time.monotonic() - start, usage.ru_maxrss * 1024 / 1e9
+    seconds, cpu = time.monotonic() - start, usage.ru_utime + usage.ru_stime
+    return text, {"seconds": round(seconds, 1), "cpu s": round(cpu, 1), "peak GB": round(usage.ru_maxrss / 1e6, 2)}
 
 
 def measure(folder: Path, steps: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["XDG_CACHE_HOME"] = temporary
         for name in ("first", "second"):
-            text, _, peak = run("-c", OPEN, str(folder))
-            images, seconds, rate = text.split()
-            found = {"images": int(images), "seconds": float(seconds), "images/s": float(rate), "peak GB": peak}
-            print(json.dumps({name: found}), flush=True)
+            text, used = run("-c", OPEN, str(folder))
+            images, seconds, cpu, rate = map(float, text.split())
+            found = {"images": images, "opening s": seconds, "opening cpu s": cpu, "then images/s": rate}
+            print(json.dumps({name: found, "process": used}), flush=True)
         index = sum(path.stat().st_size for path in Path(temporary).rglob("*.npz"))
         print(json.dumps({"index MB": index / 1e6}), flush=True)
         flags = [f"--workdir={temporary}/run", f"--steps={steps}", "--config.data.size=32", "--config.data.channels=3"]
         flags += ["--config.model.name=resnet_thin", "--config.model.width=0.25", "--config.train.batch=256"]
-        _, seconds, peak = run("-m", "ssl_jax.cli", "pretrain", "simclr", f"webdataset:{folder}", *flags)
-        print(json.dumps({"pretraining": {"steps": steps, "seconds": seconds, "peak GB": peak}}), flush=True)
+        _, used = run("-m", "ssl_jax.cli", "pretrain", "simclr", f"webdataset:{folder}", *flags)
+        print(json.dumps({"pretraining": {"steps": steps, **used}}), flush=True)
 
 
 if __name__ == "__main__":

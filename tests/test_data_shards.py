@@ -58,6 +58,7 @@ def test_tar_parquet_and_folder_hold_the_same(tmp_path):
     assert parquet.names[29:31] == ["train-0.parquet/29", "train-1.parquet/0"]
     with pytest.raises(IndexError):
         tars.names[50]
+    assert np.array(tars.names).tolist() == list(tars.names) == tars.names[:] and "x" not in tars.names
 
 
 def test_what_belongs_to_a_sample(tmp_path):

@@ -35,7 +35,7 @@ CREDENTIALS = {
     "FSSPEC_GS_TOKEN=anon",
     "hf": "set HF_TOKEN or run `hf auth login`",
 }
-MARKS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "Last-Modified", "created")
+MARKS = ("ETag", "etag", "blob_id", "mtime", "LastModified", "last_modified", "updated", "Last-Modified", "created")
 
 
 class MissingError(UserError):
@@ -94,7 +94,7 @@ class Files:
         """That of fsspec. Those that are not asynchronous need not be safe to share among threads."""
         if self._shared is None and not hasattr(self._of_thread, "fs"):
             self._of_thread.fs = _file_system(self._path, self.protocol)
-        return self._shared or self._of_thread.fs
+        return self._of_thread.fs if self._shared is None else self._shared
 
     def glob(self, pattern: str) -> list[str]:
         """The files that match a pattern with *, sorted."""
@@ -132,7 +132,7 @@ class Files:
 
     def _list(self, path: str) -> tuple[list[str], list[str]]:
         """(files, folders) in a remote folder, without hidden ones."""
-        own = self._fs._strip_protocol(path).rstrip("/")  # noqa: SLF001 - as fsspec's own functions do
+        own = self._fs._strip_protocol(path).rstrip("/")  # as fsspec's own functions do
         found = [e for e in self._call("ls", path, detail=True) if e["name"].rstrip("/") != own]
         names = [self._fs.unstrip_protocol(entry["name"]).rstrip("/") for entry in found]
         visible = [(name, e["type"]) for name, e in zip(names, found) if not base_name(name).startswith(".")]
@@ -144,7 +144,7 @@ class Files:
             try:
                 status = Path(path).stat()
             except OSError as error:
-                raise UserError(f"{path!r}: {error.strerror}") from error
+                raise _local_error(path, error) from error
             return Stamp(status.st_size, str(status.st_mtime_ns))
         info = self._call("info", path)
         if info.get("size") is None:
@@ -159,7 +159,7 @@ class Files:
             return self._call("cat_file", path)
         if stop <= start:
             return b""
-        exactly = {} if self._shared else {"cache_type": "none"}  # or it would read megabytes for each range
+        exactly = {"cache_type": "none"} if self._shared is None else {}  # or it would read megabytes for each range
         content = self._call("cat_file", path, start=start, end=stop, **exactly)
         if len(content) > stop - start:
             raise UserError(
@@ -177,10 +177,10 @@ class Files:
 
     def _call(self, name: str, path: str, **options: Any) -> Any:
         """A method of the file system on a path, with retries."""
-        own = self._fs._strip_protocol(path)  # noqa: SLF001 - as fsspec's own functions do
+        own = self._fs._strip_protocol(path)  # as fsspec's own functions do
 
         def request() -> Any:
-            if not self._shared:
+            if self._shared is None:
                 return getattr(self._fs, name)(own, **options)
             from fsspec.asyn import sync
 
@@ -260,8 +260,11 @@ def _local_bytes(path: str, start: int, stop: int | None) -> bytes:
                 return file.read()[start:]
             return os.pread(file.fileno(), stop - start, start)
     except OSError as error:
-        kind = MissingError if isinstance(error, FileNotFoundError) else UserError
-        raise kind(f"{path!r}: {error.strerror}") from error
+        raise _local_error(path, error) from error
+
+
+def _local_error(path: str, error: OSError) -> UserError:
+    return (MissingError if isinstance(error, FileNotFoundError) else UserError)(f"{path!r}: {error.strerror}")
 
 
 def _file_system(path: str, protocol: str) -> Any:
