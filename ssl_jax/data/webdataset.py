@@ -45,7 +45,11 @@ def read(data: Data) -> Source:
     starts = np.cumsum([0, *(int(each["images"]) for each in found)])
     count = min(int(starts[-1]), data.limit or int(starts[-1]))
     labels, classes = labels_of([each["label"] for each in found], class_names(files, shards), shown(data.path))
-    skipped = [(f"{shard.name}/{n.decode()}", r.decode()) for shard, each in zip(shards, found) for n, r in each["bad"]]
+    skipped = [
+        (f"{shard.name}/{printable(name)}", reason.decode())
+        for shard, each in zip(shards, found)
+        for name, reason in each["bad"]
+    ]
 
     def place(index: int) -> tuple[int, int]:
         """(the number of its tar, its own number there)."""
@@ -60,11 +64,11 @@ def read(data: Data) -> Source:
         """The image's file. Its header in the tar, read along with it, shows whether the tar is still the same."""
         number, row = place(index)
         at, size = int(found[number]["offset"][row]), int(found[number]["size"][row])
+        if size > MAX_BYTES:
+            raise UnreadableError(f"{size / 1e9:.1f} GB; allowed: {MAX_BYTES / 1e9:g} GB")
         content = files.bytes(shards[number].path, at - BLOCK, at + size)
         if len(content) < BLOCK + size or zlib.crc32(content[:BLOCK]) != found[number]["header"][row]:
             raise shards[number].changed(files)
-        if size > MAX_BYTES:
-            raise UnreadableError(f"{size / 1e9:.1f} GB; allowed: {MAX_BYTES / 1e9:g} GB")
         return content[BLOCK:]
 
     return source_of(
