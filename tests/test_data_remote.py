@@ -156,6 +156,27 @@ def test_nor_is_a_part_of_the_data_lost_where_they_are_opened(server, name, path
     assert server.url in str(told.value) and "\n" not in str(told.value)
 
 
+def test_s3_is_tried_again_in_one_place(server, root, monkeypatch):
+    pytest.importorskip("s3fs")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    source = opened("s3://tars/", retries=2)
+    for kind in (503, 500, "reset", "cut"):
+        server.fail(kind, times=2)
+        np.testing.assert_array_equal(source.load(7), local(root, *SOURCES[0]).load(7))
+        server.requests.clear()
+        server.fail(kind)
+        with pytest.raises(UserError, match=r"s3://tars/train-000000.tar': .*\(3 tries\)$") as told:
+            source.load(7)
+        # On a connection that was used before and ends, aiohttp asks once more by itself.
+        assert len(server.requests) == (6 if kind == "reset" else 3) and "\n" not in str(told.value)
+        server.heal()
+    server.fail("hang")
+    with pytest.raises(UserError, match=r"no answer within 0.2 s \(2 tries\)"):
+        opened("s3://tars/train-000000.tar", retries=1, timeout=0.2)
+
+
 def test_waits_grow(server, monkeypatch, caplog):
     waits = []
     monkeypatch.setattr(remote.time, "sleep", waits.append)

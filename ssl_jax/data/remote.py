@@ -274,7 +274,10 @@ def _file_system(path: str, protocol: str) -> Any:
         import fsspec
 
         # Its caches would hide that a file changes; an instance of its own belongs to no thread that has ended.
-        return fsspec.core.url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)[0]
+        fs: Any = fsspec.core.url_to_fs(path, use_listings_cache=False, skip_instance_cache=True)[0]
+        if protocol in ("s3", "s3a"):  # s3fs and botocore would each try again by themselves: for minutes, all told
+            fs.retries, fs.config_kwargs = 1, {"retries": {"total_max_attempts": 1}, **fs.config_kwargs}
+        return fs
     except ImportError as error:
         needed = " ".join(dict.fromkeys(("fsspec", package or protocol)))
         raise UserError(f"{where}: {first_line(error)}; pip install {needed}") from error
