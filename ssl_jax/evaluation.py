@@ -37,6 +37,9 @@ HOW_READ = (
     "engine",
     "memory_gb",
     "crops",
+    "shuffle_buffer",
+    "retries",
+    "timeout",
 )  # options of config.data that change how images are read, not which
 
 

@@ -21,7 +21,7 @@ from ssl_jax.neighbours import nearest
 from ssl_jax.progress import counting
 from ssl_jax.report.page import note, page
 from ssl_jax.report.tiles import STYLE, grid, tile
-from ssl_jax.settings import TABLES, data_of, images_only
+from ssl_jax.settings import FORMATS, data_of, images_only
 
 SHOWN = 100  # queries on the page; the table holds all
 COLUMNS = ("query", "rank", "path", "similarity", "file")
@@ -81,7 +81,7 @@ class _Queries:
 
 def _queries(encoder: Encoder, config: Config, query: str) -> _Queries:
     path = Path(query).expanduser()
-    if path.is_file() and path.suffix.lower() not in TABLES:
+    if path.is_file() and path.suffix.lower() not in FORMATS:
         spec = encoder.data(config.data)
         try:
             check_is_file(path)

@@ -11,7 +11,8 @@ from ssl_jax.config_file import override
 from ssl_jax.errors import UserError
 from ssl_jax.run_folder import RunFolder
 
-TABLES = {".csv": "csv", ".tsv": "csv", ".npz": "npz"}
+FORMATS = {".csv": "csv", ".tsv": "csv", ".npz": "npz", ".tar": "webdataset", ".parquet": "parquet"}
+SHARDS = (".tar", ".parquet")  # of which a data set has many files, in a folder of their own or on a server
 
 
 def settings_of(folder: Path, overrides: Sequence[str], read: Mapping[str, Any] | None = None) -> Config:
@@ -28,20 +29,23 @@ def settings_of(folder: Path, overrides: Sequence[str], read: Mapping[str, Any] 
 def data_of(text: str, flag: str, like: Data) -> Data:
     """The data that a flag names, to be read like `like`.
 
-    text: a folder, a file, or the name of a source, which a path may follow: fashion_mnist, tfds:cifar10,
-    mypackage.mysource:path.
+    text: a folder, a file, an address such as s3://bucket/folder, a pattern of shards (train-{000..146}.tar), or the
+    name of a source, which a path may follow: fashion_mnist, tfds:cifar10, mypackage.mysource:path.
     """
-    path = Path(text).expanduser()
+    path, ending = Path(text).expanduser(), Path(text.partition("?")[0]).suffix.lower()
     source, _, rest = text.partition(":")
     if path.is_dir():
-        name, place = "chexpert" if _is_chexpert(path) else "folder", text
-    elif path.is_file() and path.suffix.lower() in TABLES:
-        name, place = TABLES[path.suffix.lower()], text
+        name, place = _kind_of_folder(path), text
+    elif path.is_file() and ending in FORMATS or ending in SHARDS and source not in registry.names("source"):
+        name, place = FORMATS[ending], text
+    elif rest.startswith("//"):
+        name, place = "folder", text
     elif not path.exists() and (source in registry.names("source") or ("." in source and rest)):
         name, place = source, rest
     else:
         problem = f"unknown ending {path.suffix!r}" if path.exists() else "not found"
-        allowed = "a folder, a .csv, .tsv or .npz file, or a source such as fashion_mnist or tfds:NAME"
+        files = f"a {', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]} file"
+        allowed = f"a folder, {files}, an address, or a source such as fashion_mnist or tfds:NAME"
         raise UserError(f"{flag}={text}: {problem}; allowed: {allowed}")
     return dataclasses.replace(like, name=name, path=place, split="train", limit=0, pairs="")
 
@@ -49,6 +53,15 @@ def data_of(text: str, flag: str, like: Data) -> Data:
 def images_only(data: Data) -> Data:
     """The same images without their labels, whose columns may be missing, and however few of them can be read."""
     return dataclasses.replace(data, labels=(), max_bad_share=1.0, pairs="")
+
+
+def _kind_of_folder(folder: Path) -> str:
+    """The source that reads a folder: of shards, if no folder and nothing but small files lie beside them."""
+    if _is_chexpert(folder):
+        return "chexpert"
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    endings = {entry.suffix.lower() if entry.is_file() else "/" for entry in entries} - {".json", ".txt", ".md", ".csv"}
+    return FORMATS[endings.pop()] if len(endings) == 1 and endings <= {*SHARDS} else "folder"
 
 
 def _is_chexpert(folder: Path) -> bool:

@@ -40,7 +40,7 @@ def test_what_a_flag_names(text, name, path, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nowhere", "--data=nowhere: not found; allowed: a folder, a .csv, .tsv or .npz file, or a source such as"),
+        ("nowhere", "--data=nowhere: not found; allowed: a folder, a .csv, .tsv, .npz, .tar or .parquet file"),
         ("my.photos", "--data=my.photos: not found"),
         ("a.txt", "--data=a.txt: unknown ending '.txt'"),
     ],

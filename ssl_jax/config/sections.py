@@ -12,7 +12,7 @@ from ssl_jax.config.model import Model
 from ssl_jax.errors import UserError
 from ssl_jax.fields import Duration, option
 
-FILE_SOURCES = ("folder", "csv", "npz", "chexpert", "fashion_mnist")  # whose data.path is a file or a folder
+FILE_SOURCES = ("folder", "csv", "npz", "chexpert", "fashion_mnist", "webdataset", "parquet")  # with files as data.path
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ class Data:
 
     name: str = option("", "data source; has to be given", registered="source")
     path: str = option(
-        "", "folder, .csv or .npz file; tfds: name of the data set; fashion_mnist: empty for the usual folders"
+        "",
+        "folder, .csv or .npz file; webdataset, parquet: file, folder or pattern; also an address such as s3://...; "
+        "tfds: name of the data set; fashion_mnist: empty for the usual folders",
     )
     split: str = option("train", "train, test, val or all; tfds: any TFDS split")
     size: int = option(0, "images are resized to size x size px; 0: unchanged (arrays), 224 (image files)", min=0)
@@ -60,6 +62,11 @@ class Data:
     )
     memory_gb: float = option(2.0, "engine=auto: largest data set to keep in memory, in GB")
     workers: int = option(2, "threads that decode files", min=1)
+    shuffle_buffer: int = option(
+        10_000, "parquet: images that wait in memory to be mixed, as blocks are read in random order", min=1
+    )
+    retries: int = option(5, "remote: tries after a failed one, with waits of 0.25, 0.5, 1, 2, ... s between", min=0)
+    timeout: float = option(30.0, "remote: seconds after which a request without an answer has failed", above=0)
     cache: str = option(
         "", "folder for decoded images, written once and read instead of the files; empty: none", path=True
     )
@@ -80,6 +87,7 @@ class Data:
         data = cls(**fields.convert_all(cls, values, key))
         # The path of some sources is a name or a list of options; a section that changes another may leave out `name`.
         is_path = data.name in FILE_SOURCES or (not data.name and Path(data.path).exists())
+        is_path &= "://" not in data.path
         return dataclasses.replace(data, path=fields.absolute(data.path)) if is_path else data
 
 

@@ -24,24 +24,22 @@ from ssl_jax.data import dicom
 from ssl_jax.data.central import central, check_side
 from ssl_jax.data.channels import DEEP, check_ratios, choose, count, grouped, naming, number_of_bands, why_unknown
 from ssl_jax.data.exclude import not_excluded
+from ssl_jax.data.layout import in_parts
 from ssl_jax.data.source import (
     Source,
     check_bad_share,
     check_is_file,
     check_memory,
     open_file,
-    pick_parts,
     printable,
     reading,
     same_object,
-    warn_once,
 )
 from ssl_jax.errors import UnreadableError, UserError
 
 log = logging.getLogger("ssl_jax")
 MAX_HEADERS = 10_000  # with more files than this, the first look only checks that they exist, and reads no headers
 SIZE = 224  # side of images from files in px, unless data.size is set
-PARTS = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 FIRST = 8  # files that say how many channels images have, unless config.data.channels does
 KINDS = "jpg, jpeg, jpe, jfif, png, bmp, gif, tif, tiff, webp, ppm, pgm, pbm, pnm, jp2, j2k, avif, dcm, dicom"
 EXTENSIONS = frozenset(f".{kind}" for kind in KINDS.split(", "))
@@ -63,43 +61,22 @@ def read(data: Data) -> Source:
         raise UserError("config.data.path='': missing; set it to a folder of images")
     if data.pairs not in ("", "folder"):
         raise UserError(f"config.data.pairs={data.pairs!r}: allowed with folder: folder (one object per folder)")
+    if "://" in data.path:
+        from ssl_jax.data.remote_folder import open_folder
+
+        return open_folder(data)
     root = Path(data.path).expanduser()
     if not root.is_dir():
         raise UserError(f"config.data.path={data.path!r}: {'not a folder' if root.exists() else 'no such folder'}")
     paths = sorted(_image_paths(root))
     bands = grouped(root, paths, data.bands) if data.bands else {}
     paths = list(bands) or paths
-    has_parts = any(PARTS.get(path[0].lower()) == "train" for path in paths if len(path) > 1)
-    if has_parts:
-        paths = [path for path in paths if len(path) > 1 and path[0].lower() in PARTS]
-    depth = 1 if has_parts else 0  # of the class folder in a path
-    names = {path[depth] if len(path) > depth + 1 else None for path in paths}
-    # A folder test/ or val/ without train/ is probably a part of some data set rather than a class.
-    labelled = len(names) > 1 and None not in names and (has_parts or not any(n and n.lower() in PARTS for n in names))
-    if None in names and len(names) > 2:
-        _warn_of_strays(paths, depth, data)
-    parts: dict[str, list[File]] = {"train": []}
-    for path in paths:
-        part = PARTS[path[0].lower()] if has_parts else "train"
-        label = printable(path[depth]) if labelled else None
-        own, folder = bands.get(path, ((), "")), "/".join(path[:-1])
-        file = File(str(root.joinpath(*path)), printable("/".join(path)), label, "", folder, *own)
-        parts.setdefault(part, []).append(file)
-    selected = [file for files in pick_parts(parts, data.split, f"folder {data.path!r}") for file in files]
-    classes = sorted(printable(name) for name in names if name) if labelled else []
-    return from_files(selected, classes, data, f"config.data.path={data.path!r}")
-
-
-def _warn_of_strays(paths: Sequence[tuple[str, ...]], depth: int, data: Data) -> None:
-    """Says which images keep folders from being classes: one stray picture would remove all labels in silence."""
-    stray = [printable("/".join(path)) for path in paths if len(path) == depth + 1]
-    folders = sorted({printable(path[depth]) for path in paths if len(path) > depth + 1})
-    these = f"{stray[0]!r}{f' and {len(stray) - 1} more images lie' if len(stray) > 1 else ' lies'}"
-    shown = f"{', '.join(map(repr, folders[:3]))}{', ...' * (len(folders) > 3)}"
-    warn_once(
-        f"config.data.path={data.path!r}: {these} beside the folders {shown}: so these are no classes, and no image "
-        f"has a label; move {'them' if len(stray) > 1 else 'it'} into a folder, or elsewhere"
-    )
+    selected, classes = in_parts(paths, data)
+    files = [
+        File(str(root.joinpath(*path)), printable("/".join(path)), label, "", "/".join(path[:-1]), *bands.get(path, ()))
+        for path, label in selected
+    ]
+    return from_files(files, classes, data, f"config.data.path={data.path!r}")
 
 
 def _image_paths(root: Path) -> Iterator[tuple[str, ...]]:
@@ -204,14 +181,25 @@ def channels_of(files: Sequence[File], data: Data) -> int:
         return number_of_bands(data.bands, data.channels)
     if data.channels:
         return data.channels
-    found = []
+    found = list[int]()
     for file in files[:FIRST]:
         with contextlib.suppress(Exception), open_file(file.path) as content:  # `check` says what is wrong
-            if not dicom.is_dicom(content.read(132)):
-                content.seek(0)
-                with Image.open(content, formats=_formats()) as image:
-                    found.append(count(image))
-    number = max(found, key=Counter(found).__getitem__, default=3)
+            found += own_channels(content)
+    return most_common(found)
+
+
+def own_channels(content: BinaryIO) -> list[int]:
+    """[the number of channels of an image]; [] for DICOM. Raises anything for a damaged image."""
+    if dicom.is_dicom(content.read(132)):
+        return []
+    content.seek(0)
+    with Image.open(content, formats=_formats()) as image:
+        return [count(image)]
+
+
+def most_common(channels: Sequence[int]) -> int:
+    """What most images have, 3 for gray or if nothing is known."""
+    number = max(channels, default=3, key=Counter(channels).__getitem__)
     return 3 if number == 1 else number
 
 

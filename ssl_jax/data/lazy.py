@@ -58,7 +58,7 @@ class LazyImages:
 
     def digest(self) -> str:
         """A hash of the images' names and shape: of their pixels it would take as long as decoding all of them."""
-        return hashlib.sha256(json.dumps([self.source.names, self.source.shape]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([list(self.source.names), self.source.shape]).encode()).hexdigest()
 
 
 Images = np.ndarray | LazyImages  # uint8 [N, H, W, C]

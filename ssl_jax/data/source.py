@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 
+from ssl_jax.data.blocks import Blocks
 from ssl_jax.data.lazy import Images, LazyImages
 from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown, visible
 
@@ -28,15 +29,33 @@ Content = str | tuple[str, ...] | bytes | np.ndarray
 Batch = dict[str, Any]  # arrays [B, ...], or tuples of them, by name
 
 
+class Names(Sequence[str]):
+    """N names that are made when they are asked for: as a list, those of a million images take 100 MB."""
+
+    def __init__(self, count: int, name: Callable[[int], str]):
+        self._count, self._name = count, name
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(self._count)[index]
+        return [self._name(i) for i in places] if isinstance(index, slice) else self._name(places)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Names | list) and list(self) == list(other)
+
+
 class Source:
     """N images of one shape, decoded on demand; safe to use from several threads.
 
-    names:    printable file names relative to the root, or the index as text
+    names:    printable file names relative to the root, or the index as text; a list, or `Names`
     labels:   int32 [N], -1 if unknown; multi-label: float32 [N, K] in [0, 1], NaN if unknown; None without labels
     classes:  the name of each label, fit to be printed; [] without labels
     groups:   int64 [N], equal for images of one patient, or of another group that must not be split; or None
     objects:  int [N], equal for images of the same object (config.data.pairs); or None
     shape:    (H, W, C) of every image
+    blocks:   which images can only be read together; None: each one alone
     paths:    the file of each image; [] if the images are not files
     files:    the same, as a tuple for each; with config.data.bands its files, and `path` is what their names share
     skipped:  the unreadable files, each with the reason: those left out when the source was opened, and those that
@@ -68,11 +87,13 @@ class Source:
         workers: int = 2,
         memory_gb: float = 2.0,
         content: Callable[[int], Content] | None = None,
+        blocks: Blocks | None = None,
     ):
         """load: index -> uint8 [H,W,C]; may raise UnreadableError. labels: a function is called on first use.
         array: all images, if they are in memory already. memory_gb: see `all_images`. content: index -> what an image
         is decoded from, if there is something; needed to cut crops from its own pixels (config.data.crops)."""
-        self.names, self.shape, self.objects = list(names), shape, objects
+        self.names = names if isinstance(names, Names) else list(names)
+        self.shape, self.objects, self.blocks = shape, objects, blocks
         self.classes = [visible(name) for name in classes]
         self.groups, self.paths, self.unreadable = groups, list(paths), dict(unreadable or {})
         self.replaced: dict[int, int] = {}
@@ -147,8 +168,19 @@ class Source:
         raise UserError(f"{self.names[index]!r}: unreadable, and no other image with its label can stand in for it")
 
     def load_many(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The images at `indices`, uint8 [N,H,W,C], each as `load` returns it."""
-        return np.stack([self.load(int(i)) for i in indices])
+        """The images at `indices`, uint8 [N,H,W,C], each as `load` returns it. Threads read more than a few of them."""
+        if len(indices) <= PIECE:
+            return np.stack([self.load(int(i)) for i in indices])
+        images = np.empty((len(indices), *self.shape), np.uint8)
+
+        def fill(rows: np.ndarray) -> None:
+            for row in rows:
+                images[row] = self.load(int(indices[row]))
+
+        places = np.argsort(np.asarray(indices), kind="stable")  # those of one file or block one after another
+        with ThreadPoolExecutor(self._workers) as pool:
+            list(pool.map(fill, np.array_split(places, -(-len(places) // PIECE))))
+        return images
 
     def _candidates(self, index: int) -> Iterator[int]:
         yield index
@@ -218,15 +250,16 @@ class Source:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> "Source":
         """A source of only these images, in this order. Their stand-ins come from among them."""
-        kept, content = [int(i) for i in indices], self.content
+        kept = np.asarray(indices, np.int64).reshape(-1)
+        names, content, blocks = self.names, self.content, self.blocks.take(kept) if self.blocks and len(kept) else None
 
         def labels() -> np.ndarray | None:
             return None if self.labels is None else self.labels[kept]
 
         return Source(
-            [self.names[i] for i in kept],
+            Names(len(kept), lambda i: names[int(kept[i])]) if isinstance(names, Names) else [names[i] for i in kept],
             self.shape,
-            lambda i: self._load(kept[i]),
+            lambda i: self._load(int(kept[i])),
             labels=labels,
             classes=self.classes,
             objects=None if self.objects is None else self.objects[kept],
@@ -237,7 +270,8 @@ class Source:
             max_bad_share=self._max_bad_share,
             workers=self._workers,
             memory_gb=self.memory_gb,
-            content=None if content is None else lambda i: content(kept[i]),
+            content=None if content is None else lambda i: content(int(kept[i])),
+            blocks=blocks,
         )
 
 
@@ -332,11 +366,12 @@ def pick_parts(parts: Mapping[str, T], split: str, where: str) -> list[T]:
 # The images of each step, and their batches.
 
 
-def order(seed: int, examples: int, batch: int, step: int) -> np.ndarray:
+def order(seed: int, examples: int, batch: int, step: int, blocks: Blocks | None = None) -> np.ndarray:
     """Indices int64 [batch] of the images in `step`. Nothing is stored, so steps may come in any order.
 
     Each epoch of `examples // batch` steps is a permutation of all images. Those left after the last full batch are not
-    used in that epoch. Raises UserError if the batch is larger than the data set.
+    used in that epoch. blocks: of the source (`Source.blocks`); the permutation is then theirs. Raises UserError if the
+    batch is larger than the data set.
 
     >>> epoch = [order(0, 10, 5, step) for step in (0, 1)]
     >>> sorted(np.concatenate(epoch).tolist())
@@ -347,7 +382,8 @@ def order(seed: int, examples: int, batch: int, step: int) -> np.ndarray:
             f"config.train.batch={batch}: larger than the data set ({examples} images); allowed: 1 to {examples}"
         )
     epoch, position = divmod(step, examples // batch)
-    return _permutation(seed, examples, epoch)[position * batch : (position + 1) * batch]
+    permutation = blocks.permutation(seed, epoch) if blocks else _permutation(seed, examples, epoch)
+    return permutation[position * batch : (position + 1) * batch]
 
 
 @functools.lru_cache(maxsize=4)
@@ -421,7 +457,7 @@ def batches(
 
     @functools.lru_cache(maxsize=4)  # every piece of a step calls it
     def indices(step: int) -> dict[str, np.ndarray]:
-        index = order(seed, len(source), batch, step)
+        index = order(seed, len(source), batch, step, source.blocks)
         selected = {"index": index[rows].astype(np.int32)}
         if partners:
             selected["partner"] = partners(seed, index, step)[rows].astype(np.int32)

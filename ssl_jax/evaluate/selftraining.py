@@ -103,7 +103,7 @@ def self_train(
         else:
             assert teacher is not None  # for mypy: only a propagated one is missing
             targets = by_piece(teacher, pool.images)
-        lessons = _lessons(targets, encoder, pool.images, task.labels[index], settings, seed)
+        lessons = _lessons(targets, encoder, pool, task.labels[index], settings, seed)
         return list(task.fit(index, [pair], lessons, stops))
 
     choice, held_out, stop = dict[str, Any](), None, STOPS[-1]
@@ -150,6 +150,8 @@ class Unlabelled:
     def __init__(self, images: Images, memory_gb: float = 0):
         self._given, self._memory = images, memory_gb * 1e9
         self._last: tuple[Any, Neighbourhood] | None = None
+        # Of the source, also where its images are in memory, so that this does not change their order.
+        self.blocks = images.blocks if isinstance(images, Source) else None
 
     @functools.cached_property
     def images(self) -> Images:
@@ -165,7 +167,7 @@ class Unlabelled:
     def digest(self) -> str:
         """Of all images, or of their names if they do not fit."""
         if isinstance(self.images, Source):
-            return hashlib.sha256(json.dumps([self.images.names, self.images.shape]).encode()).hexdigest()
+            return hashlib.sha256(json.dumps([list(self.images.names), self.images.shape]).encode()).hexdigest()
         return digest(self.images)
 
     def neighbourhood(self, encoder: Encoder) -> Neighbourhood:
@@ -206,7 +208,7 @@ def _check(images: np.ndarray | LazyImages, unlabelled: Images) -> None:
 
 
 def _lessons(
-    targets: np.ndarray, encoder: Encoder, unlabelled: Images, labels: np.ndarray, settings: Finetune, seed: int
+    targets: np.ndarray, encoder: Encoder, pool: Unlabelled, labels: np.ndarray, settings: Finetune, seed: int
 ) -> Batch:
     """The student's objective, and what it sees of the images without a label in each step.
 
@@ -215,10 +217,11 @@ def _lessons(
     offset = _alignment(targets, labels, settings.align)
     limits = thresholds(targets, settings.confidence, labels.ndim == 2)
     constants = offset, limits, *map(np.float32, (settings.unlabelled_weight, settings.temperature))
+    unlabelled = pool.images
     size = min(settings.unlabelled_batch, len(unlabelled))
 
     def more(step: int) -> tuple[Any, ...]:
-        rows = order(seed, len(unlabelled), size, step)
+        rows = order(seed, len(unlabelled), size, step, pool.blocks)
         return _take(unlabelled, rows), targets[rows], *constants
 
     views = resolve_views(settings.augment, 1, encoder.size)

@@ -115,7 +115,7 @@ def views_of(setup, images, seed=1):
 
 def batch_of(config, source, step, mesh):
     """The batch of a step, on the devices of `mesh`."""
-    index = order(config.train.seed, len(source), config.train.batch, step)
+    index = order(config.train.seed, len(source), config.train.batch, step, source.blocks)
     batch = {"image": source.images[index], "index": index.astype(np.int32)}
     if source.labels is not None:
         batch["label"] = source.labels[index]
