@@ -5,10 +5,9 @@
 
 The recipes are the keys of RECIPES; "published" is what a source reports for one. Where each number is from, line by
 line, and what is different and why: docs/recipes.md. TFDS must have prepared imagenet2012.
-What they took: 512 TPU v3 for 8 hours (byol), 32 TPU v3 for 6 hours (simclr), 64 GPUs for two days (swav; mae, ViT-L),
-32 GPUs (vicreg, vicregl, moco_v3_vit_small), 16 V100 (moco_v3; barlow_twins: 7 days), 16 GPUs (simmim), 8 GPUs for two
-days (moco_v1, moco_v2, dino), 8 GPUs (simsiam, rotation, jigsaw), 4 GPUs (swav_256), 2 RTX 4090 for four days (tico,
-dino_resnet50). On less, lower config.train.batch: the learning rate follows it.
+
+What they took, and what they would take of a TPU slice: docs/reproduce.md. On less, lower config.train.batch: the
+learning rate follows it.
 
 Different from every source: a crop is cut from the image's centre square, resized to data.size px, not from the whole
 photograph. "differs" says what else matters.

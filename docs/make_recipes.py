@@ -1,4 +1,5 @@
-"""Writes docs/recipes.md from docs/recipes.csv: every official hyper-parameter beside that of configs/imagenet.py.
+"""Writes docs/recipes.md from docs/recipes.csv: every official hyper-parameter beside that of configs/imagenet.py; and
+the table of docs/reproduce.md.
 
     python docs/make_recipes.py
 
@@ -18,7 +19,9 @@ from ssl_jax.augment import resolve_views
 from ssl_jax.config import resolve, to_json
 
 DOCS = Path(__file__).resolve().parent
-TABLE, PAGE = DOCS / "recipes.csv", DOCS / "recipes.md"
+TABLE, PAGE, REPRODUCE = DOCS / "recipes.csv", DOCS / "recipes.md", DOCS / "reproduce.md"
+PLANS = DOCS.parent / "benchmarks" / "results" / "plans.csv"
+BEGIN, END = "<!-- table of docs/make_recipes.py -->\n", "<!-- end of table -->"
 COMMITS = {  # name in the table: repository, the commit that was read
     "moco": ("facebookresearch/moco", "5a429c00bb6d4efdf511bf31b6f01e064bf929ab"),
     "moco-v3": ("facebookresearch/moco-v3", "c349e6e24f40d3fedb22d973f92defa4cedf37a7"),
@@ -37,6 +40,28 @@ COMMITS = {  # name in the table: repository, the commit that was read
     "lemniscate": ("zhirongw/lemniscate.pytorch", "f7cfe298357cb2b169cd59eb540aca24bed1f9b8"),
     "lightly": ("lightly-ai/lightly", "e8d317fc5a87f4387a85a35e689869039ec249ee"),
 }
+TOOK = {  # as the sources say
+    "simclr": "6 hours on 32 TPU v3",
+    "moco_v1": "53 hours on 8 V100",
+    "moco_v2": "53 hours on 8 V100",
+    "moco_v3": "16 V100",
+    "moco_v3_vit_small": "32 V100",
+    "byol": "8 hours on 512 TPU v3",
+    "simsiam": "8 V100",
+    "barlow_twins": "7 days on 16 V100",
+    "vicreg": "32 GPUs",
+    "vicregl": "32 GPUs",
+    "tico": "2 RTX 4090",
+    "swav": "3:40 minutes an epoch on 64 GPUs, so 49 hours",
+    "swav_256": "52 minutes an epoch on 4 GPUs, so 7 days",
+    "dino": "1.75 days on 8 GPUs",
+    "dino_resnet50": "2 RTX 4090",
+    "rotation": "8 GPUs",
+    "jigsaw": "8 GPUs",
+    "mae": "ViT-L, 800 epochs: 42 hours on 64 V100",
+    "simmim": "16 GPUs",
+}
+SLICES = ("v5e:2x4", "v5e:8x8", "v5p:8x8x8")
 INTRODUCTION = """\
 # The recipes beside their sources
 
@@ -123,6 +148,37 @@ def page(made: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def hours() -> dict[str, dict[str, float]]:
+    """recipe -> slice -> hours, of benchmarks/results/plans.csv; what does not fit, or has not been planned, is absent."""
+    found: dict[str, dict[str, float]] = {}
+    with PLANS.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["fits"] == "True" and row["grouped"] == "False":
+                found.setdefault(row["recipe"], {})[row["topology"]] = float(row["hours"])
+    return found
+
+
+def overview(made: Mapping[str, Any]) -> str:
+    """The table of docs/reproduce.md."""
+    lines = ["| recipe | published | took, by its source | " + " | ".join(SLICES) + " | settings that differ |"]
+    lines.append("|---" * (4 + len(SLICES)) + "|")
+    planned = hours()
+    for recipe, group in itertools.groupby(rows(), key=lambda row: row["recipe"]):
+        listed = [row for row in group if row["name"] not in ("images", "reader")]
+        differ = sum(row["ours"] != row["official"] for row in listed)
+        numbers = ", ".join(f"{text(p['value'])} % {p['protocol']}" for p in made["get_published"](recipe))
+        each = [f"{planned[recipe][s]:.1f} h" if s in planned.get(recipe, {}) else "" for s in SLICES]
+        cells = (f"`{recipe}`", numbers, TOOK.get(recipe, ""), *each, f"[{differ} of {len(listed)}](recipes.md#{recipe})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_overview(page: str, made: Mapping[str, Any]) -> str:
+    """docs/reproduce.md with its table written anew."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + overview(made) + END + rest.partition(END)[2]
+
+
 def recipes() -> dict[str, Any]:
     """What configs/imagenet.py defines."""
     import runpy
@@ -132,3 +188,4 @@ def recipes() -> dict[str, Any]:
 
 if __name__ == "__main__":
     PAGE.write_text(page(recipes()), encoding="utf-8")
+    REPRODUCE.write_text(with_overview(REPRODUCE.read_text(encoding="utf-8"), recipes()), encoding="utf-8")

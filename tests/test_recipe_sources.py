@@ -41,7 +41,7 @@ def test_every_source_is_a_line_of_a_commit_or_words():
         assert re.fullmatch(r"[\w-]+:[\w./-]+\.(py|md|rst|sh|yaml|yml):[1-9]\d*", source), source
         assert "/blob/" in PAGE["link"](source)
     words = {r["source"] for r in ROWS} - set(lines)
-    assert all(re.match(r"arXiv|PyTorch|torchvision|each its own|none|$", source) for source in words), words
+    assert all(re.match(r"arXiv|PyTorch|torchvision|each its own|none", source) for source in words), words
 
 
 def test_a_changed_recipe_is_noticed():
@@ -58,3 +58,5 @@ def _with(config, key, value):
 
 def test_the_page_is_up_to_date():
     assert PAGE["PAGE"].read_text() == PAGE["page"](MADE), "run: python docs/make_recipes.py"
+    overview = PAGE["REPRODUCE"].read_text()
+    assert overview == PAGE["with_overview"](overview, MADE), "run: python docs/make_recipes.py"

@@ -65,6 +65,11 @@ class Data:
     exclude: str = option(
         "", "table of images to leave out, such as check.csv of `ssl-jax check`; empty: none", path=True
     )
+    include: str = option(
+        "",
+        "table, or .txt list of names, of the only images to train on; test data are not reduced; empty: all",
+        path=True,
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str) -> "Data":
