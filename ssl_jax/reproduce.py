@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ssl_jax import commands, dry_runs, files, parallel, plan
+from ssl_jax import commands, dry_runs, files, interrupts, parallel, plan
 from ssl_jax.config import Config, differences, from_json, resolve, to_json
 from ssl_jax.config_file import load_config, load_published
 from ssl_jax.data import Source, open_source
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.evaluate.scores import interval
+from ssl_jax.report.html import write_report
 from ssl_jax.run_folder import RunFolder
+from ssl_jax.train import fit
 from ssl_jax.train.memory import with_decisions
 from ssl_jax.train.step import set_up
 
@@ -54,7 +56,7 @@ def reproduce(
       test: labelled test images; "": the test part of the data.
       seeds: number of runs, each with its own train.seed; run 1 lies in workdir, run n in workdir-seed<n>.
       topology: dry_run: a TPU slice for which hours are predicted.
-      cluster: see `commands.pretrain`.
+      cluster: as of `commands.pretrain`.
     """
     published = _published(recipe)
     if seeds < 1:
@@ -67,12 +69,17 @@ def reproduce(
         for line in _plan(recipe, published, theirs, config, runs, topology):
             print(line, flush=True)
         return {}
+    parallel.join_processes(cluster)
+    interrupts.take_back()
+    source = open_source(config.data)
     for run, folder in runs:
-        commands.pretrain(run, str(folder), cluster)
-        _check_evaluation(run, folder)
+        fit(run, folder, source)
+        if parallel.is_main_process():
+            _check_evaluation(run, folder)
+            print(f"report:  {write_report(folder)}", flush=True)
     if not parallel.is_main_process():
         return {}
-    path, source = Path(workdir) / "reproduce.json", open_source(config.data)
+    path = Path(workdir) / "reproduce.json"
     before = {_key(entry): entry for entry in files.read_json(path).get("results", [])}
     results = []
     for entry in published:

@@ -98,6 +98,38 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
             np.testing.assert_allclose(value, want, rtol=1e-5, err_msg=str(step))
 
 
+def test_what_swav_and_dino_hold_at_first_has_no_momentum_yet():
+    """main_swav.py and DINO's utils.py take its gradient away: the optimizer leaves it out altogether."""
+    assert set_up(SWAV, Images()).method.frozen == {"prototypes": 3}
+    for before, after, *_ in itertools.islice(steps(SWAV, 2), 2):
+        states = [optax.tree.get_all_with_path(s.opt_state, "trace") for s in (before, after)]
+        held = [value["prototypes"] for _, value in states[1] if hasattr(value.get("prototypes"), "shape")]
+        moving = [jax.tree.leaves(value["projector"]) for _, value in states[1] if "projector" in value]
+        assert held and not any(np.any(value) for value in held)
+        assert any(np.any(leaf) for leaves in moving for leaf in leaves)
+
+
+def test_byol_s_heads_end_without_a_bias():
+    """deepmind-research, byol/utils/networks.py: the last Linear has with_bias=False."""
+    setup = set_up(tiny_config("byol"), Images())
+    views = [jnp.zeros((2, v.size, v.size, 1)) for v in setup.views]
+    params, _ = jax.eval_shape(setup.method.init, jax.random.key(0), views)
+    assert set(params["projector"]["linear2"]) == set(params["predictor"]["linear2"]) == {"kernel"}
+
+
+def test_dino_s_head_starts_as_the_official_one():
+    """vision_transformer.py, DINOHead: normal with deviation 0.02 and no bias; the last layer is PyTorch's default."""
+    setup = set_up(tiny_config("dino", method__hidden=64, method__bottleneck=32, method__out=256), Images())
+    views = [jnp.zeros((2, v.size, v.size, 1)) for v in setup.views]
+    params, _ = jax.device_get(jax.jit(setup.method.init)(jax.random.key(0), views))
+    for layer in params["head"].values():
+        assert not layer["bias"].any()
+    np.testing.assert_allclose(params["head"]["linear2"]["kernel"].std(), 0.02, rtol=0.05)
+    bound = 32**-0.5
+    assert 0.99 * bound < np.abs(params["last"]).max() <= bound
+    np.testing.assert_allclose(params["last"].std(), bound / 3**0.5, rtol=0.03)
+
+
 def test_swav_fills_the_queue_from_its_start_on():
     """With queue_start 0.5 of 20 steps, nothing is remembered before step 10 (main_swav.py makes it in that epoch)."""
     method = set_up(tiny_config("swav", method__queue_start=0.5, train__batch=10), Images()).method

@@ -52,7 +52,7 @@ def recipe(tmp_path_factory):
 def quick(monkeypatch):
     """Without training and evaluating: a run folder with random weights, and a number that depends on the seed."""
 
-    def pretrain(config, workdir, cluster=False):
+    def fit(config, workdir, source):
         folder = RunFolder(workdir)
         folder.start(config)
         if not folder.finished():
@@ -66,7 +66,8 @@ def quick(monkeypatch):
         return {"mean": {"top1": value}, "per_seed": [{"support": {"a": 3, "b": 4}}], "test": test or "test split"}
 
     asked = []
-    monkeypatch.setattr(commands, "pretrain", pretrain)
+    monkeypatch.setattr(reproduce, "fit", fit)
+    monkeypatch.setattr(reproduce, "write_report", lambda folder: folder)
     monkeypatch.setattr(commands, "evaluate", evaluate)
     return asked
 
