@@ -282,9 +282,5 @@ SHORT = {
     "model": "model.name={}",
 }
 ELSEWHERE = {"reproduce": "ssl_jax.reproduce"}  # commands that are not in `commands`: the module with their function
-REQUEUED = (
-    "pretrain",
-    "reproduce",
-    "study",
-    "sweep",
-)  # a signal ends them with exit code 75, and the same command goes on
+# A signal ends them with exit code 75, and the same command goes on.
+REQUEUED = ("pretrain", "reproduce", "study", "sweep")

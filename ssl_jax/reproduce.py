@@ -1,6 +1,7 @@
 """`ssl-jax reproduce`: a recipe is pretrained, evaluated by the protocol of its source, and compared with the published
 number. Of a run that is not the recipe's, it says which settings differ, and gives no difference."""
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from ssl_jax import commands, dry_runs, files, interrupts, parallel, plan
 from ssl_jax.config import Config, differences, from_json, resolve, to_json
 from ssl_jax.config_file import load_config, load_published
 from ssl_jax.data import Source, open_source
-from ssl_jax.errors import UserError, unknown
+from ssl_jax.errors import DamagedError, UserError, unknown
 from ssl_jax.evaluate.scores import interval
 from ssl_jax.report.html import write_report
 from ssl_jax.run_folder import RunFolder
@@ -80,7 +81,9 @@ def reproduce(
     if not parallel.is_main_process():
         return {}
     path = Path(workdir) / "reproduce.json"
-    before = {_key(entry): entry for entry in files.read_json(path).get("results", [])}
+    before: dict[tuple[Any, ...], Any] = {}
+    with contextlib.suppress(DamagedError):  # then everything is evaluated again
+        before = {_key(entry): entry for entry in files.read_json(path).get("results", [])}
     results = []
     for entry in published:
         protocol, _ = PROTOCOLS[entry["protocol"]]
@@ -92,6 +95,8 @@ def reproduce(
                 each.append(known[number])
                 continue
             result = commands.evaluate(str(folder), protocol, test=test)
+            if entry["metric"] not in result["mean"]:
+                raise unknown(f"{recipe}: get_published: metric", entry["metric"], result["mean"])
             value = 100 * result["mean"][entry["metric"]]
             images = sum(result["per_seed"][0]["support"].values())
             each.append({"inputs": inputs, "value": value, "tested_on": result["test"], "test_images": images})

@@ -22,6 +22,7 @@ ENTRIES = {
     "nothing": [],
     "odd": [{"protocol": "guess", "metric": "top1", "value": 1.0, "source": "nobody"}],
     "short": [{"protocol": "knn", "value": 1.0}],
+    "metric": [{"protocol": "knn", "metric": "top2", "value": 1.0, "source": "nobody"}],
 }
 
 
@@ -107,6 +108,11 @@ def test_a_second_call_evaluates_nothing_and_says_the_same(recipe, tmp_path, cap
     export(run / "encoder", random_encoder(resolve(load_config(recipe, [])).model, 8, 1, 1))
     assert main(["reproduce", recipe, f"--workdir={run}", "--test=synthetic"]) == 0
     assert len(quick) == 6
+    (run / "reproduce.json").write_text(
+        (run / "reproduce.json").read_text().replace("37.5", "99.5")
+    )  # no longer its digest
+    assert main(["reproduce", recipe, f"--workdir={run}", "--test=synthetic"]) == 0
+    assert len(quick) == 8 and "99.5" not in (run / "reproduce.json").read_text()
 
 
 @pytest.mark.parametrize(
@@ -202,6 +208,11 @@ def test_what_cannot_be_compared_is_one_line(recipe, tmp_path, capsys, name, mes
     assert main(["reproduce", f"{recipe}:{name}", f"--workdir={tmp_path / 'a'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and not (tmp_path / "a").exists()
+
+
+def test_a_metric_that_nobody_measures_is_one_line(recipe, tmp_path, capsys, quick):
+    assert main(["reproduce", f"{recipe}:metric", f"--workdir={tmp_path / 'a'}"]) == 2
+    assert "get_published: metric='top2': unknown; did you mean 'top1'?" in capsys.readouterr().err
 
 
 def test_a_config_without_published_numbers_is_one_line(tmp_path, capsys):
