@@ -1,6 +1,7 @@
 """CIFAR-10: the recipes behind published numbers, ResNet-18 for small images. None of them was run here.
 
     ssl-jax pretrain --config=cifar10:simclr --workdir=runs/simclr
+    ssl-jax reproduce cifar10:simclr --workdir=runs/simclr
 
 The recipes are the keys of RECIPES; "published" is what a source reports for one. TFDS must have prepared cifar10. Each
 took one GPU: 5 to 8 hours on an RTX A6000 (byol, barlow_twins, swav), half a day (simsiam), a V100 (moco).
@@ -11,6 +12,12 @@ cannot follow its source. solo-learn's recipes are not here: its LARS caps the t
 
 from ssl_jax.config import default
 from ssl_jax.errors import unknown
+
+
+def _accuracy(protocol, value, source):
+    """A published accuracy in %, and how it was measured: a protocol of `ssl-jax evaluate`."""
+    return {"protocol": protocol, "metric": "top1", "value": value, "source": source}
+
 
 COMMON = {
     "data.name": "tfds",
@@ -40,13 +47,13 @@ _LIGHTLY = {
 RECIPES = {
     # google-research/simclr. differs: no BatchNorm after the projector's last layer (model_util.py has one).
     "simclr": {
-        "published": "91 % linear, ResNet-18, 1000 epochs (README: around); not run here",
+        "published": [_accuracy("linear", 91.0, "README (around)")],
         "train.batch": 512,  # README
         "train.duration": "1000 epochs",  # README
         "optim.name": "lars",  # run.py
         "optim.lr": 1.0,  # at batch 256 (README)
         "optim.vector_lr": 2.0,  # their loss is twice ours, which under LARS biases and norm scales alone would feel
-        "optim.weight_decay": 1e-6,  # README
+        "optim.weight_decay": 1e-6,  # first README; a later one, with SimCLRv2, says 1e-4
         "optim.warmup": "10 epochs",  # run.py
         "method.temperature": 0.5,  # README
         "method.hidden": 512,  # the width of the embedding (model_util.py)
@@ -55,7 +62,7 @@ RECIPES = {
     },
     # facebookresearch/moco, branch colab-notebook, colab/moco_cifar10_demo.ipynb, as everything below; asymmetric loss
     "moco": {
-        "published": "88.7 % kNN, ResNet-18, 800 epochs (the notebook); not run here",
+        "published": [_accuracy("knn", 88.7, "the notebook")],
         "train.batch": 512,
         "train.duration": "800 epochs",  # 200: 82.6 %, 400: 86.3 %
         "optim.name": "sgd",
@@ -73,7 +80,7 @@ RECIPES = {
     },
     # PatrickHua/SimSiam, which follows appendix D of arXiv 2011.10566. differs: a projector of 3 layers, theirs has 2.
     "simsiam": {
-        "published": "90.83 % linear, ResNet-18, 800 epochs (PatrickHua/SimSiam, README); not run here",
+        "published": [_accuracy("linear", 90.83, "PatrickHua/SimSiam, README")],
         "train.batch": 512,  # configs/simsiam_cifar.yaml, as everything below
         "train.duration": "800 epochs",
         "optim.name": "sgd",
@@ -87,7 +94,7 @@ RECIPES = {
     },
     # lightly. differs: the target's momentum rises to 1, theirs stays.
     "byol": {
-        "published": "91.0 % kNN, ResNet-18, 800 epochs (lightly's documentation, Benchmarks); not run here",
+        "published": [_accuracy("knn", 91.0, "lightly's documentation, Benchmarks")],
         **_LIGHTLY,
         "optim.lr": 0.06 / 4,  # our loss is four times theirs: with this and the next line the step is the same
         "optim.weight_decay": 4 * 5e-4,
@@ -97,7 +104,7 @@ RECIPES = {
     },
     # lightly. differs: a projector of 3 layers, theirs has 2.
     "barlow_twins": {
-        "published": "85.9 % kNN, ResNet-18, 800 epochs (lightly's documentation, Benchmarks); not run here",
+        "published": [_accuracy("knn", 85.9, "lightly's documentation, Benchmarks")],
         **_LIGHTLY,
         "method.off_diagonal": 5e-3,  # lightly/loss/barlow_twins_loss.py
         "method.hidden": 2048,  # cifar10_benchmark.py
@@ -105,7 +112,7 @@ RECIPES = {
     },
     # lightly. differs: Adam's weight decay is decoupled.
     "swav": {
-        "published": "88.4 % kNN, ResNet-18, 800 epochs (lightly's documentation, Benchmarks); not run here",
+        "published": [_accuracy("knn", 88.4, "lightly's documentation, Benchmarks")],
         **_LIGHTLY,
         "optim.name": "adamw",  # cifar10_benchmark.py, as everything below
         "optim.lr": 1e-3,
@@ -126,7 +133,7 @@ RECIPES = {
     },
     # HobbitLong/SupContrast; its views are the preset (main_supcon.py).
     "sup_con": {
-        "published": "96.0 % linear, ResNet-50, 1000 epochs (README; arXiv 2004.11362); not run here",
+        "published": [_accuracy("linear", 96.0, "README; arXiv 2004.11362")],
         "model.name": "resnet50",  # main_supcon.py
         "train.batch": 1024,  # README
         "train.duration": "1000 epochs",  # main_supcon.py
@@ -142,6 +149,12 @@ RECIPES = {
         **_MEAN_STD,
     },
 }
+
+
+def get_published(name="simclr"):
+    """What `ssl-jax reproduce` compares with."""
+    get_config(name)
+    return RECIPES[name]["published"]
 
 
 def get_config(name="simclr"):

@@ -1,20 +1,26 @@
 """ImageNet: the recipes behind published numbers, from the authors' code where there is any. None of them was run here.
 
     ssl-jax pretrain --config=imagenet:byol --workdir=runs/byol
+    ssl-jax reproduce imagenet:byol --workdir=runs/byol
 
-The recipes are the keys of RECIPES; "published" is what a source reports for one. TFDS must have prepared imagenet2012.
-What they took: 512 TPU v3 for 8 hours (byol), 32 TPU v3 for 6 hours (simclr), 64 GPUs for two days (swav; mae, ViT-L),
-32 GPUs (vicreg, vicregl, moco_v3_vit_small), 16 V100 (moco_v3; barlow_twins: 7 days), 16 GPUs (simmim), 8 GPUs for two
-days (moco_v1, moco_v2, dino), 8 GPUs (simsiam, rotation, jigsaw), 4 GPUs (swav_256), 2 RTX 4090 for four days (tico,
-dino_resnet50). On less, lower config.train.batch: the learning rate follows it.
+The recipes are the keys of RECIPES; "published" is what a source reports for one. Where each number is from, line by
+line, and what is different and why: docs/recipes.md. TFDS must have prepared imagenet2012.
 
-Crops are cut from the whole photograph, and tests see the central 224 px of a shorter side of 256. Different from the
-sources: images are resized bilinearly where some resize bicubically, and learning rates fall to 0 where some fall to a
-thousandth of the peak. "differs" says what else.
+What they took, and what they would take of a TPU slice: docs/reproduce.md. On less, lower config.train.batch: the
+learning rate follows it.
+
+Crops are cut from the whole photograph, and tests see the central 224 px of a shorter side of 256. Different from some
+sources: images are resized bilinearly where they resize bicubically. "differs" says what else matters.
 """
 
 from ssl_jax.config import default
 from ssl_jax.errors import unknown
+
+
+def _accuracy(protocol, value, source):
+    """A published accuracy in %, and how it was measured: a protocol of `ssl-jax evaluate`."""
+    return {"protocol": protocol, "metric": "top1", "value": value, "source": source}
+
 
 COMMON = {
     "data.name": "tfds",
@@ -46,6 +52,7 @@ _MOCO_V1_VIEWS = {  # main_moco.py without --aug-plus: those of instance discrim
     "augment.blur": 0.0,
     "augment.jitter_prob": 1.0,
     "augment.hue": 0.4,
+    "augment.gray_first": True,
 }
 _SWAV_CROPS = {  # facebookresearch/swav, every script
     "augment.crop_scale": (0.14, 1.0),
@@ -55,32 +62,33 @@ _SWAV_CROPS = {  # facebookresearch/swav, every script
 }
 
 RECIPES = {
-    # google-research/simclr. differs: no BatchNorm after the projector's last layer (model_util.py has one).
+    # google-research/simclr, first README; a later one has a weight decay of 1e-4 and a deeper head, for SimCLRv2.
+    # differs: no BatchNorm after the projector's last layer; brightness is multiplied, not added to.
     "simclr": {
-        "published": "64.5 % linear, ResNet-50, 100 epochs (README); not run here",
-        "model.zero_init": True,  # tf2/resnet.py, init_zero
-        "train.batch": 4096,  # README
-        "train.duration": "100 epochs",  # README
-        "optim.name": "lars",  # run.py
-        "optim.lr": 0.3,  # at batch 256 (README)
-        "optim.vector_lr": 2.0,  # their loss is twice ours, which under LARS biases and norm scales alone would feel
-        "optim.weight_decay": 1e-6,  # README of 2020 and 2021; a later one says 1e-4
-        "optim.warmup": "10 epochs",  # run.py
-        "method.temperature": 0.1,  # README
-        "method.hidden": 2048,  # the width of the embedding (model_util.py)
-        "method.out": 128,  # run.py
+        "published": [_accuracy("linear", 64.5, "README of 2020")],
+        "model.zero_init": True,
+        "train.batch": 4096,
+        "train.duration": "100 epochs",
+        "optim.name": "lars",
+        "optim.lr": 0.3,
+        "optim.vector_lr": 2.0,
+        "optim.weight_decay": 1e-6,
+        "optim.warmup": "10 epochs",
+        "method.temperature": 0.1,
+        "method.hidden": 2048,
+        "method.out": 128,
         **_SIMCLR_VIEWS,
-        "augment.crop_scale": (0.08, 1.0),  # data_util.py
+        "augment.crop_scale": (0.08, 1.0),
     },
     # facebookresearch/moco
     "moco_v1": {
-        "published": "60.6 % linear, ResNet-50, 200 epochs (README; arXiv 1911.05722); not run here",
+        "published": [_accuracy("linear", 60.6, "README")],
         "method": "moco",
-        "train.batch": 256,  # README
-        "train.duration": "200 epochs",  # main_moco.py
-        "optim.name": "sgd",  # main_moco.py, as everything below
+        "train.batch": 256,
+        "train.duration": "200 epochs",
+        "optim.name": "sgd",
         "optim.lr": 0.03,
-        "optim.schedule": "step",  # x 0.1 at epochs 120 and 160
+        "optim.schedule": "step",
         "optim.weight_decay": 1e-4,
         "optim.decay_all": True,
         "method.head": "linear",
@@ -88,88 +96,90 @@ RECIPES = {
         "method.queue": 65536,
         "method.momentum": 0.999,
         "method.out": 128,
-        "method.bn_groups": 8,  # the GPUs of README
+        "method.bn_groups": 8,
         **_MOCO_V1_VIEWS,
     },
     # facebookresearch/moco, --mlp --moco-t 0.2 --aug-plus --cos
     "moco_v2": {
-        "published": "67.7 % linear, ResNet-50, 200 epochs (README; arXiv 2003.04297); not run here",
+        "published": [_accuracy("linear", 67.7, "README")],
         "method": "moco",
-        "train.batch": 256,  # README
-        "train.duration": "200 epochs",  # main_moco.py; 71.1 % after 800 (README)
-        "optim.name": "sgd",  # main_moco.py, as everything below
+        "train.batch": 256,
+        "train.duration": "200 epochs",
+        "optim.name": "sgd",
         "optim.lr": 0.03,
-        "optim.schedule": "cosine",  # --cos
+        "optim.schedule": "cosine",
         "optim.weight_decay": 1e-4,
         "optim.decay_all": True,
-        "method.head": "mlp",  # --mlp
-        "method.temperature": 0.2,  # --moco-t
+        "method.head": "mlp",
+        "method.temperature": 0.2,
         "method.queue": 65536,
         "method.momentum": 0.999,
-        "method.hidden": 2048,  # the width of the embedding (builder.py)
+        "method.hidden": 2048,
         "method.out": 128,
-        "method.bn_groups": 8,  # the GPUs of README
+        "method.bn_groups": 8,
         **_MOCO_V2_VIEWS,
     },
-    # facebookresearch/moco-v3.
+    # facebookresearch/moco-v3
     "moco_v3": {
-        "published": "74.6 % linear, ResNet-50, 1000 epochs (CONFIG.md; arXiv 2104.02057); not run here",
-        "model.zero_init": True,  # main_moco.py
-        "train.batch": 4096,  # CONFIG.md
-        "train.duration": "1000 epochs",  # CONFIG.md; 100: lr 0.6, decay 1e-6, momentum 0.99, 68.9 %
-        "optim.name": "lars",  # main_moco.py
-        "optim.lr": 0.3,  # CONFIG.md
-        "optim.weight_decay": 1.5e-6,  # CONFIG.md
-        "optim.warmup": "10 epochs",  # main_moco.py
-        "method.momentum": 0.996,  # CONFIG.md, rises to 1
-        "method.temperature": 1.0,  # main_moco.py
-        "method.hidden": 4096,  # main_moco.py
-        "method.out": 256,  # main_moco.py
-        "augment.crop_scale": (0.2, 1.0),  # CONFIG.md; else the preset (main_moco.py)
+        "published": [_accuracy("linear", 74.6, "CONFIG.md")],
+        "model.zero_init": True,
+        "train.batch": 4096,
+        "train.duration": "1000 epochs",
+        "optim.name": "lars",
+        "optim.lr": 0.3,
+        "optim.weight_decay": 1.5e-6,
+        "optim.warmup": "10 epochs",
+        "method.momentum": 0.996,
+        "method.temperature": 1.0,
+        "method.hidden": 4096,
+        "method.out": 256,
+        "augment.crop_scale": (0.2, 1.0),
     },
-    # facebookresearch/moco-v3. differs: 6 heads of 64 features; vits.py has 12 of 32.
+    # facebookresearch/moco-v3
     "moco_v3_vit_small": {
-        "published": "73.2 % linear, ViT-S/16, 300 epochs (CONFIG.md; arXiv 2104.02057); not run here",
+        "published": [_accuracy("linear", 73.2, "CONFIG.md")],
         "method": "moco_v3",
         "model.name": "vit_small",
-        "model.patch": 16,  # vits.py
-        "model.positions": "fixed",  # vits.py
-        "model.freeze_patch": True,  # CONFIG.md, --stop-grad-conv1
-        "train.batch": 4096,  # CONFIG.md
-        "train.duration": "300 epochs",  # CONFIG.md
-        "optim.name": "adamw",  # CONFIG.md
-        "optim.lr": 1.5e-4,  # at batch 256 (CONFIG.md)
-        "optim.weight_decay": 0.1,  # CONFIG.md
-        "optim.decay_all": True,  # main_moco.py
-        "optim.warmup": "40 epochs",  # CONFIG.md
-        "method.momentum": 0.99,  # main_moco.py, rises to 1
-        "method.temperature": 0.2,  # CONFIG.md
-        "method.hidden": 4096,  # main_moco.py
-        "method.out": 256,  # main_moco.py
-        "augment.crop_scale": (0.08, 1.0),  # main_moco.py; else the preset
+        "model.patch": 16,
+        "model.heads": 12,
+        "model.positions": "fixed",
+        "model.initial": "xavier_qkv",
+        "model.freeze_patch": True,
+        "train.batch": 4096,
+        "train.duration": "300 epochs",
+        "optim.name": "adamw",
+        "optim.lr": 1.5e-4,
+        "optim.weight_decay": 0.1,
+        "optim.decay_all": True,
+        "optim.warmup": "40 epochs",
+        "method.momentum": 0.99,
+        "method.temperature": 0.2,
+        "method.hidden": 4096,
+        "method.out": 256,
+        "augment.crop_scale": (0.08, 1.0),
     },
-    # google-deepmind/deepmind-research, byol; its views are the preset (utils/augmentations.py).
+    # google-deepmind/deepmind-research, byol; its views are the preset.
     "byol": {
-        "published": "74.3 % linear, ResNet-50, 1000 epochs (arXiv 2006.07733, abstract); not run here",
-        "model.zero_init": True,  # a bottleneck of Haiku's ResNet (BlockV1)
-        "train.batch": 4096,  # README
-        "train.duration": "1000 epochs",  # configs/byol.py, as everything below
+        "published": [_accuracy("linear", 74.3, "arXiv 2006.07733, abstract")],
+        "model.zero_init": True,
+        "train.batch": 4096,
+        "train.duration": "1000 epochs",
         "optim.name": "lars",
-        "optim.lr": 0.2,  # 300 epochs: 0.3, 100: 0.45
-        "optim.weight_decay": 1.5e-6,  # 300 and 100 epochs: 1e-6
+        "optim.lr": 0.2,
+        "optim.weight_decay": 1.5e-6,
         "optim.warmup": "10 epochs",
-        "method.momentum": 0.996,  # 300 and 100 epochs: 0.99; rises to 1
+        "method.momentum": 0.996,
         "method.hidden": 4096,
         "method.out": 256,
     },
     # facebookresearch/simsiam
     "simsiam": {
-        "published": "68.1 % linear, ResNet-50, 100 epochs (README; arXiv 2011.10566, table 1); not run here",
-        "model.zero_init": True,  # builder.py
-        "train.batch": 512,  # main_simsiam.py, as everything below
+        "published": [_accuracy("linear", 68.1, "README")],
+        "model.zero_init": True,
+        "train.batch": 512,
         "train.duration": "100 epochs",
         "optim.name": "sgd",
-        "optim.lr": 0.05,  # at batch 256
+        "optim.lr": 0.05,
         "optim.weight_decay": 1e-4,
         "optim.decay_all": True,
         "method.hidden": 2048,
@@ -179,126 +189,146 @@ RECIPES = {
     },
     # facebookresearch/barlowtwins; its views are the preset.
     "barlow_twins": {
-        "published": "73.5 % linear, ResNet-50, 1000 epochs (README; 73.2 in arXiv 2103.03230); not run here",
-        "model.zero_init": True,  # main.py
-        "train.batch": 2048,  # main.py, as everything below
+        "published": [_accuracy("linear", 73.5, "README")],
+        "model.zero_init": True,
+        "train.batch": 2048,
         "train.duration": "1000 epochs",
         "optim.name": "lars",
-        "optim.lr": 0.2,  # at batch 256
-        "optim.vector_lr": 0.0015,  # 0.0048 / 0.2 / 16: the sum over 16 GPUs has no gradient (lightly, issue 1977)
+        "optim.lr": 0.2,
+        "optim.vector_lr": 0.0015,
         "optim.weight_decay": 1e-6,
         "optim.warmup": "10 epochs",
+        "optim.lr_end": 0.001,
         "method.off_diagonal": 0.0051,
         "method.hidden": 8192,
         "method.out": 8192,
     },
     # facebookresearch/vicreg; its views are the preset.
     "vicreg": {
-        "published": "73.2 % linear, ResNet-50, 1000 epochs (README; arXiv 2105.04906); not run here",
-        "model.zero_init": True,  # main_vicreg.py
-        "train.batch": 2048,  # README
-        "train.duration": "1000 epochs",  # README
-        "optim.name": "lars",  # main_vicreg.py, as everything below
-        "optim.lr": 0.2,  # at batch 256
+        "published": [_accuracy("linear", 73.2, "README")],
+        "model.zero_init": True,
+        "train.batch": 2048,
+        "train.duration": "1000 epochs",
+        "optim.name": "lars",
+        "optim.lr": 0.2,
         "optim.weight_decay": 1e-6,
         "optim.warmup": "10 epochs",
+        "optim.lr_end": 0.001,
         "method.invariance": 25.0,
         "method.variance": 25.0,
         "method.covariance": 1.0,
         "method.hidden": 8192,
         "method.out": 8192,
     },
-    # facebookresearch/VICRegL; its views are the preset (transforms.py), with two crops of 224 px for a ResNet.
+    # facebookresearch/VICRegL; its views are the preset. differs: 20 places match in both directions, there 20 and 4.
     "vicregl": {
-        "published": "70.4 % linear, ResNet-50, alpha 0.75 (README; arXiv 2210.01571); not run here",
-        "model.zero_init": True,  # main_vicregl.py
-        "train.batch": 2048,  # README, as everything below
+        "published": [_accuracy("linear", 70.4, "README")],
+        "model.zero_init": True,
+        "train.batch": 2048,
         "train.duration": "300 epochs",
         "optim.name": "lars",
-        "optim.lr": 0.2,  # at batch 256
+        "optim.lr": 0.2,
         "optim.weight_decay": 1e-6,
-        "optim.warmup": "10 epochs",  # main_vicregl.py, as everything below
-        "method.alpha": 0.75,  # 0.9: 71.2 % (README)
+        "optim.warmup": "10 epochs",
+        "optim.lr_end": 0.001,
+        "method.alpha": 0.75,
         "method.matches": (20, 4),
         "method.hidden": 8192,
         "method.out": 8192,
         "method.local": 512,
-        "augment.crop_scale": (0.08, 1.0),  # README
+        "method.flips": False,
+        "augment.crop_scale": (0.08, 1.0),
     },
-    # lightly, benchmarks/imagenet/resnet50/tico.py: the authors' code is not public. Its views are the preset.
+    # lightly, benchmarks/imagenet/resnet50/tico.py: the authors' code is not public. Its views are the preset. The
+    # documentation says batch 256; its checkpoint has 250,200 steps for 100 epochs, which is 512 (2 GPUs).
     "tico": {
-        "published": "49.7 % linear, ResNet-50, 100 epochs (lightly's documentation, Benchmarks); not run here",
-        "train.batch": 256,  # documentation
-        "train.duration": "100 epochs",  # documentation
-        "optim.name": "lars",  # tico.py, as everything below
+        "published": [
+            _accuracy("linear", 49.7, "lightly's documentation, Benchmarks"),
+            _accuracy("knn", 26.6, "lightly's documentation, Benchmarks"),
+        ],
+        "eval.knn_k": 200,
+        "eval.knn_temperature": 0.1,
+        "train.batch": 512,
+        "train.duration": "100 epochs",
+        "optim.name": "lars",
         "optim.lr": 0.2,
         "optim.weight_decay": 1.5e-6,
         "optim.warmup": "10 epochs",
-        "method.momentum": 0.99,  # rises to 1
+        "optim.lr_end": 0.001,
+        "method.momentum": 0.99,
     },
-    # facebookresearch/swav. differs: BatchNorm over the whole batch; the script's over 8 GPUs, 512 images, at a time.
+    # facebookresearch/swav
     "swav": {
-        "published": "75.3 % linear, ResNet-50, 800 epochs (README; arXiv 2006.09882); not run here",
-        "train.batch": 4096,  # README; scripts/swav_800ep_pretrain.sh, as everything below
+        "published": [_accuracy("linear", 75.3, "README")],
+        "train.batch": 4096,
+        "train.bn_group": 512,
         "train.duration": "800 epochs",
         "optim.name": "lars",
         "optim.lr": 4.8,
         "optim.lr_batch": 4096,
         "optim.weight_decay": 1e-6,
-        "optim.decay_all": True,  # LARC over all parameters (main_swav.py)
-        "optim.warmup": "10 epochs",  # differs: from 0; theirs from 0.3
+        "optim.decay_all": True,
+        "optim.warmup": "10 epochs",
+        "optim.lr_start": 0.3 / 4.8,
+        "optim.lr_end": 0.001,
         "method.prototypes": 3000,
         "method.temperature": 0.1,
         "method.epsilon": 0.05,
         "method.sinkhorn_iterations": 3,
         "method.freeze_steps": 313,
         "method.queue": 0,
-        "method.hidden": 2048,  # main_swav.py
+        "method.hidden": 2048,
         "method.out": 128,
         **_SIMCLR_VIEWS,
         **_SWAV_CROPS,
     },
     "swav_256": {
-        "published": "72.7 % linear, ResNet-50, 200 epochs (README; arXiv 2006.09882); not run here",
+        "published": [_accuracy("linear", 72.7, "README")],
         "method": "swav",
-        "train.batch": 256,  # README; scripts/swav_200ep_bs256_pretrain.sh, as everything below
+        "train.batch": 256,
         "train.duration": "200 epochs",
         "optim.name": "lars",
         "optim.lr": 0.6,
         "optim.weight_decay": 1e-6,
-        "optim.decay_all": True,  # main_swav.py
+        "optim.decay_all": True,
         "optim.warmup": "0 epochs",
+        "optim.lr_end": 0.001,
         "method.prototypes": 3000,
         "method.temperature": 0.1,
         "method.epsilon": 0.05,
         "method.sinkhorn_iterations": 3,
         "method.freeze_steps": 5005,
         "method.queue": 3840,
-        "method.queue_start": 15 / 200,  # from epoch 15
-        "method.hidden": 2048,  # main_swav.py
+        "method.queue_start": 15 / 200,
+        "method.hidden": 2048,
         "method.out": 128,
         **_SIMCLR_VIEWS,
         **_SWAV_CROPS,
     },
-    # facebookresearch/dino. differs: no stochastic depth (0.1), and the gradient is clipped as a whole, not by tensor.
+    # facebookresearch/dino
     "dino": {
-        "published": "74.0 % linear, 69.3 % kNN, ViT-S/16, 100 epochs (README; arXiv 2104.14294); not run here",
+        "published": [_accuracy("linear", 74.0, "README"), _accuracy("knn", 69.3, "README")],
         "model.name": "vit_small",
-        "model.patch": 16,  # main_dino.py
-        "model.positions": "learned",  # vision_transformer.py
-        "eval.knn_k": 20,  # eval_knn.py
+        "model.patch": 16,
+        "model.positions": "learned",
+        "model.resize": "dino",
+        "model.initial": "normal",
+        "model.drop_path": 0.1,
+        "eval.knn_k": 20,
         "eval.knn_temperature": 0.07,
-        "train.batch": 512,  # README, 8 GPUs with 64 images
-        "train.duration": "100 epochs",  # README
-        "optim.name": "adamw",  # main_dino.py, as everything below
-        "optim.lr": 5e-4,  # at batch 256
+        "train.batch": 512,
+        "train.duration": "100 epochs",
+        "optim.name": "adamw",
+        "optim.lr": 5e-4,
         "optim.weight_decay": 0.04,
         "optim.weight_decay_end": 0.4,
         "optim.warmup": "10 epochs",
+        "optim.lr_end": 0.001,
         "optim.clip_norm": 3.0,
+        "optim.clip_each": True,
         "method.teacher_temperature": 0.04,
         "method.warmup_temperature": 0.04,
-        "method.momentum": 0.996,  # rises to 1
+        "method.momentum": 0.996,
         "method.freeze_epochs": 1.0,
         "method.out": 65536,
         "augment.crop_scale": (0.4, 1.0),
@@ -309,36 +339,42 @@ RECIPES = {
     },
     # lightly, benchmarks/imagenet/resnet50/dino.py: for the authors' 75.3 % the README gives no command.
     "dino_resnet50": {
-        "published": "68.2 % linear, ResNet-50, 100 epochs (lightly's documentation, Benchmarks); not run here",
+        "published": [
+            _accuracy("linear", 68.2, "lightly's documentation, Benchmarks"),
+            _accuracy("knn", 49.9, "lightly's documentation, Benchmarks"),
+        ],
         "method": "dino",
-        "train.batch": 128,  # documentation
-        "train.duration": "100 epochs",  # documentation
-        "optim.name": "sgd",  # dino.py, as everything below
-        "optim.lr": 0.03,  # at batch 256, as in the authors' README
+        "eval.knn_k": 200,
+        "eval.knn_temperature": 0.1,
+        "train.batch": 128,
+        "train.duration": "100 epochs",
+        "optim.name": "sgd",
+        "optim.lr": 0.03,
         "optim.weight_decay": 1e-4,
         "optim.weight_decay_end": -1.0,
         "optim.warmup": "10 epochs",
+        "optim.lr_end": 0.001,
         "optim.clip_norm": 3.0,
-        "method.momentum": 0.996,  # rises to 1
+        "method.momentum": 0.996,
         "method.freeze_epochs": 1.0,
         "method.out": 65536,
         "augment.crop_scale": (0.14, 1.0),
-        "augment.local_views": 6,  # lightly's dino_transform.py
+        "augment.local_views": 6,
         "augment.local.size": 96,
         "augment.local.crop_scale": (0.05, 0.14),
         "augment.local.blur": 0.5,
     },
     # zhirongw/lemniscate.pytorch. differs: the negatives are drawn for a batch, not for each image.
     "instance_discrimination": {
-        "published": "41.0 % kNN, ResNet-18, 200 epochs (README; arXiv 1805.01978); not run here",
-        "model.name": "resnet18",  # README; with a ResNet-50 46.8 %
-        "eval.knn_k": 200,  # main.py; on the 128 features of the head, here on the embedding
+        "published": [_accuracy("knn", 41.0, "README")],
+        "model.name": "resnet18",
+        "eval.knn_k": 200,
         "eval.knn_temperature": 0.07,
-        "train.batch": 256,  # README
-        "train.duration": "200 epochs",  # main.py
-        "optim.name": "sgd",  # main.py, as everything below
+        "train.batch": 256,
+        "train.duration": "200 epochs",
+        "optim.name": "sgd",
         "optim.lr": 0.03,
-        "optim.schedule": "step",  # x 0.1 at epochs 120 and 160
+        "optim.schedule": "step",
         "optim.weight_decay": 1e-4,
         "optim.decay_all": True,
         "method.mode": "nce",
@@ -348,36 +384,37 @@ RECIPES = {
         "method.out": 128,
         **_MOCO_V1_VIEWS,
     },
-    # facebookresearch/vissl, configs/config/pretrain/rotnet/rotnet_8gpu_resnet.yaml. differs: all four turns of each
-    # image, not one at random; two drops of the rate, not those at epochs 30, 60, 90 and 100.
+    # facebookresearch/vissl, rotnet_8gpu_resnet.yaml. differs: all four turns of each image, not one at random.
     "rotation": {
-        "published": "48.2 % linear, ResNet-50, 105 epochs (vissl's MODEL_ZOO.md; arXiv 1803.07728); not run here",
-        "train.batch": 256,  # the yaml, 8 GPUs with 32 images, as everything below
+        "published": [_accuracy("linear", 48.2, "vissl's MODEL_ZOO.md")],
+        "train.batch": 256,
         "train.duration": "105 epochs",
         "optim.name": "sgd",
         "optim.lr": 0.1,
         "optim.lr_batch": 256,
         "optim.nesterov": False,
         "optim.schedule": "step",
+        "optim.drops": (30 / 105, 60 / 105, 90 / 105, 100 / 105),
         "optim.weight_decay": 1e-4,
         "augment.preset": "light",
         "augment.crop_scale": (0.08, 1.0),
     },
-    # facebookresearch/vissl, configs/config/pretrain/jigsaw/jigsaw_8gpu_resnet.yaml and permutations/perm100.yaml.
-    # differs: one head over nine embeddings, where each first went to 1000 features; tiles normalised one by one; two
-    # drops of the rate, not those at epochs 30, 60, 90 and 100.
+    # facebookresearch/vissl, jigsaw_8gpu_resnet.yaml and permutations/perm100.yaml. differs: one head over nine
+    # embeddings, where each first went to 1000 features; tiles normalised one by one.
     "jigsaw": {
-        "published": "48.57 % linear, ResNet-50, 100 permutations (vissl's MODEL_ZOO.md); not run here",
+        "published": [_accuracy("linear", 48.57, "vissl's MODEL_ZOO.md")],
         "data.size": 255,
-        "train.batch": 256,  # the yaml, 8 GPUs with 32 images, as everything below
+        "train.batch": 256,
         "train.duration": "105 epochs",
         "optim.name": "sgd",
         "optim.lr": 0.1,
         "optim.schedule": "step",
+        "optim.drops": (30 / 105, 60 / 105, 90 / 105, 100 / 105),
         "optim.weight_decay": 1e-4,
-        "optim.warmup": "5 epochs",  # differs: from 0; theirs from 0.025
+        "optim.warmup": "5 epochs",
+        "optim.lr_start": 0.25,
         "method.permutations": 100,
-        "method.tile": 0.75,  # 64 of 85 px: patch_jitter 21
+        "method.tile": 0.75,
         "method.channel_shift": 0,
         "augment.preset": "light",
         "augment.crop_scale": (1.0, 1.0),
@@ -385,45 +422,58 @@ RECIPES = {
     },
     # facebookresearch/mae
     "mae": {
-        "published": "68.0 % linear, 83.7 % fine-tuned, ViT-B/16, 1600 epochs (FINETUNE.md); not run here",
+        "published": [
+            _accuracy("finetune", 83.57, "FINETUNE.md, mean of four runs"),
+            _accuracy("linear", 67.8, "FINETUNE.md"),
+        ],
         "model.name": "vit_base",
         "model.patch": 16,
-        "train.batch": 4096,  # PRETRAIN.md
-        "train.duration": "1600 epochs",  # FINETUNE.md
-        "optim.name": "adamw",  # main_pretrain.py
-        "optim.lr": 1.5e-4,  # at batch 256 (PRETRAIN.md)
-        "optim.b2": 0.95,  # main_pretrain.py
-        "optim.weight_decay": 0.05,  # PRETRAIN.md
-        "optim.warmup": "40 epochs",  # PRETRAIN.md
-        "method.mask": 0.75,  # PRETRAIN.md
-        "method.normalize": True,  # PRETRAIN.md
-        "method.width": 512,  # models_mae.py
-        "method.depth": 8,  # models_mae.py
-        "method.heads": 16,  # models_mae.py
+        "train.batch": 4096,
+        "train.duration": "1600 epochs",
+        "optim.name": "adamw",
+        "optim.lr": 1.5e-4,
+        "optim.b2": 0.95,
+        "optim.weight_decay": 0.05,
+        "optim.warmup": "40 epochs",
+        "method.mask": 0.75,
+        "method.normalize": True,
+        "method.width": 512,
+        "method.depth": 8,
+        "method.heads": 16,
         "augment.preset": "light",
-        "augment.crop_scale": (0.2, 1.0),  # main_pretrain.py
+        "augment.crop_scale": (0.2, 1.0),
     },
-    # microsoft/SimMIM, configs/vit_base__800ep. differs: fixed positions where theirs are a bias of the attention, no
-    # layer scale, no stochastic depth (0.1); two drops of the rate, not one at epoch 700.
+    # microsoft/SimMIM, configs/vit_base__800ep. differs: fixed positions, theirs are a bias of the attention; initial
+    # values.
     "simmim": {
-        "published": "83.8 % fine-tuned, ViT-B/16, 800 epochs (README; arXiv 2111.09886); not run here",
+        "published": [_accuracy("finetune", 83.8, "README")],
         "model.name": "vit_base",
         "model.patch": 16,
-        "train.batch": 2048,  # README, 16 GPUs with 128 images
-        "train.duration": "800 epochs",  # the yaml, as everything below
+        "model.layer_scale": 0.1,
+        "model.drop_path": 0.1,
+        "train.batch": 2048,
+        "train.duration": "800 epochs",
         "optim.name": "adamw",
         "optim.lr": 1e-4,
-        "optim.lr_batch": 512,  # main_simmim.py
+        "optim.lr_batch": 512,
         "optim.schedule": "step",
+        "optim.drops": (700 / 800,),
         "optim.weight_decay": 0.05,
         "optim.warmup": "10 epochs",
-        "optim.clip_norm": 5.0,  # config.py
+        "optim.lr_start": 0.005,
+        "optim.clip_norm": 5.0,
         "method.mask": 0.6,
-        "method.block": 2,  # 32 px
+        "method.block": 2,
         "augment.preset": "light",
-        "augment.crop_scale": (0.67, 1.0),  # data_simmim.py
+        "augment.crop_scale": (0.67, 1.0),
     },
 }
+
+
+def get_published(name="byol"):
+    """What `ssl-jax reproduce` compares with."""
+    get_config(name)
+    return RECIPES[name]["published"]
 
 
 def get_config(name="byol"):

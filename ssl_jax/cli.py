@@ -1,6 +1,7 @@
 """The command line: `ssl-jax COMMAND --flag=value ...`. It parses the arguments; `commands` does the work."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_jax import __version__, huge_pages, interrupts, progress
-from ssl_jax.command_table import COMMANDS, OVERRIDES, POSITIONAL, QUIET, REQUEUED, SEVERAL, SHORT
+from ssl_jax.command_table import COMMANDS, ELSEWHERE, OVERRIDES, POSITIONAL, QUIET, REQUEUED, SEVERAL, SHORT
 from ssl_jax.errors import UserError, unknown, visible
 
 
@@ -199,12 +200,16 @@ def run(command: str, argv: Sequence[str]) -> None:
         if command in OVERRIDES:
             values["overrides"] = overrides
         elif command != "audit" and "config" in values or values.get("config"):
+            spec = values["config"]
             values["config"] = _config_of(command, values, overrides)
+            if command == "reproduce":
+                values["recipe"] = spec
             if command == "sweep":  # whose workers get the same arguments
                 values["argv"] = argv
         elif overrides:
             raise UserError(f"{overrides[0]}: `ssl-jax {command}` has no config options")
-        work: Callable[..., Any] = getattr(commands, command)
+        home = importlib.import_module(ELSEWHERE[command]) if command in ELSEWHERE else commands
+        work: Callable[..., Any] = getattr(home, command)
         result = work(**values)
     if as_json:
         print(json.dumps(result, sort_keys=True))

@@ -54,6 +54,21 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "json": JSON,
         },
     ),
+    "reproduce": (
+        "pretrain a recipe, evaluate it as its source did, and compare with the published number",
+        {
+            "config": (..., "recipe: NAME:RECIPE or FILE.py:RECIPE, such as imagenet:byol; its file has get_published"),
+            "data": ("", f"images to train on (default: the recipe's): {DATA}"),
+            "workdir": (..., "run folder to create, to continue or, if its run has ended, to use"),
+            "test": ("", "labelled test data (default: the test split of the data)"),
+            "seeds": (1, "number of runs, each with its own seed"),
+            **LENGTH,
+            "topology": ("", "with --dry-run: a TPU slice, such as v5e:8x8, for which hours are predicted"),
+            "cluster": (False, "as of pretrain"),
+            "dry_run": DRY_RUN,
+            "json": JSON,
+        },
+    ),
     "study": (
         "compare methods over label counts and seeds; the same command continues an interrupted study",
         {
@@ -250,7 +265,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
 POSITIONAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pretrain", "views", "sweep"), ("method", "data")),
     **dict.fromkeys(("evaluate", "finetune", "predict", "embed", "select"), ("workdir", "data")),
-    "study": ("config", "data"),
+    **dict.fromkeys(("study", "reproduce"), ("config", "data")),
     "plan": ("config",),
     **dict.fromkeys(("report", "export"), ("workdir",)),
     "check": ("data",),
@@ -270,4 +285,6 @@ SHORT = {
     "size": "data.size={}",
     "model": "model.name={}",
 }
-REQUEUED = ("pretrain", "study", "sweep")  # a signal ends them with exit code 75, and the same command goes on
+ELSEWHERE = {"reproduce": "ssl_jax.reproduce"}  # commands that are not in `commands`: the module with their function
+# A signal ends them with exit code 75, and the same command goes on.
+REQUEUED = ("pretrain", "reproduce", "study", "sweep")

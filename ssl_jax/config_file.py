@@ -31,12 +31,26 @@ def find_config(spec: str) -> tuple[Path, list[str]]:
 
 def load_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
     """The ConfigDict of --config=SPEC with its overrides applied. The file is executed."""
+    config = _call(spec, "get_config")
+    if not isinstance(config, ConfigDict):
+        path, _ = find_config(spec)
+        raise UserError(f"--config={spec}: get_config in {path} returns {type(config).__name__}; allowed: ConfigDict")
+    return override(config, overrides)
+
+
+def load_published(spec: str) -> list[dict[str, Any]]:
+    """The published numbers that the config file of SPEC gives for its recipe (get_published). The file is executed."""
+    return _call(spec, "get_published")
+
+
+def _call(spec: str, function: str) -> Any:
+    """What a function of the config file returns, called with its argument."""
     path, argument = find_config(spec)
     try:
         module = runpy.run_path(str(path))
-        if "get_config" not in module:
-            raise UserError(f"--config={spec}: {path} has no function get_config")
-        config = module["get_config"](*argument)
+        if function not in module:
+            raise UserError(f"--config={spec}: {path} has no function {function}")
+        return module[function](*argument)
     except UserError:
         raise
     except Exception as error:  # anything that the file raises
@@ -46,9 +60,6 @@ def load_config(spec: str, overrides: Sequence[str]) -> ConfigDict:
             lines, reason = [error.lineno], error.msg
         where = f"{path}, line {lines[-1]}" if lines else path
         raise UserError(f"--config={spec}: {where}: {type(error).__name__}: {reason}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={spec}: get_config in {path} returns {type(config).__name__}; allowed: ConfigDict")
-    return override(config, overrides)
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -24,6 +24,7 @@ class Network(NamedTuple):
     patch: side of a ViT's patches, px; 0 for any other network
     drop_path: largest probability with which apply(..., train=True, keys=) leaves out a branch, for each image by its
            key of keys [B]; without keys, nothing is left out
+    scaled: images in [0, 1] as an encoder's first layer gets them, each channel with its mean and deviation
 
     An encoder takes images [B, H, W, C] in [0, 1] and returns embeddings [B, D]; with dense=True it returns these and
     its last feature map [B, h, w, D] (of a ResNet, what the embedding is the mean of; of a ViT, the patches). A ViT
@@ -35,6 +36,7 @@ class Network(NamedTuple):
     apply: Callable[..., tuple[jax.Array, Any]]
     patch: int = 0
     drop_path: float = 0.0
+    scaled: Callable[[jax.Array], jax.Array] = lambda images: images
 
 
 def dense_shapes(encoder: Network, params, stats, images) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

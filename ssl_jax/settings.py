@@ -47,7 +47,8 @@ def data_of(text: str, flag: str, like: Data) -> Data:
         files = f"a {', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]} file"
         allowed = f"a folder, {files}, an address, or a source such as fashion_mnist or tfds:NAME"
         raise UserError(f"{flag}={text}: {problem}; allowed: {allowed}")
-    return dataclasses.replace(like, name=name, path=place, split="train", limit=0, pairs="")
+    include = like.include if flag == "--data" else ""  # a subset of the training data, not of others
+    return dataclasses.replace(like, name=name, path=place, split="train", limit=0, pairs="", include=include)
 
 
 def images_only(data: Data) -> Data:

@@ -1,7 +1,8 @@
 """Optimizers as optax transformations: the chain of a run, LARS, and the target network's moving average."""
 
+import collections
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -76,16 +77,31 @@ def track_target(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def freeze(names: Collection[str], steps: int) -> Transformation:
-    """Freezes the parameters with these top-level names during the first `steps` steps.
-
-    It sets their updates to zero, so it belongs after the optimizer and before `track_target`. The optimizer's momentum
-    keeps accumulating.
-    """
-    thawed = optax.conditionally_mask(
-        optax.identity(), lambda count, step=None, **_: (count if step is None else step) >= steps, True
+def frozen(inner: optax.GradientTransformation, steps: int) -> Transformation:
+    """`inner`, but the parameters stay during the first `steps` steps, and so does its state, such as the momentum: as
+    in PyTorch, where parameters without a gradient are left out. Source: DINO, main_dino.py; SwAV, main_swav.py."""
+    return optax.conditionally_mask(
+        inner, lambda count, step=None, **_: (count if step is None else step) >= steps, forward_extra_args=True
     )
-    return optax.masked(thawed, lambda tree: {k: jax.tree.map(lambda _, k=k: k in names, v) for k, v in tree.items()})
+
+
+def by_name(make: Callable[[Any], optax.GradientTransformation], kinds: Mapping[str, Any]) -> Transformation:
+    """make(kinds[name]) for the parameters with each top-level name, make(None) for all others; each has its state."""
+
+    def labels(params):
+        return {k: jax.tree.map(lambda _, k=k: str(kinds.get(k)), v) for k, v in params.items()}
+
+    return optax.partition({str(kind): make(kind) for kind in (None, *kinds.values())}, labels)
+
+
+def clip_each(limit: float) -> optax.GradientTransformation:
+    """Limits the norm of each tensor's gradient. Source: facebookresearch/dino, utils.py, clip_gradients."""
+
+    def clip(updates, params=None):
+        del params
+        return jax.tree.map(lambda g: g * jnp.minimum(1, limit / (jnp.linalg.norm(g.ravel()) + 1e-6)), updates)
+
+    return optax.stateless(clip)
 
 
 def target_of(opt_state: Any) -> Any:
@@ -146,19 +162,24 @@ def matrices(params: Any) -> Any:
 
 
 def learning_rate(optim: Optim, batch: int, steps: int, warmup: int) -> Callable[[Any], Any]:
-    """The schedule of a run of `steps`: linear warm-up, then `optim.schedule`; peak = lr * batch / lr_batch."""
+    """The schedule of a run of `steps`: linear warm-up, then `optim.schedule`; peak = lr * batch / lr_batch.
+
+    A share of the run in `optim.drops` that is shorter than the warm-up counts from its end.
+    """
     if warmup >= steps:
         raise UserError(f"config.optim.warmup={optim.warmup!r}: {warmup} steps; allowed: fewer than the run's {steps}")
     peak = optim.lr * batch / optim.lr_batch if optim.lr_batch else optim.lr
     rest = steps - warmup
     body: Callable[[Any], Any]
     if optim.schedule == "cosine":
-        body = optax.cosine_decay_schedule(peak, rest)
+        body = optax.cosine_decay_schedule(peak, rest, alpha=optim.lr_end)
     elif optim.schedule == "step":
-        body = optax.piecewise_constant_schedule(peak, {int(rest * 0.6): 0.1, int(rest * 0.8): 0.1})
+        at = collections.Counter(max(0, int(steps * share + 1e-6) - warmup) for share in optim.drops)
+        body = optax.piecewise_constant_schedule(peak, {place: 0.1**count for place, count in at.items()})
     else:
         body = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup]) if warmup else body
+    rise = optax.linear_schedule(optim.lr_start * peak, peak, warmup)
+    return optax.join_schedules([rise, body], [warmup]) if warmup else body
 
 
 _BLOCK = re.compile(r"(blocks|layer|stages)_?\d")
@@ -202,10 +223,12 @@ def optimizer(
     last: optax.GradientTransformation,
     steps: int = 1,
     constant_lr: Collection[str] = (),
+    first_frozen: Mapping[str, int] | None = None,
 ) -> Transformation:
     """The optimizer of a run of `steps`; `last` is the method's own transformation (`track_target` or identity).
 
     constant_lr: top-level names of the parameters whose learning rate stays at the schedule's peak.
+    first_frozen: top-level name -> first steps in which these parameters stay (`frozen`).
     """
     mask = (lambda params: jax.tree.map(lambda _: True, params)) if optim.decay_all else matrices
     decay: Any = optim.weight_decay
@@ -225,12 +248,13 @@ def optimizer(
     scaled = core(schedule)
     if constant_lr:
         peak = max(float(schedule(count)) for count in range(0, steps, max(1, steps // 1000)))
-
-        def labels(params):
-            return {k: jax.tree.map(lambda _, k=k: k in constant_lr, v) for k, v in params.items()}
-
-        scaled = optax.partition({False: core(schedule), True: core(peak)}, labels)
-    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+        scaled = by_name(lambda kind: core(peak if kind else schedule), dict.fromkeys(constant_lr, "constant"))
+    if first_frozen:
+        inner = core(schedule)
+        scaled = by_name(lambda count: frozen(inner, count) if count else inner, first_frozen)
+    clip = optax.identity()
+    if optim.clip_norm:
+        clip = clip_each(optim.clip_norm) if optim.clip_each else optax.clip_by_global_norm(optim.clip_norm)
     vectors = optax.identity()
     if optim.vector_lr != 1:
         vectors = optax.masked(optax.scale(optim.vector_lr), lambda p: jax.tree.map(lambda x: x.ndim <= 1, p))

@@ -156,6 +156,19 @@ def test_jitter_is_the_ops_in_the_drawn_order(channels):
         np.testing.assert_allclose(jitter(np.array(order)), expected, atol=2e-6)
 
 
+def test_grayscale_comes_before_the_jitter_if_asked():
+    """MoCo v1 and instance discrimination (main_moco.py, lemniscate's main.py): gray, then jitter. They do not commute:
+    gray of a shifted hue has another brightness, a shifted hue of gray is the same gray."""
+    image = photos(1)[0] / np.float32(255)
+    parameters = {"hue": 0.3, "brightness": 0.7, "order": jnp.array([1, 0]), "gray": True}
+    first, last = (render(image, parameters, View(size=16, gray_first=value)) for value in (True, False))
+    gray = ops.to_grayscale(image)
+    np.testing.assert_allclose(first, ops.adjust_brightness(ops.adjust_hue(gray, 0.3), 0.7), atol=1e-6)
+    jittered = ops.adjust_brightness(ops.adjust_hue(image, 0.3), 0.7)
+    np.testing.assert_allclose(last, ops.to_grayscale(jittered), atol=1e-6)
+    assert np.abs(np.asarray(first) - np.asarray(last)).max() > 0.02
+
+
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_colour_leaves_other_channels_alone(channels):
     image = np.float32(photos(1, channels=channels)[0] / 255)

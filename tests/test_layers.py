@@ -29,6 +29,7 @@ LAYERS = [
     {"embedding"},
     {"exporting"},
     {"commands"},
+    {"reproduce"},
     {"cli"},
 ]
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}

@@ -16,7 +16,7 @@ from ssl_jax.methods.base import Context, State, entropies, entropy_collapse
 from ssl_jax.methods.vicregl import positions
 from ssl_jax.parallel import make_mesh
 from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config
-from ssl_jax.transforms import freeze, target_of, track_target
+from ssl_jax.transforms import by_name, frozen, target_of, track_target
 
 # One step for all tests of a method.
 TICO = tiny_config("tico", method__beta=0.7)
@@ -67,7 +67,7 @@ def test_prototypes_have_norm_one_before_each_step_and_stay_while_frozen():
 
 
 def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
-    """Queue of 24, batches of 10: full after 3 steps; with queue_start 0.5 of 20 steps, used from step 10 on."""
+    """Queue of 24, batches of 10: full after 3 steps; with queue_start 0.5 of 20 steps it fills from step 10 on."""
     config = tiny_config("swav", method__queue_start=0.0, train__batch=10)
     late = tiny_config("swav", method__queue_start=0.5, train__batch=10)
     generator = np.random.default_rng(0)
@@ -90,12 +90,58 @@ def test_swav_uses_the_queue_once_it_is_full_and_the_run_is_far_enough():
 
     without, using = wanted()
     assert abs(without - using) > 1e-3
-    for settings, cases in ((config, {2: without, 3: using}), (late, {3: without, 9: without, 10: using})):
+    for settings, cases in ((config, {2: without, 3: using}), (late, {3: without, 12: without, 13: using})):
         loss = jax.jit(set_up(settings, Images()).method.loss)
         for step, want in cases.items():
             ctx = Context(jnp.int32(step), None, {"prototypes": prototypes})
             value, _ = loss({"z": list(z)}, State({}, {"queue": queue}), {}, ctx)
             np.testing.assert_allclose(value, want, rtol=1e-5, err_msg=str(step))
+
+
+def test_what_swav_and_dino_hold_at_first_has_no_momentum_yet():
+    """main_swav.py and DINO's utils.py take its gradient away: the optimizer leaves it out altogether."""
+    assert set_up(SWAV, Images()).method.frozen == {"prototypes": 3}
+    for before, after, *_ in itertools.islice(steps(SWAV, 2), 2):
+        states = [optax.tree.get_all_with_path(s.opt_state, "trace") for s in (before, after)]
+        held = [value["prototypes"] for _, value in states[1] if hasattr(value.get("prototypes"), "shape")]
+        moving = [jax.tree.leaves(value["projector"]) for _, value in states[1] if "projector" in value]
+        assert held and not any(np.any(value) for value in held)
+        assert any(np.any(leaf) for leaves in moving for leaf in leaves)
+
+
+def test_byol_s_heads_end_without_a_bias():
+    """deepmind-research, byol/utils/networks.py: the last Linear has with_bias=False."""
+    setup = set_up(tiny_config("byol"), Images())
+    views = [jnp.zeros((2, v.size, v.size, 1)) for v in setup.views]
+    params, _ = jax.eval_shape(setup.method.init, jax.random.key(0), views)
+    assert set(params["projector"]["linear2"]) == set(params["predictor"]["linear2"]) == {"kernel"}
+
+
+def test_dino_s_head_starts_as_the_official_one():
+    """vision_transformer.py, DINOHead: normal with deviation 0.02 and no bias; the last layer is PyTorch's default."""
+    setup = set_up(tiny_config("dino", method__hidden=64, method__bottleneck=32, method__out=256), Images())
+    views = [jnp.zeros((2, v.size, v.size, 1)) for v in setup.views]
+    params, _ = jax.device_get(jax.jit(setup.method.init)(jax.random.key(0), views))
+    for layer in params["head"].values():
+        assert not layer["bias"].any()
+    np.testing.assert_allclose(params["head"]["linear2"]["kernel"].std(), 0.02, rtol=0.05)
+    bound = 32**-0.5
+    assert 0.99 * bound < np.abs(params["last"]).max() <= bound
+    np.testing.assert_allclose(params["last"].std(), bound / 3**0.5, rtol=0.03)
+
+
+def test_swav_fills_the_queue_from_its_start_on():
+    """With queue_start 0.5 of 20 steps, nothing is remembered before step 10 (main_swav.py makes it in that epoch)."""
+    method = set_up(tiny_config("swav", method__queue_start=0.5, train__batch=10), Images()).method
+    queue, z = jnp.zeros((2, 24, 8)), np.random.default_rng(0).normal(size=(2, 10, 8)).astype(np.float32)
+    after = jax.jit(method.post_update)
+    for step in (0, 9, 10, 11):
+        ctx = Context(jnp.int32(step), None, {"prototypes": jnp.ones((6, 8))})
+        queue = after({"z": list(z + step)}, State({}, {"queue": queue}), ctx)[1]["queue"]
+        want = [z + s for s in range(step, 9, -1)]
+        rows = sum(len(w[0]) for w in want)
+        np.testing.assert_array_equal(queue[:, rows:], 0)
+        np.testing.assert_allclose(queue[:, :rows], np.concatenate(want, axis=1) if want else queue[:, :0])
 
 
 def test_swav_without_a_queue_is_saved_and_assigns_each_batch_alone(tmp_path):
@@ -141,7 +187,8 @@ def test_dino_teacher_temperature_warms_up():
 
 
 def test_freeze_keeps_named_parameters_and_the_target_follows_what_remains():
-    tx = optax.chain(optax.sgd(0.1), freeze({"a"}, 2), track_target(0.5))
+    first = by_name(lambda steps: frozen(optax.sgd(0.1), steps) if steps else optax.sgd(0.1), {"a": 2})
+    tx = optax.chain(first, track_target(0.5))
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     state = tx.init(params)
     seen = []
@@ -172,6 +219,28 @@ def test_vicregl_positions_equal_loops_on_boxes_with_a_flip():
         x = boxes["left"][b] + (column + 0.5) * boxes["width"][b] / 4
         y = boxes["top"][b] + (r + 0.5) * boxes["height"][b] / 3
         np.testing.assert_allclose(made[b, r * 4 + c], (x, y), rtol=1e-6)
+
+
+def test_vicregl_positions_ignore_flips_if_asked():
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    found = []
+    for flips in (True, False):
+        setup = set_up(tiny_config("vicregl", method__flips=flips, augment__flip=0.5), Images())
+        views, drawn = make_views(setup.views, setup.method.shares)(jax.random.key(1), jnp.asarray(images))
+        params, state = jax.jit(setup.method.init)(jax.random.key(0), views)
+        batch = {"views": views, "drawn": drawn}
+        outputs, _ = jax.jit(setup.method.forward)(params, None, state, batch, jax.random.split(jax.random.key(2), 8))
+        found.append(np.asarray(outputs["positions"][0]))
+    flipped = np.asarray(drawn[0]["flip"])
+    assert flipped.any() and not flipped.all()
+    np.testing.assert_array_equal(found[0][~flipped], found[1][~flipped])
+    side = round(found[0].shape[1] ** 0.5)
+    if side > 1:  # a row of places is read from the other end
+        rows = [f[flipped].reshape(-1, side, side, 2) for f in found]
+        np.testing.assert_allclose(rows[0], rows[1][:, :, ::-1], rtol=1e-5)
+        assert not np.allclose(rows[0], rows[1])
+    else:
+        raise AssertionError("a feature map of one place cannot tell")
 
 
 def test_vicregl_positions_are_where_the_pixels_come_from():

@@ -12,7 +12,7 @@ from ssl_jax.config import Model
 from ssl_jax.errors import UserError
 from ssl_jax.models import build_encoder, from_torch, patchify, to_torch
 from ssl_jax.models.layers import gelu
-from ssl_jax.models.vit import attention, build_vit
+from ssl_jax.models.vit import attention, build_vit, resized_grid
 
 SMALL = {"name": "vit_tiny", "width": 1 / 8, "depth": 2, "patch": 4}  # 24 features, 3 heads
 
@@ -257,6 +257,58 @@ def test_initial_values():
         assert 0.99 * limit < np.abs(kernel).max() <= limit
         np.testing.assert_allclose(kernel.std(), limit / 3**0.5, rtol=0.02)
     np.testing.assert_allclose(params["pos_embed"].std(), 0.02, rtol=0.02)
+
+
+def test_initial_values_of_moco_v3():
+    """Queries, keys and values apart, and almost no class token; the projection as before (moco-v3, vits.py)."""
+    network = build_encoder(Model(name="vit_tiny", depth=1, initial="xavier_qkv"), 3, 224)
+    params, _ = jax.device_get(network.init(jax.random.key(0), images(1, 224)))
+    limits = {"attn_qkv": (6 / (192 + 192)) ** 0.5, "attn_proj": (6 / 384) ** 0.5, "mlp_fc1": (6 / (192 + 768)) ** 0.5}
+    for name, limit in limits.items():
+        kernel = params["blocks_0"][name]["kernel"]
+        assert 0.99 * limit < np.abs(kernel).max() <= limit, name
+        np.testing.assert_allclose(kernel.std(), limit / 3**0.5, rtol=0.02)
+    limit = (6 / (3 * 16 * 16 + 192)) ** 0.5
+    assert 0.99 * limit < np.abs(params["patch_embed_proj"]["kernel"]).max() <= limit
+    assert 5e-7 < params["cls_token"].std() < 2e-6
+
+
+def test_initial_values_of_dino():
+    """Normal with deviation 0.02, biases 0; the projection as PyTorch's convolution (dino, vision_transformer.py)."""
+    model = Model(name="vit_tiny", depth=1, initial="normal", positions="learned")
+    params, _ = jax.device_get(build_encoder(model, 3, 224).init(jax.random.key(0), images(1, 224)))
+    for name in ("attn_qkv", "attn_proj", "mlp_fc1", "mlp_fc2"):
+        np.testing.assert_allclose(params["blocks_0"][name]["kernel"].std(), 0.02, rtol=0.02)
+        assert not params["blocks_0"][name]["bias"].any() and np.abs(params["blocks_0"][name]["kernel"]).max() > 0.06
+    limit = (3 * 16 * 16) ** -0.5
+    for values in params["patch_embed_proj"].values():
+        assert 0.9 * limit < np.abs(values).max() <= limit
+    np.testing.assert_allclose(params["pos_embed"].std(), 0.02, rtol=0.02)
+    assert 0.015 < params["cls_token"].std() < 0.025
+
+
+def test_positions_are_resized_as_dino_does():
+    """Bicubic with a = -0.75, no antialiasing, the factor 6.1 / 14 for 6 patches: loops over F.interpolate's formula.
+
+    PyTorch 2.13 gives the four numbers for the grid i * i + 3 * j.
+    """
+
+    def kernel(x):
+        x, a = abs(x), -0.75
+        near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+        return near if x <= 1 else far if x < 2 else 0.0
+
+    grid = np.random.default_rng(0).normal(size=(14, 14, 2))
+    want = np.zeros((6, 6, 2))
+    for r, c in np.ndindex(6, 6):
+        y, x = ((n + 0.5) * 14 / 6.1 - 0.5 for n in (r, c))
+        for i in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
+            for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+                want[r, c] += kernel(y - i) * kernel(x - j) * grid[np.clip(i, 0, 13), np.clip(j, 0, 13)]
+    np.testing.assert_allclose(resized_grid(jnp.float32(grid), 6, 6, "dino"), want, atol=1e-5)
+    rows, columns = np.indices((14, 14))
+    made = np.asarray(resized_grid(jnp.float32(rows**2 + 3 * columns)[..., None], 6, 6, "dino"))[..., 0]
+    np.testing.assert_allclose(made[[0, 1, 3, 5], [0, 4, 2, 5]], (1.99246, 37.85572, 72.3517, 184.71765), rtol=1e-4)
 
 
 def test_a_patch_must_divide_the_images():

@@ -1,7 +1,6 @@
 """Every recipe of configs/ is a config of this library, and its first step can be traced at full size."""
 
 import dataclasses
-import re
 import runpy
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from ssl_jax import train
 from ssl_jax.config import resolve
 from ssl_jax.errors import UserError
+from ssl_jax.evaluation import PROTOCOLS
 from ssl_jax.parallel import make_mesh
 from ssl_jax.train import memory
 
@@ -52,7 +52,12 @@ def test_a_recipe_says_what_was_published_and_sets_keys_that_exist(file, name):
     made = FILES[file]
     recipe = made["RECIPES"][name]
     resolve(made["get_config"](name))
-    assert re.match(r"\d+(\.\d+)? % .*\(.+\); not run here$", recipe["published"])
+    assert made["get_published"](name) == recipe["published"] and recipe["published"]
+    for entry in recipe["published"]:
+        assert set(entry) == {"protocol", "metric", "value", "source"} and entry["source"]
+        assert entry["protocol"] in PROTOCOLS and entry["metric"] == "top1" and 20 < entry["value"] < 100
+    protocols = [entry["protocol"] for entry in recipe["published"]]
+    assert len(set(protocols)) == len(protocols)
     wanted = {k: v for k, v in {**made["COMMON"], **recipe}.items() if k not in ("published", "method")}
     found = dict(flat(made["get_config"](name)))
     assert {k: found.get(k, "no such key") for k in wanted} == wanted

@@ -6,7 +6,7 @@ import pytest
 
 from ssl_jax.config import Optim
 from ssl_jax.errors import UserError
-from ssl_jax.transforms import cosine_momentum, freeze, lars, learning_rate, optimizer, target_of, track_target
+from ssl_jax.transforms import by_name, cosine_momentum, frozen, lars, learning_rate, optimizer, target_of, track_target
 
 
 def some_params(seed=0):
@@ -95,6 +95,16 @@ def test_schedules():
     assert float(cosine(55)) == pytest.approx(0.1, rel=1e-5)
     steps = learning_rate(Optim(lr=1.0, lr_batch=0, schedule="step"), batch=7, steps=10, warmup=0)
     assert [round(float(steps(i)), 4) for i in (0, 5, 7, 9)] == [1.0, 1.0, 0.1, 0.01]
+    ends = learning_rate(Optim(lr=1.0, lr_batch=0, lr_start=0.1, lr_end=0.001), batch=7, steps=100, warmup=10)
+    for step, want in {0: 0.1, 5: 0.55, 10: 1.0, 55: 0.5005, 100: 0.001}.items():
+        assert float(ends(step)) == pytest.approx(want, rel=1e-5), step
+    # Shares of the whole run, as milestones in epochs are: 8, 16 and 24 of 40 steps, of which 4 are the warm-up.
+    steps = learning_rate(
+        Optim(lr=1.0, lr_batch=0, schedule="step", drops=(0.2, 0.4, 0.6)), batch=7, steps=40, warmup=4
+    )
+    assert [round(float(steps(i)), 6) for i in (2, 4, 7, 8, 15, 16, 23, 24, 39)] == [
+        *(0.5, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001)
+    ]
     with pytest.raises(UserError, match="config.optim.warmup"):
         learning_rate(Optim(warmup="10 steps"), batch=7, steps=10, warmup=10)
 
@@ -114,11 +124,48 @@ def test_clipping():
     assert float(optax.tree.norm(updates)) == pytest.approx(1, rel=1e-5)
 
 
+def test_clipping_of_each_tensor_equals_the_formula():
+    grads = {"w": jnp.full((2, 2), 3.0), "b": jnp.array([0.3, 0.4])}  # norms 6 and 0.5
+    settings = Optim(weight_decay=0.0, momentum=0.0, clip_norm=2.0, clip_each=True)
+    tx = optimizer(settings, lambda _: 1.0, optax.identity())
+    updates, _ = tx.update(grads, tx.init(grads), grads)
+    np.testing.assert_allclose(updates["w"], -3.0 * 2 / (6 + 1e-6), rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], -grads["b"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_frozen_parameters_start_as_if_the_run_began_when_they_thaw(name):
+    """As in PyTorch, which leaves parameters without a gradient out of everything: momentum, decay, Adam's count."""
+    settings = Optim(name=name, weight_decay=0.1)
+    schedule = lambda step: 0.1 / (1 + step)  # noqa: E731
+    tx = optimizer(settings, schedule, optax.identity(), first_frozen={"w": 3})
+    params = start = some_params()
+    state = tx.init(params)
+    for step in range(3):
+        updates, state = tx.update(gradients(step), state, params, step=step)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(params["w"], start["w"])
+    assert np.abs(params["b"] - start["b"]).max() > 1e-3
+    w, m, v = np.float64(start["w"]), 0.0, 0.0
+    for step in range(3, 8):
+        updates, state = tx.update(gradients(step), state, params, step=step)
+        params = optax.apply_updates(params, updates)
+        g, n = np.float64(gradients(step)["w"]), step - 2
+        if name == "sgd":
+            m = 0.9 * m + g + 0.1 * w
+            change = m
+        else:
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            change = m / (1 - 0.9**n) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8) + 0.1 * w
+        w = w - 0.1 / (1 + step) * change
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5, atol=1e-6)
+
+
 def test_the_step_of_a_run_comes_before_a_transformation_s_own_count():
     """Schedules, the target's momentum and freezing read `step`; without it each counts its own updates."""
+    plain = lars(lambda step: 1.0 * (step == 7), momentum=0.0, mask=lambda p: jax.tree.map(lambda _: False, p))
     tx = optax.chain(
-        lars(lambda step: 1.0 * (step == 7), momentum=0.0, mask=lambda params: jax.tree.map(lambda _: False, params)),
-        freeze({"w"}, 5),
+        by_name(lambda steps: frozen(plain, steps) if steps else plain, {"w": 5}),
         track_target(lambda step: jnp.where(step == 7, 0.25, 1.0)),
     )
     params = {"w": jnp.ones(2), "b": jnp.ones(2)}

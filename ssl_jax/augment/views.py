@@ -303,8 +303,8 @@ def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
     """One view float32 [s, s, C] in [0, 1] of an image [H, W, C], uint8 or float in [0, 1]; s = view.size.
 
     The order is warp (rotation, shear, zoom, perspective and shift in one resampling), crop, flip, RandAugment, colour
-    jitter, gray, blur, solarize, erasing. Operations without parameters are skipped, and so are operations on colour
-    unless C = 3.
+    jitter, gray (before it with view.gray_first), blur, solarize, erasing. Operations without parameters are skipped,
+    and so are operations on colour unless C = 3.
     """
     height, width, channels = image.shape
     image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
@@ -316,9 +316,10 @@ def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
         image = jnp.where(parameters["flip"], ops.horizontal_flip(image), image)
     if "operation" in parameters or "moved" in parameters:
         image = randaugment.randaugment(image, parameters)
-    image = _jitter(image, parameters)
+    image = image if view.gray_first else _jitter(image, parameters)
     if "gray" in parameters and channels == 3:
         image = jnp.where(parameters["gray"], ops.to_grayscale(image), image)
+    image = _jitter(image, parameters) if view.gray_first else image
     if "sigma" in parameters:
         image = ops.gaussian_blur(image, blur_kernel(view.size), parameters["sigma"])
     if "solarize" in parameters:

@@ -34,8 +34,15 @@ class Model:
         "fixed", "ViT: position embedding; fixed: sines and cosines; rotary: turned queries and keys (DINOv3)"
     )
     grid: int = option(0, "ViT: patches along a side that positions are learned for; 0: those of the images", min=0)
-    resize: Literal["antialias", "plain"] = option(
-        "antialias", "ViT: how learned positions are resized to other grids: as timm does, or without antialiasing"
+    resize: Literal["antialias", "plain", "dino"] = option(
+        "antialias",
+        "ViT: how learned positions are resized to other grids: as timm does; without antialiasing; or as DINO does, "
+        "without it and by a factor for 0.1 patches more",
+    )
+    initial: Literal["xavier", "xavier_qkv", "normal"] = option(
+        "xavier",
+        "ViT: initial values of its matrices; xavier: MAE's; xavier_qkv: queries, keys and values apart, class token "
+        "near 0 (MoCo v3); normal: with deviation 0.02 (DINO)",
     )
     class_token: bool = option(True, "ViT: whether there is one; without it (I-JEPA) pool has to be mean")
     registers: int = option(0, "ViT: number of register tokens", min=0)

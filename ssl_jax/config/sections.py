@@ -80,6 +80,11 @@ class Data:
     exclude: str = option(
         "", "table of images to leave out, such as check.csv of `ssl-jax check`; empty: none", path=True
     )
+    include: str = option(
+        "",
+        "table, or .txt list of names, of the only images to train on; test data are not reduced; empty: all",
+        path=True,
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], key: str) -> "Data":
@@ -109,6 +114,7 @@ class View:
     saturation: float = option(0.0, "factor, as for brightness", min=0)
     hue: float = option(0.0, "s: shift drawn from [-s, s], in turns of the colour circle", min=0, max=0.5)
     gray: float = option(0.0, "probability of grayscale", min=0, max=1)
+    gray_first: bool = option(False, "grayscale before the colour jitter, not after it (MoCo v1)")
     blur: float = option(0.0, "probability of a Gaussian blur", min=0, max=1)
     blur_sigma: tuple[float, ...] = option((0.1, 2.0), "sigma of the blur in px, uniform")
     solarize: float = option(0.0, "probability of solarize", min=0, max=1)
@@ -156,9 +162,14 @@ class Optim:
     lr: float = option(0.06, "peak learning rate for a batch of `lr_batch`; scales linearly with the batch", min=0)
     lr_batch: int = option(256, "batch that `lr` is meant for; 0: `lr` is used unscaled", min=0)
     schedule: Literal["cosine", "constant", "step"] = option(
-        "cosine", "after the warm-up; step: x 0.1 at 60 % and at 80 % of the run"
+        "cosine", "after the warm-up; step: a tenth of the rate after each share of the run in `drops`"
     )
-    warmup: Duration = option("0 steps", "linear rise of the learning rate from 0 before the schedule")
+    drops: tuple[float, ...] = option(
+        (0.6, 0.8), "schedule=step: shares of the run, its warm-up included", min=0, max=1
+    )
+    warmup: Duration = option("0 steps", "linear rise of the learning rate before the schedule")
+    lr_start: float = option(0.0, "where the warm-up begins, as a share of the peak", min=0, max=1)
+    lr_end: float = option(0.0, "schedule=cosine: where it ends, as a share of the peak", min=0, max=1)
     momentum: float = option(0.9, "sgd, lars: momentum; adamw: beta_1")
     nesterov: bool = option(False, "sgd: Nesterov's momentum")
     b2: float = option(0.999, "adamw: beta_2")
@@ -175,6 +186,9 @@ class Optim:
         0, "first layers of the encoder that keep their weights: 1: what is before its blocks; 2: the first, too", min=0
     )
     clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping")
+    clip_each: bool = option(
+        False, "clip_norm limits the norm of each tensor's gradient, not that of all together (DINO)"
+    )
     skip_nonfinite: bool = option(False, "skip steps with non-finite gradients; 10 in a row end the run")
 
 

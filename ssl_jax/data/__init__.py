@@ -11,7 +11,7 @@ from typing import Any
 
 from ssl_jax import fields, registry
 from ssl_jax.config import Data
-from ssl_jax.data.exclude import not_excluded
+from ssl_jax.data.exclude import wanted
 from ssl_jax.data.source import Partners, Source, batches, order
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_json
@@ -33,10 +33,10 @@ def open_source(data: Data, split: str | None = None) -> Source:
         )
     module = registry.find("source", data.name)
     fields.check(data, "config.data")  # for a Data created in Python
-    data = dataclasses.replace(data, split=split or data.split)
+    data = dataclasses.replace(data, split=split or data.split, include="" if split == "test" else data.include)
     source = module.read(data)
     source.memory_gb = math.inf if data.engine == "memory" else data.memory_gb
-    if data.exclude and len(kept := not_excluded(data, source.names, source.paths)) < len(source):
+    if (data.include or data.exclude) and len(kept := wanted(data, source.names, source.paths)) < len(source):
         source = source.take(kept)
     if data.pairs and source.objects is None:
         raise UserError(f"config.data.pairs={data.pairs!r}: {data.name} does not say which images show one object")

@@ -23,7 +23,7 @@ from ssl_jax.config import Data
 from ssl_jax.data import dicom
 from ssl_jax.data.central import central, check_side
 from ssl_jax.data.channels import DEEP, check_ratios, choose, count, grouped, naming, number_of_bands, why_unknown
-from ssl_jax.data.exclude import not_excluded
+from ssl_jax.data.exclude import wanted as chosen
 from ssl_jax.data.layout import in_parts
 from ssl_jax.data.source import (
     Source,
@@ -130,7 +130,7 @@ def from_files(
     if not files:
         raise UserError(f"{where}: no images; allowed: {KINDS}")
     check_background(data.background)
-    wanted = not_excluded(data, [file.name for file in files], [file.path for file in files])
+    wanted = chosen(data, [file.name for file in files], [file.path for file in files])
     shape = (data.size or SIZE, data.size or SIZE, channels_of([files[i] for i in wanted], data))
     check_side(data, shape[0])
     look = functools.partial(_check_file, size=shape[0], channels=shape[2], exact=bool(data.bands))

@@ -80,10 +80,10 @@ def _open(data: Data) -> tuple[Any, Any]:
         raise UserError(f"{where}: not prepared in {builder.data_path.parent.parent}; {command(data.path)}")
     split = "+".join(info.splits) if data.split == "all" else data.split
     available = f"available: {', '.join([*info.splits, 'all'])}, or a split in TFDS's syntax"
-    if split == "test" and split not in info.splits:
-        raise NoPartError(f"{where}: no test part; {available}")
-    image_name, _ = _features(info, data.path)
+    image_name, label_name = _features(info, data.path)
     try:
+        if split == "test" and not (split := _test_part(builder, info, label_name)):
+            raise NoPartError(f"{where}: no test part; {available}")
         records = builder.as_data_source(split, decoders={image_name: tfds.decode.SkipDecoding()})
     except NotImplementedError as error:
         raise UserError(
@@ -94,6 +94,20 @@ def _open(data: Data) -> tuple[Any, Any]:
         reason = "no images" if "length" in str(error) else "unknown or malformed"
         raise UserError(f"config.data.split={data.split!r}: {reason}; {available}") from error
     return records, info
+
+
+def _test_part(builder: Any, info: Any, label_name: str | None) -> str:
+    """The part to test on: test, or the validation part if there is no test part or, as in ImageNet, its labels are
+    secret; "" if there is none."""
+    import tensorflow_datasets as tfds
+
+    parts = [name for name in ("test", "validation", "valid", "val") if name in info.splits]
+    image_name, _ = _features(info, builder.name)
+    for part in parts if label_name else ():
+        first = builder.as_data_source(part, decoders={image_name: tfds.decode.SkipDecoding()})
+        if len(first) and first[0][label_name] >= 0:
+            return part
+    return parts[0] if parts else ""
 
 
 def _features(info: Any, where: str) -> tuple[str, str | None]:

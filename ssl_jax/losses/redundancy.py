@@ -131,9 +131,9 @@ def vicregl(
       matches: number of places matched by position, in the first two views and in the others (all if there are fewer).
       invariance, variance, covariance: the weights of VICReg.
 
-    Source: VICRegL, section 3, https://arxiv.org/abs/2210.01571; facebookresearch/VICRegL, main_vicregl.py. That code
-    keeps only the last pair, divided by the number of pairs, and uses matches[0] in the first direction and matches[1]
-    in the other; the mean and the numbers here follow the paper.
+    Source: VICRegL, section 3, https://arxiv.org/abs/2210.01571; facebookresearch/VICRegL, main_vicregl.py, which also
+    takes the mean over pairs. It uses matches[0] from the first view of a pair to the second and matches[1] back, even
+    between the first two views; the numbers here follow the paper.
 
     >>> one = jnp.ones((2, 3))  # collapsed: only the variance is left, 1 - 0.01, global once and local twice
     >>> p, m = jnp.zeros((2, 4, 2)), jnp.ones((2, 4, 3))

@@ -9,6 +9,7 @@ sections, such as {"optim.lr": 0.3}, and
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -97,6 +98,7 @@ class Method(NamedTuple):
     needs: what the data must provide besides images: a subset of {"label", "index"}.
     transform: the end of the optimizer's chain, optax.identity() or transforms.track_target(...).
     constant_lr: top-level names of params whose learning rate stays at its peak.
+    frozen: top-level name -> first steps in which these params stay, and the optimizer keeps nothing of them.
     post_update: (outputs, state, ctx) -> params, memory. Runs after the optimizer: updates a queue, normalises
         prototypes.
     encoder: (params, target, state) -> params, stats of the encoder to evaluate, export and fine-tune.
@@ -112,6 +114,7 @@ class Method(NamedTuple):
     needs: frozenset[str] = frozenset()
     transform: optax.GradientTransformation = optax.identity()
     constant_lr: frozenset[str] = frozenset()
+    frozen: Mapping[str, int] = MappingProxyType({})
     post_update: PostUpdate = no_update
     encoder: Callable[[Params, Params, State], tuple[Params, Stats]] = online_encoder
     collapsed: Callable[[Mapping[str, float]], str] = lambda metrics: ""

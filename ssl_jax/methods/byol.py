@@ -37,7 +37,7 @@ RECIPE = {
 
 
 def make(config, encoder, run):
-    head = mlp((config.hidden, config.out))
+    head = mlp((config.hidden, config.out), last_bias=False)
     target = stack(encoder=encoder, projector=head)
     online = stack(encoder=encoder, projector=head, predictor=head) if config.predictor else target
     last = "predictor" if config.predictor else "projector"

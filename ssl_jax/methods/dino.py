@@ -16,13 +16,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ssl_jax.losses import dino, dino_targets, normalize
 from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_with_target, target_encoder
 from ssl_jax.methods.prototypes import dino_head, draw_prototypes, warmed
 from ssl_jax.network import apply_jointly, stack
-from ssl_jax.transforms import cosine_momentum, freeze, track_target
+from ssl_jax.transforms import cosine_momentum, track_target
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,8 @@ def make(config, encoder, run):
         forward,
         loss,
         local_views=True,
-        transform=optax.chain(
-            freeze({"last"}, round(config.freeze_epochs * run.epoch)),
-            track_target(cosine_momentum(config.momentum, run.steps)),
-        ),
+        transform=track_target(cosine_momentum(config.momentum, run.steps)),
+        frozen={"last": round(config.freeze_epochs * run.epoch)},
         post_update=move_centre,
         encoder=target_encoder,
         collapsed=entropy_collapse(

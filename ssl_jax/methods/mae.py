@@ -59,7 +59,7 @@ def make(config, encoder, run):
     def forward(params, target, state, batch, key):
         del target
         (images,) = batch["views"]
-        pixels = patchify(images, patch)
+        pixels = patchify(encoder.scaled(images), patch)
         count = pixels.shape[1]
         kept = max(1, int(count * (1 - config.mask)))
         order = jax.vmap(lambda key: jax.random.permutation(key, count))(key)  # the first `kept` are visible

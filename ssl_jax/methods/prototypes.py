@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ssl_jax.losses import interleave, koleo, normalize, prototype_cross_entropy, sinkhorn_shift
 from ssl_jax.methods.base import (
@@ -25,17 +24,19 @@ from ssl_jax.methods.base import (
 from ssl_jax.methods.masks import block_mask, first_of
 from ssl_jax.models import mlp
 from ssl_jax.network import Network, apply_jointly, dense_shapes, stack
-from ssl_jax.transforms import cosine_momentum, freeze, track_target
+from ssl_jax.transforms import cosine_momentum, track_target
 
 
 def dino_head(config: Any) -> Network:
     """The head below the last layer; config: hidden and bottleneck. Source: main_dino.py, vision_transformer.py."""
-    return mlp((config.hidden, config.hidden, config.bottleneck), norm=False, bias=True, gelu=True)
+    return mlp((config.hidden, config.hidden, config.bottleneck), norm=False, bias=True, gelu=True, normal=True)
 
 
 def draw_prototypes(key: jax.Array, config: Any) -> jax.Array:
-    """The last layer: unit vectors [out, bottleneck]."""
-    return normalize(jax.random.normal(key, (config.out, config.bottleneck)))
+    """The last layer [out, bottleneck], of which only directions count. Their length says how fast they turn: it is
+    that of the official layer, whose values are uniform in +-1 / sqrt(bottleneck)."""
+    bound = config.bottleneck**-0.5
+    return jax.random.uniform(key, (config.out, config.bottleneck), minval=-bound, maxval=bound)
 
 
 def warmed(config: Any, run: RunInfo, step: jax.Array) -> jax.Array:
@@ -213,10 +214,8 @@ def masked_self_distillation(
         forward,
         loss,
         local_views=True,
-        transform=optax.chain(
-            freeze(set(lasts), round(config.freeze_epochs * run.epoch)),
-            track_target(tau, select_entries(*moving)),
-        ),
+        transform=track_target(tau, select_entries(*moving)),
+        frozen=dict.fromkeys(lasts, round(config.freeze_epochs * run.epoch)),
         post_update=after,
         encoder=target_encoder,
         collapsed=entropy_collapse(

@@ -79,7 +79,7 @@ def make(config, encoder, run):
             # Of the masked image, under any pool: for the embedding of the whole it would have to be encoded again.
             "embedding": tokens.mean(axis=1),
             "prediction": prediction,
-            "pixels": (patchify(images, patch) - 0.5) / 0.25,  # about mean 0, deviation 1; official: ImageNet's
+            "pixels": patchify(encoder.scaled(images), patch),
             "mask": mask,
         }
         return outputs, {"encoder": stats}

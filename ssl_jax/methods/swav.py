@@ -20,7 +20,6 @@ from ssl_jax.losses import normalize, sinkhorn, swav
 from ssl_jax.methods.base import Method, entropies, entropy_collapse, init_network
 from ssl_jax.models import mlp
 from ssl_jax.network import apply_jointly, stack
-from ssl_jax.transforms import freeze
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Config:
     sinkhorn_iterations: int = 3  # 0: clusters are not balanced, and all images end in one
     freeze_steps: int = 313  # the prototypes stay in these first steps; 5005 at batch 256
     queue: int = 3840  # features of earlier images in the assignment, for small batches; 0: none, as at batch 4096
-    queue_start: float = 0.075  # share of the run without the queue: 15 of 200 epochs
+    queue_start: float = 0.075  # share of the run after which it fills, to be used once it is full: 15 of 200 epochs
     hidden: int = 2048  # of the projector
     out: int = 128
 
@@ -46,6 +45,7 @@ TINY = {"augment.local_views": 2, "augment.local.size": 4}  # for the contract t
 
 
 def make(config, encoder, run):
+    first = round(config.queue_start * run.steps)  # step whose features are the first in the queue
     projector = mlp((config.hidden, config.out))
     network = stack(encoder=encoder, projector=projector)
 
@@ -78,9 +78,8 @@ def make(config, encoder, run):
         targets = jax.lax.stop_gradient(scores[:2])
         if config.queue:
             remembered = jax.lax.stop_gradient(state.memory["queue"] @ prototypes.T)
-            full = ctx.step * len(targets[0]) >= config.queue
-            use = full & (ctx.step >= config.queue_start * run.steps)
-            q = [jax.lax.cond(use, assign, lambda s, r: assign(s, r[:0]), *pair) for pair in zip(targets, remembered)]
+            full = (ctx.step - first) * len(targets[0]) >= config.queue
+            q = [jax.lax.cond(full, assign, lambda s, r: assign(s, r[:0]), *pair) for pair in zip(targets, remembered)]
         else:
             q = [assign(s, s[:0]) for s in targets]
         return swav(scores, q, temperature=config.temperature), entropies(q)
@@ -90,15 +89,16 @@ def make(config, encoder, run):
         params = {**ctx.params, "prototypes": normalize(ctx.params["prototypes"])}
         if not config.queue:
             return params, state.memory
-        newest = jnp.stack(outputs["z"][:2])
-        return params, {"queue": jnp.concatenate([newest, state.memory["queue"]], axis=1)[:, : config.queue]}
+        queue = state.memory["queue"]
+        filled = jnp.concatenate([jnp.stack(outputs["z"][:2]), queue], axis=1)[:, : config.queue]
+        return params, {"queue": jnp.where(ctx.step >= first, filled, queue)}
 
     return Method(
         init,
         forward,
         loss,
         local_views=True,
-        transform=freeze({"prototypes"}, config.freeze_steps),
+        frozen={"prototypes": config.freeze_steps},
         post_update=after,
         collapsed=entropy_collapse(
             config.prototypes,

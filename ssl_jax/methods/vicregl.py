@@ -1,8 +1,9 @@
 r"""VICRegL: VICReg on whole views and on places of their feature maps, which match in the image or in feature space.
 
 For segmentation, detection and small findings. Places are matched where they show the same spot of the image, and where
-they look most alike. Positions follow crop and flip, not rotation or other warps. Two views of 224 px for a ResNet; the
-paper's multi-crop has crop_scale 0.4 to 1 and config.augment.local_views=6 of 96 px (local.crop_scale 0.08 to 0.4).
+they look most alike. Positions follow crop and flip, not rotation or other warps; the official code ignores flips, too
+(`flips=False`). Two views of 224 px for a ResNet; the paper's multi-crop has crop_scale 0.4 to 1 and
+config.augment.local_views=6 of 96 px (local.crop_scale 0.08 to 0.4).
 
 $$\alpha\,\mathrm{VICReg}(\mathrm{whole}) + (1-\alpha)\,\mathrm{VICReg}(\mathrm{matched\ places})$$
 
@@ -35,6 +36,7 @@ class Config:
     hidden: int = 2048  # of the projector of whole views; ImageNet: 8192
     out: int = 2048
     local: int = 512  # hidden and out of the projector of places
+    flips: bool = True  # whether positions follow a flip; official: no (main_vicregl.py, no_flip_grid)
 
 
 RECIPE = {
@@ -73,7 +75,10 @@ def make(config, encoder, run):
         require_batch(batch["views"], "vicregl")
         refuse_randaugment(batch.get("drawn", ()), "vicregl")
         each, stats = apply_separately(Network(init, apply), params, state.stats, batch["views"])
-        where = [positions(drawn, *y["maps"].shape[1:3]) for y, drawn in zip(each, batch["drawn"], strict=True)]
+        drawn = batch["drawn"]
+        if not config.flips:
+            drawn = [{**own, "flip": jnp.zeros_like(own["flip"])} for own in drawn]
+        where = [positions(own, *y["maps"].shape[1:3]) for y, own in zip(each, drawn, strict=True)]
         maps = [y["maps"].reshape(*p.shape[:2], -1) for y, p in zip(each, where, strict=True)]
         outputs = {"embedding": each[0]["embedding"], "z": [y["z"] for y in each], "maps": maps, "positions": where}
         return outputs, stats

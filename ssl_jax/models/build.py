@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from ssl_jax import fields, registry
 from ssl_jax.config import Model
@@ -55,10 +56,12 @@ def build(model: Model, channels: int, size: int) -> Network:
     """
     mean, std = normalization(model, channels)
     if model.name in vit.ARCHITECTURES:
-        return vit.build_vit(model, size, mean, std)
-    if model.name in convnext.ARCHITECTURES:
-        return convnext.build_convnext(model, mean, std)
-    return resnet.build_resnet(model, size, mean, std)
+        made = vit.build_vit(model, size, mean, std)
+    elif model.name in convnext.ARCHITECTURES:
+        made = convnext.build_convnext(model, mean, std)
+    else:
+        made = resnet.build_resnet(model, size, mean, std)
+    return made._replace(scaled=lambda images: (images - jnp.array(mean)) / jnp.array(std))
 
 
 def normalization(model: Model, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

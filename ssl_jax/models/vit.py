@@ -2,13 +2,13 @@
 
 Source: https://arxiv.org/abs/2010.11929. By default pre-norm, LayerNorm with eps 1e-6, exact GELU, queries, keys and
 values with bias; options of config.model make it the ViT of DINOv2, DINOv3 and others. Initial values as in
-facebookresearch/mae: linear layers xavier uniform, tokens normal with deviation 0.02. Modules have timm's names with _
-for a dot (blocks_0, attn_qkv), from which `torch_weights` derives weight names.
+facebookresearch/mae: linear layers xavier uniform, tokens normal with deviation 0.02; others: `INITIAL`. Modules have
+timm's names with _ for a dot (blocks_0, attn_qkv), from which `torch_weights` derives weight names.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,13 +17,40 @@ import numpy as np
 
 from ssl_jax.config import Model
 from ssl_jax.errors import UserError
-from ssl_jax.models.layers import gelu, kept, network, rematerialized
+from ssl_jax.models.layers import gelu, kept, network, rematerialized, uniform
 from ssl_jax.network import Network
 
 SMALL_UP_TO = 64  # px: the largest images for which patch=0 is not 16
 xavier = nn.initializers.xavier_uniform()
 token_init = nn.initializers.normal(0.02)
+
+
+def xavier_qkv(rng, shape, dtype=jnp.float32):
+    """Xavier of queries, keys and values [D, 3 * D] apart: each is a layer with D outputs."""
+    bound = (6 / (shape[0] + shape[1] // 3)) ** 0.5
+    return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+
 Norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+
+
+class Initial(NamedTuple):
+    """Initial values of a ViT: of most matrices, of queries, keys and values, of the patches' projection, of the class
+    token. Biases start at 0."""
+
+    matrix: Any = xavier
+    qkv: Any = xavier
+    projection: Any = xavier
+    token: Any = token_init
+
+
+# config.model.initial. Sources: facebookresearch/mae, models_mae.py; moco-v3, vits.py; dino, vision_transformer.py,
+# whose truncated normal is cut at 100 deviations, and whose projection, with its bias, is PyTorch's default.
+INITIAL = {
+    "xavier": Initial(),
+    "xavier_qkv": Initial(qkv=xavier_qkv, token=nn.initializers.normal(1e-6)),
+    "normal": Initial(token_init, token_init, uniform),
+}
 
 # name: (features, heads, blocks); giant is DINOv2's (https://arxiv.org/abs/2304.07193)
 ARCHITECTURES = {
@@ -73,9 +100,12 @@ def _turn(x, turns):
     return (x * cosines + jnp.concatenate([-second, first], -1) * sines).astype(x.dtype)
 
 
-def cubic(old: int, new: int) -> np.ndarray:
-    """The matrix [new, old] of torch's bicubic interpolation without antialiasing (a = -0.75, edges repeated)."""
-    at = (np.arange(new) + 0.5) * old / new - 0.5
+def cubic(old: int, new: int, more: float = 0.0) -> np.ndarray:
+    """The matrix [new, old] of torch's bicubic interpolation without antialiasing (a = -0.75, edges repeated).
+
+    more: scale by (new + more) / old. DINO's is 0.1, against rounding (vision_transformer.py, issue 8).
+    """
+    at = (np.arange(new) + 0.5) * old / (new + more) - 0.5
     taps = np.floor(at)[:, None] + np.arange(-1, 3)
     distance, a = np.abs(at[:, None] - taps), -0.75
     near = ((a + 2) * distance - (a + 3)) * distance**2 + 1
@@ -109,7 +139,8 @@ def resized_grid(grid: jax.Array, height: int, width: int, how: str) -> jax.Arra
         return grid
     if how == "antialias":
         return jax.image.resize(grid, (height, width, grid.shape[-1]), "bicubic")
-    return jnp.einsum("hi,wj,ijd->hwd", cubic(side, height), cubic(side, width), grid)
+    more = 0.1 if how == "dino" else 0.0
+    return jnp.einsum("hi,wj,ijd->hwd", cubic(side, height, more), cubic(side, width, more), grid)
 
 
 @dataclass(frozen=True)
@@ -123,6 +154,7 @@ class BlockOptions:
     qkv_bias: str = "all"  # "no_key": of queries and values alone; "none"
     layer_scale: float = 0.0  # initial factors of the branches; 0: none. https://arxiv.org/abs/2103.17239
     eps: float = 1e-6
+    initial: str = "xavier"  # of the matrices, a key of INITIAL
 
 
 class LayerScale(nn.Module):
@@ -147,14 +179,17 @@ class Block(nn.Module):
         batch, tokens, width = x.shape
         # As rows: XLA's gradients of products with a matrix take up to 1.6 times as long on a CPU with an axis more.
         x = x.reshape(-1, width)
-        dense = functools.partial(nn.Dense, kernel_init=xavier, dtype=o.dtype)
+        initial = INITIAL[o.initial]
+        dense = functools.partial(nn.Dense, kernel_init=initial.matrix, dtype=o.dtype)
         norm = functools.partial(Norm, epsilon=o.eps, dtype=o.dtype)
 
         def branch(y, number):
             y = LayerScale(o.layer_scale, name=f"ls{number}")(y) if o.layer_scale else y
             return y if keep is None else y * jnp.repeat(keep[:, number - 1, None], tokens, axis=0).astype(y.dtype)
 
-        y = dense(3 * width, use_bias=o.qkv_bias == "all", name="attn_qkv")(norm(name="norm1")(x))
+        y = dense(3 * width, use_bias=o.qkv_bias == "all", kernel_init=initial.qkv, name="attn_qkv")(
+            norm(name="norm1")(x)
+        )
         if o.qkv_bias == "no_key":
             bias = [self.param(f"attn_{name}_bias", nn.initializers.zeros, (width,)) for name in "qv"]
             y = y + jnp.concatenate([bias[0], jnp.zeros_like(bias[0]), bias[1]]).astype(y.dtype)
@@ -180,20 +215,28 @@ class Projection(nn.Module):
     patch: int
     frozen: bool
     dtype: Any
+    initial: str = "xavier"
 
     @nn.compact
     def __call__(self, x):
         shape = (self.patch, self.patch, x.shape[-1], self.features)
 
+        bound = (self.patch * self.patch * x.shape[-1]) ** -0.5
+
         def kernel_init(rng):  # that of a linear layer; a convolution's would count positions as outputs
-            return xavier(rng, (self.patch * self.patch * x.shape[-1], self.features)).reshape(shape)
+            rows = (self.patch * self.patch * x.shape[-1], self.features)
+            return INITIAL[self.initial].projection(rng, rows).reshape(shape)
+
+        def bias_init(rng, shape):
+            small = bound if self.initial == "normal" else 0.0  # PyTorch's default for a convolution, or none
+            return jax.random.uniform(rng, shape, minval=-small, maxval=small) if small else jnp.zeros(shape)
 
         if self.frozen:
             kernel = self.variable("batch_stats", "kernel", lambda: kernel_init(self.make_rng("params"))).value
             bias = self.variable("batch_stats", "bias", jnp.zeros, self.features).value
         else:
             kernel = self.param("kernel", kernel_init)
-            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            bias = self.param("bias", bias_init, (self.features,))
         kernel = kernel.reshape(-1, self.features).astype(self.dtype)
         patches = patchify(x, self.patch).astype(self.dtype)
         rows = patches.reshape(-1, len(kernel)) @ kernel + bias  # as in `Block`
@@ -238,7 +281,8 @@ class ViT(nn.Module):
         check_patch(self.patch, x.shape[1:3])
         batch, height, width = len(x), x.shape[1] // self.patch, x.shape[2] // self.patch
         x = (x - jnp.array(self.mean)) / jnp.array(self.std)
-        x = Projection(self.width, self.patch, self.freeze_patch, self.block.dtype, name="patch_embed_proj")(x)
+        projection = functools.partial(Projection, self.width, self.patch, self.freeze_patch, self.block.dtype)
+        x = projection(self.block.initial, name="patch_embed_proj")(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if masked is not None:
             mask, token = masked
@@ -247,7 +291,8 @@ class ViT(nn.Module):
         x = x + patch_positions
         if visible is not None:
             x = jnp.take_along_axis(x, visible[..., None], axis=1)
-        first = [self.param("cls_token", token_init, (1, 1, self.width)) + class_position] if self.class_token else []
+        start = INITIAL[self.block.initial].token
+        first = [self.param("cls_token", start, (1, 1, self.width)) + class_position] if self.class_token else []
         if self.registers:
             first.append(self.param("reg_token", token_init, (1, self.registers, self.width)))
         x = jnp.concatenate([*(jnp.broadcast_to(t, (batch, *t.shape[1:])) for t in first), x], axis=1)
@@ -376,7 +421,14 @@ def build_vit(model: Model, size: int, mean: tuple[float, ...], std: tuple[float
             mean=mean,
             std=std,
             block=BlockOptions(
-                heads, jnp.dtype(model.dtype), hidden, swiglu, model.qkv_bias, model.layer_scale, model.eps
+                heads,
+                jnp.dtype(model.dtype),
+                hidden,
+                swiglu,
+                model.qkv_bias,
+                model.layer_scale,
+                model.eps,
+                model.initial,
             ),
             remat=model.remat,
             drop_path=model.drop_path,

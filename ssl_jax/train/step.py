@@ -93,7 +93,7 @@ def set_up(config: Config, source: Source, encoder: Network | None = None) -> Se
             f"{config.data.path or config.data.name!r} has none; use data with class folders or a label column"
         )
     schedule = learning_rate(config.optim, batch, steps, to_steps(config.optim.warmup, examples, batch))
-    tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr)
+    tx = optimizer(config.optim, schedule, method.transform, steps, method.constant_lr, method.frozen)
     views = resolve_views(config.augment, method.views, size, method.local_views)
     if config.data.crops == "file":
         check_no_warp(views)
