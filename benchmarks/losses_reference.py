@@ -113,7 +113,10 @@ def lightly() -> dict:
         "byol": (lambda x: (cos(x["a"], x["d"].detach()) + cos(x["b"], x["c"].detach())) / 2, "a b"),
         "simsiam": (lambda x: (cos(x["a"], x["d"].detach()) + cos(x["b"], x["c"].detach())) / 2, "a b"),
         "barlow_twins": (lambda x: loss.BarlowTwinsLoss(lambda_param=0.005)(x["a"], x["b"]), "a b"),
-        "barlow_twins, wide": (lambda x: loss.BarlowTwinsLoss(lambda_param=0.1)(x["wide_a"], x["wide_b"]), "wide_a wide_b"),
+        "barlow_twins, wide": (
+            lambda x: loss.BarlowTwinsLoss(lambda_param=0.1)(x["wide_a"], x["wide_b"]),
+            "wide_a wide_b",
+        ),
         "vicreg": (lambda x: loss.VICRegLoss(25.0, 10.0, 1.0)(x["a"], x["b"]), "a b"),
         "vicreg, wide": (lambda x: loss.VICRegLoss(25.0, 10.0, 1.0)(x["wide_a"], x["wide_b"]), "wide_a wide_b"),
         "vicreg, maps": (lambda x: loss.VICRegLoss(25.0, 10.0, 0.5)(x["map0"], x["map1"]), "map0 map1"),
@@ -226,9 +229,9 @@ def stable_pretraining() -> dict:
         "simsiam": (method("simsiam", "simsiam_loss", losses.NegativeCosineSimilarity()), "a b"),
         "vicreg": (method("vicreg", "vicreg_loss", losses.VICRegLoss(25.0, 10.0, 1.0)), "a b"),
         "barlow_twins": (
-            lambda x: method("barlow_twins", "barlow_loss", barlow)({"a": scale * x["a"], "b": scale * x["b"]} | {
-                key: x[key] for key in ("c", "d")
-            }),
+            lambda x: method("barlow_twins", "barlow_loss", barlow)(
+                {"a": scale * x["a"], "b": scale * x["b"]} | {key: x[key] for key in ("c", "d")}
+            ),
             "a b",
         ),
         "info_nce": (lambda x: losses.InfoNCELoss(0.2)(x["a"], x["queue"], x["label"]), "a queue"),

@@ -351,7 +351,12 @@ def judge(folder: Path, images: Path, model: Model, size: int) -> None:
     (folder / "scores.json").write_text(json.dumps(found))
 
 
+def stop(*_) -> None:
+    sys.exit(128 + signal.SIGTERM)  # on the way out, `Runner.start` ends the process that it waits for
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, stop)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("setup", nargs="?", default="cpu", choices=sorted(SETUPS))
     parser.add_argument("--peer", default="peer/bin/python", help="python of the environment with lightly")
