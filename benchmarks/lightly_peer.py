@@ -366,7 +366,8 @@ def train(run: SimpleNamespace, model: Peer) -> None:
         pin_memory=run.device == "cuda",
     )
     if run.timed:
-        return time_steps(run, model, optimizer, loader)
+        time_steps(run, model, optimizer, loader)
+        return
     seconds, step = [], 0
     for _ in range(run.epochs):
         began = time.perf_counter()

@@ -4,9 +4,9 @@
     python benchmarks/told_apart.py gpu --peer=peer/bin/python --minutes=60      one GPU; fits itself into the time
     python benchmarks/told_apart.py --table                                      what is finished so far
 
-Both train on all 60,000 images of Fashion-MNIST with the same network, views, batch, steps and optimizer: lightly's side
-(lightly_peer.py) reads the resolved config of ours. Both export embeddings of the training and the test images, and one
-function judges them after the last step. First a few steps of every cell are timed; then it says what it will do and
+Both train on all 60,000 images of Fashion-MNIST with the same network, views, batch, steps and optimizer: lightly's
+side (lightly_peer.py) reads the resolved config of ours. Both export embeddings of the training and the test images,
+and one function judges them after the last step. First a few steps of every cell are timed; then it says what it will do and
 how long that takes. With --minutes it takes as many epochs as fit, and drops seeds before it goes below LEAST epochs.
 That plan is kept in the workdir. A finished cell is not run again; ours goes on from its last checkpoint, lightly's
 starts again. The environment of the peer: benchmarks/README.md, "Against lightly".
@@ -260,16 +260,16 @@ class Runner:
         self.prepare()
         plan = self.plan()
         cells = self.order(plan["seeds"])
-        print(
+        told = (
             f"{len(self.methods)} methods, {plan['seeds']} seeds, {plan['epochs']} epochs of {self.args.images} images"
         )
+        print(told, flush=True)
         for number, cell in enumerate(cells):
             if self.result(*cell):
                 continue
             left = sum(self.seconds(plan, other) for other in cells[number:]) / 60
-            print(
-                f"{' '.join(map(str, cell))}: {number} of {len(cells)} done, about {left:.0f} minutes left", flush=True
-            )
+            told = f"{number} of {len(cells)} done, about {left:.0f} minutes left"
+            print(f"{' '.join(map(str, cell))}: {told}", flush=True)
             print(self.run(*cell, plan["epochs"]), flush=True)
         print(self.table())
 
@@ -307,8 +307,10 @@ def fit(times: dict, judge: float, steps: int, minutes: float, seeds: int, epoch
 
     times: of each side and method, as `Runner.train` measures them; steps: of an epoch; judge: seconds of a cell.
 
-    >>> fit({"a": {"step_s": 0.1, "other_s": 10.0}}, 10.0, 100, 10.0, 3, 200)  # 600 s: 3 x (20 + 10 x 18), 20 for floors
-    (3, 17)
+    >>> fit({"a": {"step_s": 0.1, "other_s": 10.0}}, 10.0, 100, 12.0, 3, 200)  # 240 s a seed: 30 s and 21 epochs
+    (3, 21)
+    >>> fit({"a": {"step_s": 0.1, "other_s": 10.0}}, 10.0, 100, 10.0, 3, 200)  # 17 epochs would be too few
+    (2, 27)
     """
     if not minutes:
         return seeds, epochs
