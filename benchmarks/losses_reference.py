@@ -12,10 +12,8 @@ come from `inputs` and are stored, too. tests/test_losses_peers.py compares ssl_
 each case, LIBRARY/CASE/value and LIBRARY/CASE/grad/INPUT; "about" names versions.
 """
 
-import functools
 import importlib.metadata
 import json
-import subprocess
 import sys
 import types
 from pathlib import Path

@@ -6,10 +6,10 @@
 
 Both train on all 60,000 images of Fashion-MNIST with the same network, views, batch, steps and optimizer: lightly's
 side (lightly_peer.py) reads the resolved config of ours. Both export embeddings of the training and the test images,
-and one function judges them after the last step. First a few steps of every cell are timed; then it says what it will do and
-how long that takes. With --minutes it takes as many epochs as fit, and drops seeds before it goes below LEAST epochs.
-That plan is kept in the workdir. A finished cell is not run again; ours goes on from its last checkpoint, lightly's
-starts again. The environment of the peer: benchmarks/README.md, "Against lightly".
+and one function judges them after the last step. First a few steps of every cell are timed; then it says what it will
+do and how long that takes. With --minutes it takes as many epochs as fit, and drops seeds before it goes below LEAST
+epochs. That plan is kept in the workdir. A finished cell is not run again; ours goes on from its last checkpoint,
+lightly's starts again. The environment of the peer: benchmarks/README.md, "Against lightly".
 """
 
 import argparse
@@ -54,7 +54,7 @@ SETUPS: dict[str, dict[str, Any]] = {
     "cpu": {
         "methods": ("simclr", "moco", "barlow_twins", "byol", "supervised"),
         "size": 28,
-        "epochs": 10,
+        "epochs": 8,
         "batch": 128,
         "model": {"model.name": "resnet_thin"},
         "all": {**VIEWS, "optim.lr": 3e-3},
@@ -364,7 +364,7 @@ def main() -> None:
     parser.add_argument("--peer", default="peer/bin/python", help="python of the environment with lightly")
     parser.add_argument("--methods", help="default: those of the setup")
     parser.add_argument("--minutes", type=float, default=0.0, help="what all of it may take; 0: what it takes")
-    parser.add_argument("--epochs", type=int, default=0, help="at most; 0: those of the setup (cpu 10, gpu 200)")
+    parser.add_argument("--epochs", type=int, default=0, help="at most; 0: those of the setup (cpu 8, gpu 200)")
     parser.add_argument("--seeds", type=int, default=3, help="at most")
     parser.add_argument("--images", type=int, default=60_000, help="the first of the training images")
     parser.add_argument(
