@@ -200,3 +200,26 @@ def test_barlow_twins_of_stable_pretraining_has_smaller_correlations():
             want = STORED[f"stable-pretraining/barlow_twins/grad/{key}"]
             np.testing.assert_allclose(1e4 * gradient[key], want, rtol=1e-6, atol=1e-8)
         np.testing.assert_allclose(jax.jit(loss)(given, 1.0), jax.jit(barlow_twins)(given["a"], given["b"]), rtol=1e-8)
+
+
+def test_what_lightly_tests_of_its_own():
+    """KoLeo's value on six points and on one, which is its own neighbour; invariances of NT-Xent and Barlow Twins."""
+    points = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [-1.0, -1.0]])
+
+    def made(x, points):
+        other = {"a": 3 * x["a"] + 2, "b": 0.5 * x["b"] - 1}
+        return {
+            "points": losses.koleo(points),
+            "one point": losses.koleo(points[:1]),
+            "exchanged": nt_xent(x["a"], x["b"]) - nt_xent(x["b"], x["a"]),
+            "scaled": nt_xent(3 * x["a"], x["b"]) - nt_xent(x["a"], x["b"]),
+            "affine": barlow_twins(other["a"], other["b"]) - barlow_twins(x["a"], x["b"]),
+        }
+
+    with jax.enable_x64(True):
+        found = jax.device_get(jax.jit(made)(X, points))
+    assert found["points"] == pytest.approx(0.2674, rel=1e-4)
+    assert found["one point"] == pytest.approx(17.7275, rel=1e-4)
+    assert abs(found["exchanged"]) < 1e-12
+    assert abs(found["scaled"]) < 1e-12
+    assert abs(found["affine"]) < 1e-3  # but for the epsilon
