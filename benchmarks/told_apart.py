@@ -46,7 +46,6 @@ SCORES = {  # name: (what it is, neighbours)
     "knn200": ("kNN, 200 neighbours as lightly's benchmarks have it", 200),
     "linear": ("logistic regression", 0),
 }
-TIMED = 30  # steps
 LEAST = 20  # epochs: before fewer are trained, seeds are dropped
 VIEWS = {"augment.jitter_prob": 1.0, "augment.brightness": 0.8, "augment.contrast": 0.8}  # methods_fashion_mnist.py
 SETUPS: dict[str, dict[str, Any]] = {
@@ -85,7 +84,8 @@ SETUPS: dict[str, dict[str, Any]] = {
 
 class Runner:
     def __init__(self, args: argparse.Namespace):
-        self.args, self.setup = args, SETUPS[args.setup]
+        self.args, self.setup, self.timed = args, dict(SETUPS[args.setup]), args.timed
+        self.setup["batch"] = args.batch or self.setup["batch"]
         self.workdir = args.workdir.resolve()
         self.cells, self.data = self.workdir / "cells", self.workdir / f"images-{args.images}.npz"
         self.methods = tuple(args.methods.split(",")) if args.methods else self.setup["methods"]
@@ -106,7 +106,7 @@ class Runner:
             "train.batch": self.setup["batch"],
             "train.duration": f"{epochs} epochs",
             "train.seed": seed,
-            "train.log_every": f"{TIMED} steps",
+            "train.log_every": f"{self.timed} steps",
             "train.micro_batch": 0,
             "optim.warmup": f"{steps // 10} steps",
             **ALL,
@@ -120,28 +120,28 @@ class Runner:
         return [f"--config.{key}={value}" for key, value in settings.items()]
 
     def train(self, side: str, method: str, seed: int, epochs: int, folder: Path, timed: bool = False) -> dict:
-        """Trains one cell: loss of the last step. Or times TIMED steps of it: seconds of a step, and of the rest."""
+        """Trains one cell: loss of the last step. Or times a few steps of it: seconds of a step, and of the rest."""
         flags = self.flags(method, seed, epochs)
         config = f"methods_fashion_mnist:{method}"
         if side == "ssl_jax":
             command = [sys.executable, "-m", "ssl_jax.cli", "pretrain", f"--config={config}", f"--workdir={folder}"]
-            more = [f"--config.train.duration={2 * TIMED} steps", "--config.optim.warmup=0 steps"] if timed else []
+            more = [f"--config.train.duration={2 * self.timed} steps", "--config.optim.warmup=0 steps"] if timed else []
             wall = self.start([*command, *flags, *more])
             images_per_s = [line["images_per_s"] for line in read_lines(RunFolder(folder).timing)]
             step = self.setup["batch"] / statistics.median(images_per_s[1:] or images_per_s)
             loss = read_lines(RunFolder(folder).metrics)[-1]["loss"]
-            return {"step_s": step, "other_s": max(0.0, wall - 2 * TIMED * step)} if timed else {"loss": loss}
+            return {"step_s": step, "other_s": max(0.0, wall - 2 * self.timed * step)} if timed else {"loss": loss}
         folder.mkdir(parents=True, exist_ok=True)
         resolved = resolve(load_config(config, flags))
         source, about = self.source(), {key: getattr(self.args, key) for key in ("images", "cores", "workers")}
         about = argparse.Namespace(**about, epochs=epochs, batch=self.setup["batch"])
         settings = settings_of(resolved, set_up(resolved, source), about, folder)
-        settings |= {"device": self.args.device, "timed": TIMED if timed else 0, "classes": len(source.classes)}
+        settings |= {"device": self.args.device, "timed": self.timed if timed else 0, "classes": len(source.classes)}
         settings["data"] = str(self.data)
         (folder / "settings.json").write_text(json.dumps(settings))
         wall = self.start([self.args.peer, HERE / "lightly_peer.py", folder / "settings.json"])
         found = json.loads((folder / "result.json").read_text())
-        other = max(0.0, wall - 2 * TIMED * found["step"])
+        other = max(0.0, wall - 2 * self.timed * found["step"])
         return {"step_s": found["step"], "other_s": other} if timed else {"loss": found["loss"]}
 
     def run(self, side: str, method: str, seed: int, epochs: int) -> dict:
@@ -220,13 +220,13 @@ class Runner:
     def plan(self) -> dict:
         """Seeds, epochs and the times that were measured; a plan that is there is kept."""
         args, path = self.args, self.workdir / "plan.json"
+        asked = {key: getattr(args, key) for key in ("setup", "images", "epochs", "seeds", "minutes", "batch")}
+        asked["methods"] = list(self.methods)
         if path.exists():
             kept = json.loads(path.read_text())
-            asked = {"setup": args.setup, "images": args.images, "methods": list(self.methods)}
-            asked |= {key: getattr(args, key) for key in ("epochs", "seeds", "minutes")}
             for key, value in asked.items():
-                if kept["asked"][key] != value:
-                    sys.exit(f"--{key}={value}: {path} was made with {kept['asked'][key]}; take another --workdir")
+                if kept["asked"].get(key, 0) != value:
+                    sys.exit(f"--{key}={value}: {path} was made with {kept['asked'].get(key)}; take another --workdir")
             return kept
         epochs = args.epochs or self.setup["epochs"]
         judge = self.run(SIDES[0], FLOOR, 0, 0)["judge_s"]
@@ -239,8 +239,6 @@ class Runner:
                 took = times[f"{side} {method}"]
                 print(f"{side} {method}: {took['step_s']:.3f} s a step, {took['other_s']:.0f} s beside", flush=True)
         seeds, epochs = fit(times, judge, self.steps(1), args.minutes, args.seeds, epochs)
-        asked = {"setup": args.setup, "images": args.images, "methods": list(self.methods), "epochs": args.epochs}
-        asked |= {"seeds": args.seeds, "minutes": args.minutes}
         made = {"asked": asked, "seeds": seeds, "epochs": epochs, "times": times, "judge_s": judge}
         path.write_text(json.dumps(made, indent=1))
         return made
@@ -366,6 +364,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="what all of it may take; 0: what it takes")
     parser.add_argument("--epochs", type=int, default=0, help="at most; 0: those of the setup (cpu 8, gpu 200)")
     parser.add_argument("--seeds", type=int, default=3, help="at most")
+    parser.add_argument("--batch", type=int, default=0, help="0: that of the setup (cpu 128, gpu 256)")
+    parser.add_argument("--timed", type=int, default=30, help="steps that are timed, after as many that are not")
     parser.add_argument("--images", type=int, default=60_000, help="the first of the training images")
     parser.add_argument(
         "--cores", type=int, default=os.cpu_count(), help="threads of each side; they never run at once"
