@@ -95,12 +95,11 @@ def lightly() -> dict:
         agree = loss.lejepa_loss.lejepa_invariance_loss(all_proj=views, global_proj=views)
         return 0.05 * made.double().sigreg(views) + 0.95 * agree
 
-    def vicregl(x, alpha, views):
-        made = loss.VICRegLLoss(25.0, 10.0, 1.0, alpha, num_matches=(4, 4))
+    def vicregl(x):
+        made = loss.VICRegLLoss(25.0, 10.0, 1.0, 0.75, num_matches=(4, 4))
         features = [(x[name], x[f"map{i}"].reshape(6, 2, 2, 3)) for i, name in enumerate("abc")]
         grids = [x[f"grid{i}"].reshape(6, 2, 2, 2) for i in range(3)]
-        more = (features[2:], grids[2:]) if views > 2 else (None, None)
-        return made(features[:2], grids[:2], *more)
+        return made(features[:2], grids[:2], features[2:], grids[2:])
 
     scores = [f"student{i}" for i in range(4)]
     return {
@@ -118,9 +117,7 @@ def lightly() -> dict:
         "vicreg": (lambda x: loss.VICRegLoss(25.0, 10.0, 1.0)(x["a"], x["b"]), "a b"),
         "vicreg, wide": (lambda x: loss.VICRegLoss(25.0, 10.0, 1.0)(x["wide_a"], x["wide_b"]), "wide_a wide_b"),
         "vicreg, maps": (lambda x: loss.VICRegLoss(25.0, 10.0, 0.5)(x["map0"], x["map1"]), "map0 map1"),
-        "vicregl, global": (lambda x: vicregl(x, 1.0, 3), "a b c"),
-        "vicregl, local": (lambda x: vicregl(x, 0.0, 2), "map0 map1"),
-        "vicregl": (lambda x: vicregl(x, 0.75, 3), "a b c map0 map1 map2"),
+        "vicregl": (vicregl, "a b c map0 map1 map2"),
         "swav": (lambda x: swav(x, False), " ".join(scores[:2])),
         "swav, multi-crop": (lambda x: swav(x, True), " ".join(scores)),
         "dino": (dino, " ".join(scores)),

@@ -67,9 +67,9 @@ def msn(x, weight):
     return losses.msn([a, b], balanced, weight=weight)[0]
 
 
-def vicregl(x, views, alpha):
-    maps, grids = ([x[f"{kind}{i}"] for i in range(views)] for kind in ("map", "grid"))
-    return losses.vicregl([x[name] for name in "abc"[:views]], maps, grids, alpha=alpha, matches=(4, 4), **VICREG)
+def vicregl(x):
+    maps, grids = ([x[f"{kind}{i}"] for i in range(3)] for kind in ("map", "grid"))
+    return losses.vicregl([x[name] for name in "abc"], maps, grids, alpha=0.75, matches=(4, 4), **VICREG)
 
 
 def mae(x, normalize):
@@ -98,9 +98,7 @@ CASES = {
     "lightly/vicreg, wide": lambda x: losses.vicreg(x["wide_a"], x["wide_b"], **VICREG),
     # Places of maps: its mean over views of covariances is ours over both views, halved.
     "lightly/vicreg, maps": lambda x: losses.vicreg(x["map0"], x["map1"], **VICREG | {"covariance": 0.5}),
-    "lightly/vicregl, global": lambda x: vicregl(x, 3, 1.0),
-    "lightly/vicregl, local": lambda x: vicregl(x, 2, 0.0),
-    "lightly/vicregl": lambda x: vicregl(x, 3, 0.75),
+    "lightly/vicregl": vicregl,
     "lightly/swav": lambda x: swav(x, 2),
     "lightly/swav, multi-crop": lambda x: swav(x, 4),
     "lightly/dino": dino,
