@@ -28,11 +28,11 @@ RECIPES = (  # of configs/imagenet.py
     *("vicregl", "tico", "swav", "swav_256", "dino", "dino_resnet50", "instance_discrimination", "rotation", "jigsaw"),
     *("mae", "simmim"),
 )
-HALF = {"train.batch": 256, "model.dtype": "bfloat16"}
+HALF = {"train.batch": 256, "model.dtype": "bfloat16", "train.micro_batch": 0}
 SMALLER = {"dino": 128, "simmim": 128, "mae": 256, "rotation": 128}  # batches
 CASES = {name: (name, HALF | {"train.batch": SMALLER.get(name, 256)}) for name in RECIPES}
 CASES |= {  # name: recipe, and what is changed
-    "simclr, float32": ("simclr", {"train.batch": 256}),
+    "simclr, float32": ("simclr", HALF | {"model.dtype": "float32"}),
     "simclr, 4,096 in micro-batches": ("simclr", HALF | {"train.batch": 4096, "train.micro_batch": 256}),
 }
 SIDES = ("ssl_jax", "eager", "compiled")  # the last two: PyTorch
@@ -63,7 +63,7 @@ def config_of(name: str, tiny: bool):
         smaller = {"model.name": "vit_tiny", "model.depth": 2, "model.patch": 16} if "vit" in model else {}
         small = smaller or {"model.name": "resnet18"}
         changes |= {"train.batch": 16, "data.size": 96 if recipe == "jigsaw" else 64, **small}
-        changes |= {"train.micro_batch": 8} if "train.micro_batch" in changes else {}
+        changes |= {"train.micro_batch": min(8, changes["train.micro_batch"]), "model.dtype": "float32"}
     return resolve(load_config(f"imagenet:{recipe}", [f"--config.{key}={value}" for key, value in changes.items()]))
 
 
@@ -79,7 +79,7 @@ def ours(name: str, tiny: bool) -> dict:
     shape = (64 if tiny else IMAGES, config.data.size, config.data.size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     source = Source([str(i) for i in range(len(images))], images.shape[1:], images.__getitem__)
-    mesh = make_mesh(1, config.train.batch, config.train.micro_batch)
+    mesh = make_mesh(1, config.train.batch, config.train.part)
     setup = set_up(config, source)
     state, store = init_state(setup, 0, mesh), jax.device_put(images)
     run = make_step(setup, config, mesh)
