@@ -77,6 +77,7 @@ def settings_of(config: Config, setup: Setup, args: argparse.Namespace, folder: 
     params, _ = jax.eval_shape(setup.method.init, jax.random.key(0), views)
     widths, depths, _ = ARCHITECTURES[config.model.name]
     mean, std = normalization(config.model, 1)
+    stem = (5, 2) if config.model.name == "resnet_thin" else (3, 1)
     optim = config.optim
     if optim.name != "adamw" or optim.schedule != "cosine":
         sys.exit(f"benchmarks/lightly_peer.py trains by AdamW with a cosine; config.optim: {optim}")
@@ -88,7 +89,7 @@ def settings_of(config: Config, setup: Setup, args: argparse.Namespace, folder: 
         "method": {"name": config.method_name, **dataclasses.asdict(config.method)},
         "optim": dataclasses.asdict(optim),
         "views": [dataclasses.asdict(view) for view in setup.views],
-        "network": {"channels": 1, "widths": widths, "depths": depths, "stem": (5, 2), "pool": False},
+        "network": {"channels": 1, "widths": widths, "depths": depths, "stem": stem, "pool": False},
         "features": widths[-1],
         "parameters": {"encoder": count(params["encoder"]), "all": count(params)},
         "mean": mean,
@@ -103,6 +104,9 @@ def settings_of(config: Config, setup: Setup, args: argparse.Namespace, folder: 
         "seed": config.train.seed,
         "cores": args.cores,
         "workers": args.workers,
+        "device": "cpu",
+        "dtype": config.model.dtype,
+        "timed": 0,
         "data": str(folder.parent / f"images-{args.images}.npz"),
         "out": str(folder),
     }

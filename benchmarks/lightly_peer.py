@@ -10,6 +10,7 @@ config of ssl_jax in SETTINGS.json. What lightly's options cannot make equal is 
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import statistics
@@ -42,12 +43,29 @@ from torchvision import transforms
 TIMED = 10  # steps whose median is the time of a step alone
 
 
+class Half(nn.Module):
+    """A backbone that computes in bfloat16; heads and losses stay in float32, as those of ssl_jax do."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.net(x).float()
+
+
+def backbone(run: SimpleNamespace) -> nn.Module:
+    net = resnet(**run.network)
+    return Half(net) if run.dtype == "bfloat16" else net
+
+
 class Peer(nn.Module):
     """A method: `online` is backbone and projector, `target` their moving average where there is one."""
 
     def __init__(self, run: SimpleNamespace, head: nn.Module):
         super().__init__()
-        self.online = nn.Sequential(resnet(**run.network), head)
+        self.online = nn.Sequential(backbone(run), head)
         self.run = run
 
     def loss(self, views: list[Tensor], step: int) -> Tensor:
@@ -66,7 +84,7 @@ class Peer(nn.Module):
 class WithTarget(Peer):
     def __init__(self, run: SimpleNamespace, head: nn.Module, target_head: nn.Module | None = None):
         super().__init__(run, head)
-        self.target = nn.Sequential(resnet(**run.network), target_head or copy.deepcopy(head))
+        self.target = nn.Sequential(backbone(run), target_head or copy.deepcopy(head))
         self.target.load_state_dict(self.online.state_dict())
         deactivate_requires_grad(self.target)
 
@@ -204,6 +222,17 @@ class TiCo(WithTarget):
         return self.criterion(self.online(views[0]), target)
 
 
+class Supervised(Peer):
+    """Not of lightly: plain cross-entropy. The labels stand behind the view."""
+
+    def __init__(self, run):
+        super().__init__(run, nn.Linear(run.features, run.classes))
+
+    def loss(self, views, step):
+        images, labels = views
+        return nn.functional.cross_entropy(self.online(images), labels)
+
+
 METHODS = {
     "simclr": SimCLR,
     "moco": MoCo,
@@ -214,6 +243,7 @@ METHODS = {
     "swav": SwAV,
     "dino": DINO,
     "tico": TiCo,
+    "supervised": Supervised,
 }
 
 
@@ -231,16 +261,18 @@ def check(model: Peer, run: SimpleNamespace) -> None:
 
 
 class Pictures(Dataset):
-    """Views of images uint8 [N, H, W, 1], drawn image by image as torchvision's datasets do."""
+    """Views of images uint8 [N, H, W, 1], drawn image by image as torchvision's datasets do; then labels, if given."""
 
-    def __init__(self, images: np.ndarray, run: SimpleNamespace):
+    def __init__(self, images: np.ndarray, run: SimpleNamespace, labels: np.ndarray | None = None):
         self.images, self.transform = images[..., 0], MultiViewTransform([view_of(v, run) for v in run.views])
+        self.labels = labels
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.images[index]))
+        views = self.transform(Image.fromarray(self.images[index]))
+        return views if self.labels is None else [*views, int(self.labels[index])]
 
 
 def view_of(view: dict, run: SimpleNamespace) -> transforms.Compose:
@@ -275,12 +307,17 @@ def rate(step: int, run: SimpleNamespace) -> float:
     return run.peak * (1 + math.cos(math.pi * (step - run.warmup) / (run.steps - run.warmup))) / 2
 
 
+def on_device(x: Tensor, run: SimpleNamespace) -> Tensor:
+    x = x.to(run.device, non_blocking=True)
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
 def train_step(model: Peer, optimizer: torch.optim.AdamW, views: list[Tensor], step: int) -> Tensor:
     run = model.run
     for group in optimizer.param_groups:
         group["lr"] = run.peak if group["constant"] else rate(step, run)
     optimizer.zero_grad()
-    loss = model.loss([view.contiguous(memory_format=torch.channels_last) for view in views], step)
+    loss = model.loss([on_device(view, run) for view in views], step)
     loss.backward()
     if run.optim.clip_norm:
         nn.utils.clip_grad_norm_(model.parameters(), run.optim.clip_norm)
@@ -296,23 +333,41 @@ def embed(model: Peer, images: np.ndarray) -> np.ndarray:
     mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (model.run.mean, model.run.std))
     for part in np.array_split(images, -(-len(images) // 512)):
         x = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 255
-        parts.append(net(((x - mean) / std).contiguous(memory_format=torch.channels_last)).numpy())
+        parts.append(net(on_device((x - mean) / std, model.run)).cpu().numpy())
     net.train()
     return np.concatenate(parts)
 
 
+def time_steps(run: SimpleNamespace, model: Peer, optimizer: torch.optim.AdamW, loader: DataLoader) -> None:
+    """Writes the mean time of run.timed steps, loading included, after as many that do not count."""
+    for step, views in enumerate(itertools.chain.from_iterable(itertools.repeat(loader))):
+        if step == run.timed:
+            began = time.perf_counter()
+        loss = train_step(model, optimizer, views, step)
+        if step in (run.timed - 1, 2 * run.timed - 1):
+            loss.item()  # waits for the device
+        if step == 2 * run.timed - 1:
+            break
+    seconds = (time.perf_counter() - began) / run.timed
+    (Path(run.out) / "result.json").write_text(json.dumps({"step": seconds, "loss": loss.item()}))
+
+
 def train(run: SimpleNamespace, model: Peer) -> None:
     out, data = Path(run.out), np.load(run.data)
-    model = model.to(memory_format=torch.channels_last).train()
+    model = model.to(run.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(model, run)
     loader = DataLoader(
-        Pictures(data["train"], run),
+        Pictures(data["train"], run, data["labels"] if run.method.name == "supervised" else None),
         batch_size=run.batch,
         shuffle=True,
         drop_last=True,
         num_workers=run.workers,
         persistent_workers=run.workers > 0,
+        pin_memory=run.device == "cuda",
     )
+    if run.timed:
+        time_steps(run, model, optimizer, loader)
+        return
     seconds, step = [], 0
     for _ in range(run.epochs):
         began = time.perf_counter()

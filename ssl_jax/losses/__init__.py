@@ -3,7 +3,7 @@
 Shapes: B batch, D features, K queue. Every loss returns a scalar, the mean over the batch, in the type of its inputs.
 """
 
-from ssl_jax.losses.clustering import dino, dino_targets, msn, sinkhorn, swapped, swav
+from ssl_jax.losses.clustering import dino, dino_targets, msn, msn_targets, sinkhorn, swapped, swav
 from ssl_jax.losses.contrastive import (
     in_batch_info_nce,
     indexed_info_nce,
@@ -51,6 +51,7 @@ __all__ = [
     "masked_error",
     "mined_triplet",
     "msn",
+    "msn_targets",
     "nce",
     "nce_normalizer",
     "negative_cosine",

@@ -99,6 +99,20 @@ def dino_targets(teacher: Sequence[jax.Array], centre: jax.Array, *, temperature
     return [jax.nn.softmax((t - centre) / temperature) for t in teacher]
 
 
+def msn_targets(scores: jax.Array, *, sharpen: float, iterations: int) -> jax.Array:
+    """MSN's targets [B, K] of scores [B, K]: softmax(scores / sharpen), balanced by `sinkhorn`.
+
+    scores: cosines with the prototypes / temperature. Each row sums to 1 before it is balanced; with few iterations that
+    is not the same as to balance exp(scores / sharpen), where confident images would weigh more.
+
+    Source: facebookresearch/msn, src/losses.py.
+
+    >>> [[round(v, 2) for v in row] for row in msn_targets(jnp.eye(2), sharpen=0.25, iterations=3).tolist()]
+    [[0.98, 0.02], [0.02, 0.98]]
+    """
+    return sinkhorn(jax.nn.log_softmax(scores / sharpen), epsilon=1.0, iterations=iterations)
+
+
 def msn(scores: Sequence[jax.Array], targets: jax.Array, *, weight: float) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean cross-entropy of softmax(scores) under targets, plus weight (log K - entropy of the mean prediction).
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from ssl_jax.fields import option
-from ssl_jax.losses import msn, normalize, sinkhorn
+from ssl_jax.losses import msn, msn_targets, normalize
 from ssl_jax.methods.base import (
     Method,
     entropies,
@@ -118,7 +118,7 @@ def make(config, encoder, run):
         prototypes = normalize(ctx.params["prototypes"])
         scores = [normalize(z) @ prototypes.T / config.temperature for z in outputs["z"]]
         target = jax.lax.stop_gradient(normalize(outputs["target"]) @ prototypes.T / config.temperature)
-        q = sinkhorn(target, epsilon=config.sharpen, iterations=config.sinkhorn_iterations)
+        q = msn_targets(target, sharpen=config.sharpen, iterations=config.sinkhorn_iterations)
         value, terms = msn(scores, q, weight=config.mean_weight)
         return value, {**terms, **entropies([q])}
 
