@@ -149,7 +149,7 @@ def page(made: Mapping[str, Any]) -> str:
 
 
 def hours() -> dict[str, dict[str, float]]:
-    """Recipe -> slice -> hours, of benchmarks/results/plans.csv; what does not fit, or has not been planned, is absent."""
+    """Recipe -> slice -> hours, of benchmarks/results/plans.csv; what does not fit or is not planned is absent."""
     found: dict[str, dict[str, float]] = {}
     with PLANS.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):

@@ -198,7 +198,7 @@ def lazy(images, broken=-1):
                 asked.append((len(rows), threading.current_thread()))
             return super().__getitem__(rows)
 
-    return Watched(Source([str(i) for i in range(len(images))], images.shape[1:], load), 2), asked
+    return Watched(Source([str(i) for i in range(len(images))], images.shape[1:], load)), asked
 
 
 @pytest.mark.parametrize("how", [{}, {"pixels": True, "lr": (1e-3, 1e-2)}])

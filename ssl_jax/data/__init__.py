@@ -12,7 +12,8 @@ from typing import Any
 from ssl_jax import fields, registry
 from ssl_jax.config import Data
 from ssl_jax.data.exclude import wanted
-from ssl_jax.data.source import Partners, Source, batches, order
+from ssl_jax.data.feed import Partners, batches, order
+from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_json
 

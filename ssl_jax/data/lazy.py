@@ -24,10 +24,10 @@ class LazyImages:
 
     dtype, ndim = np.dtype(np.uint8), 4
 
-    def __init__(self, source: "Source", workers: int):
+    def __init__(self, source: "Source"):
         self.source, self.shape = source, (len(source), *source.shape)
-        self._workers, self._pool = workers, ThreadPoolExecutor(workers)
-        self._end, self._ahead = 0, dict[range, list[Future[np.ndarray]]]()
+        self._thread = ThreadPoolExecutor(1)
+        self._end, self._ahead = 0, dict[range, Future[np.ndarray]]()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -36,25 +36,21 @@ class LazyImages:
         if isinstance(rows, int | np.integer):
             return self.source.load(range(len(self))[int(rows)])
         if not isinstance(rows, slice):
-            return self._decoded(self._submit(np.arange(len(self))[np.asarray(rows)]))
+            return self._read(np.arange(len(self))[np.asarray(rows)])
         wanted = range(len(self))[rows]
-        parts = self._ahead.pop(wanted, None) or self._submit(wanted)
+        images = self._ahead.pop(wanted, None) or self._submit(wanted)
         self._ahead.clear()
         following = range(len(self))[wanted.stop : wanted.stop + len(wanted)]
         if wanted.step == 1 and wanted.start == self._end and following:
             self._ahead[following] = self._submit(following)
         self._end = wanted.stop
-        return self._decoded(parts)
+        return images.result()
 
-    def _submit(self, indices: Sequence[int] | np.ndarray) -> list[Future[np.ndarray]]:
-        """One part for each thread: a part per image would cost more than decoding a small image."""
-        parts = np.array_split(np.asarray(indices, np.int64), self._workers)
-        return [self._pool.submit(self.source.load_many, part) for part in parts if len(part)]
+    def _submit(self, indices: Sequence[int] | np.ndarray) -> Future[np.ndarray]:
+        return self._thread.submit(self._read, np.asarray(indices, np.int64))
 
-    def _decoded(self, parts: Sequence[Future[np.ndarray]]) -> np.ndarray:
-        if not parts:
-            return np.zeros((0, *self.source.shape), np.uint8)
-        return np.concatenate([part.result() for part in parts])
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        return self.source.load_many(indices) if len(indices) else np.zeros((0, *self.source.shape), np.uint8)
 
     def digest(self) -> str:
         """A hash of the images' names and shape: of their pixels it would take as long as decoding all of them."""

@@ -15,8 +15,9 @@ import optax
 from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.config import Config, Finetune, View
 from ssl_jax.data import open_source
+from ssl_jax.data.feed import order
 from ssl_jax.data.lazy import LazyImages, images_at
-from ssl_jax.data.source import Source, order
+from ssl_jax.data.source import Source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import (

@@ -102,8 +102,8 @@ def dino_targets(teacher: Sequence[jax.Array], centre: jax.Array, *, temperature
 def msn_targets(scores: jax.Array, *, sharpen: float, iterations: int) -> jax.Array:
     """MSN's targets [B, K] of scores [B, K]: softmax(scores / sharpen), balanced by `sinkhorn`.
 
-    scores: cosines with the prototypes / temperature. Each row sums to 1 before it is balanced; with few iterations that
-    is not the same as to balance exp(scores / sharpen), where confident images would weigh more.
+    scores: cosines with the prototypes / temperature. Each row sums to 1 before it is balanced. With few iterations
+    that is not the same as balancing exp(scores / sharpen), where confident images would weigh more.
 
     Source: facebookresearch/msn, src/losses.py.
 
