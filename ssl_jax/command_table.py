@@ -8,7 +8,7 @@ RUN = "run folder, written by `ssl-jax pretrain`"
 ENCODER = f"{RUN}, or a classifier folder, written by `ssl-jax finetune`"
 STEP = ("", "checkpoint to use instead of the finished encoder: its step, or latest; the run may go on meanwhile")
 # These accept --config.KEY=VALUE but have no --config.
-OVERRIDES = ("evaluate", "finetune", "predict", "embed", "export", "select", "check", "search")
+OVERRIDES = ("evaluate", "transfer", "finetune", "predict", "embed", "export", "select", "check", "search")
 DATA = "folder of images or of CheXpert, .csv or .npz file, or a source such as fashion_mnist or tfds:NAME"
 JSON = (False, "end the output with one line of JSON, for programs")
 DRY_RUN = (False, "say what this would read, need and write, after a few steps; write nothing")
@@ -66,6 +66,19 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
             "topology": ("", "with --dry-run: a TPU slice, such as v5e:8x8, for which hours are predicted"),
             "cluster": (False, "as of pretrain"),
             "dry_run": DRY_RUN,
+            "json": JSON,
+        },
+    ),
+    "transfer": (
+        "evaluate an encoder on several labelled data sets, in one table, each with the metric of its literature",
+        {
+            "workdir": (..., ENCODER),
+            "data": (
+                "",
+                "data sets, separated by commas: tfds:cifar10,DIR (default: the usual ones, if prepared)",
+            ),
+            "protocol": ("linear_quick", "linear_quick or knn"),
+            "step": STEP,
             "json": JSON,
         },
     ),
@@ -264,7 +277,7 @@ COMMANDS: dict[str, tuple[str, dict[str, tuple[Any, str]]]] = {
 # The flags whose names may be left out: ssl-jax pretrain METHOD DATA. With --config, neither is a method or config.
 POSITIONAL: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pretrain", "views", "sweep"), ("method", "data")),
-    **dict.fromkeys(("evaluate", "finetune", "predict", "embed", "select"), ("workdir", "data")),
+    **dict.fromkeys(("evaluate", "transfer", "finetune", "predict", "embed", "select"), ("workdir", "data")),
     **dict.fromkeys(("study", "reproduce"), ("config", "data")),
     "plan": ("config",),
     **dict.fromkeys(("report", "export"), ("workdir",)),
@@ -285,6 +298,7 @@ SHORT = {
     "size": "data.size={}",
     "model": "model.name={}",
 }
-ELSEWHERE = {"reproduce": "ssl_jax.reproduce"}  # commands that are not in `commands`: the module with their function
+# Commands that are not in `commands`: the module with their function.
+ELSEWHERE = {"reproduce": "ssl_jax.reproduce", "transfer": "ssl_jax.transfer"}
 # A signal ends them with exit code 75, and the same command goes on.
 REQUEUED = ("pretrain", "reproduce", "study", "sweep")

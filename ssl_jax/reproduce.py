@@ -27,7 +27,7 @@ from ssl_jax.train.step import set_up
 PROTOCOLS = {"linear": ("linear", "linear"), "knn": ("knn", "eval"), "finetune": ("finetune", "finetune")}
 # What may differ from the recipe: where images and results lie, where and how fast it computes, and the seed.
 FREE = {
-    *(f"config.data.{key}" for key in ("path", "cache", "workers", "engine", "memory_gb")),
+    *(f"config.data.{key}" for key in ("path", "cache", "workers", "engine", "memory_gb", "retries", "timeout")),
     *(f"config.train.{key}" for key in ("devices", "shard", "micro_batch", "seed", "profile", "log_every")),
     *(f"config.train.{key}" for key in ("save_every", "keep")),
     *(f"config.eval.{key}" for key in ("every", "knn_bank", "knn_queries", "online_probe")),

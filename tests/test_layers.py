@@ -24,7 +24,7 @@ LAYERS = [
     {"load", "testing", "audit", "phantom", "linear_protocol"},
     {"report"},
     {"study", "plan", "evaluation", "dry_runs", "sklearn", "check", "searching", "comparing", "to_label", "weights"},
-    {"sweep"},
+    {"sweep", "transfer"},
     {"outputs"},
     {"embedding"},
     {"exporting"},
