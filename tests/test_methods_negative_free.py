@@ -117,19 +117,6 @@ def test_byol_s_heads_end_without_a_bias():
     assert set(params["projector"]["linear2"]) == set(params["predictor"]["linear2"]) == {"kernel"}
 
 
-def test_dino_s_head_starts_as_the_official_one():
-    """vision_transformer.py, DINOHead: normal with deviation 0.02 and no bias; the last layer is PyTorch's default."""
-    setup = set_up(tiny_config("dino", method__hidden=64, method__bottleneck=32, method__out=256), Images())
-    views = [jnp.zeros((2, v.size, v.size, 1)) for v in setup.views]
-    params, _ = jax.device_get(jax.jit(setup.method.init)(jax.random.key(0), views))
-    for layer in params["head"].values():
-        assert not layer["bias"].any()
-    np.testing.assert_allclose(params["head"]["linear2"]["kernel"].std(), 0.02, rtol=0.05)
-    bound = 32**-0.5
-    assert 0.99 * bound < np.abs(params["last"]).max() <= bound
-    np.testing.assert_allclose(params["last"].std(), bound / 3**0.5, rtol=0.03)
-
-
 def test_swav_fills_the_queue_from_its_start_on():
     """With queue_start 0.5 of 20 steps, nothing is remembered before step 10 (main_swav.py makes it in that epoch)."""
     method = set_up(tiny_config("swav", method__queue_start=0.5, train__batch=10), Images()).method

@@ -29,14 +29,12 @@ from ssl_jax.transforms import cosine_momentum, track_target
 
 def dino_head(config: Any) -> Network:
     """The head below the last layer; config: hidden and bottleneck. Source: main_dino.py, vision_transformer.py."""
-    return mlp((config.hidden, config.hidden, config.bottleneck), norm=False, bias=True, gelu=True, normal=True)
+    return mlp((config.hidden, config.hidden, config.bottleneck), norm=False, bias=True, gelu=True)
 
 
 def draw_prototypes(key: jax.Array, config: Any) -> jax.Array:
-    """The last layer [out, bottleneck], of which only directions count. Their length says how fast they turn: it is
-    that of the official layer, whose values are uniform in +-1 / sqrt(bottleneck)."""
-    bound = config.bottleneck**-0.5
-    return jax.random.uniform(key, (config.out, config.bottleneck), minval=-bound, maxval=bound)
+    """The last layer: unit vectors [out, bottleneck]."""
+    return normalize(jax.random.normal(key, (config.out, config.bottleneck)))
 
 
 def warmed(config: Any, run: RunInfo, step: jax.Array) -> jax.Array:

@@ -140,19 +140,19 @@ uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Linear(nn.Module):
     features: int
     bias: bool = True
-    initial: Literal["uniform", "zero", "normal"] = "uniform"
+    zero: bool = False
 
     @nn.compact
     def __call__(self, x):
-        bound, zeros = x.shape[-1] ** -0.5, nn.initializers.zeros
+        bound = x.shape[-1] ** -0.5
 
         def bias_init(rng, shape):
             return jax.random.uniform(rng, shape, minval=-bound, maxval=bound)
 
-        kernels = {"uniform": uniform, "zero": zeros, "normal": nn.initializers.normal(0.02)}
-        x = x @ self.param("kernel", kernels[self.initial], (x.shape[-1], self.features))
+        zeros = nn.initializers.zeros
+        x = x @ self.param("kernel", zeros if self.zero else uniform, (x.shape[-1], self.features))
         if self.bias:
-            x = x + self.param("bias", bias_init if self.initial == "uniform" else zeros, (self.features,))
+            x = x + self.param("bias", zeros if self.zero else bias_init, (self.features,))
         return x
 
 
@@ -170,19 +170,18 @@ class MLP(nn.Module):
     last_norm: Literal[None, "affine", "plain"]
     last_bias: bool
     gelu: bool
-    initial: Literal["uniform", "normal"]
 
     @nn.compact
     def __call__(self, x, *, train: bool, groups: int = 1):
         *places, width = x.shape
         x = x.reshape(-1, width)  # as in a ViT's blocks
         for i, size in enumerate(self.sizes[:-1], 1):
-            x = Linear(size, self.bias, self.initial, name=f"linear{i}")(x)
+            x = Linear(size, self.bias, name=f"linear{i}")(x)
             if self.norm:
                 x = BatchNorm(name=f"bn{i}")(x, train=train, groups=groups)
             x = gelu(x) if self.gelu else nn.relu(x)
         n = len(self.sizes)
-        x = Linear(self.sizes[-1], self.last_bias, self.initial, name=f"linear{n}")(x)
+        x = Linear(self.sizes[-1], self.last_bias, name=f"linear{n}")(x)
         if self.last_norm:
             x = BatchNorm(affine=self.last_norm == "affine", name=f"bn{n}")(x, train=train, groups=groups)
         return x.reshape(*places, -1)
@@ -196,7 +195,7 @@ class LinearHead(nn.Module):
     @nn.compact
     def __call__(self, x, *, train: bool, groups: int = 1):
         del train, groups
-        return Linear(self.size, self.bias, "zero" if self.zero else "uniform", name="linear")(x)
+        return Linear(self.size, self.bias, self.zero, name="linear")(x)
 
 
 def mlp(
@@ -207,7 +206,6 @@ def mlp(
     last_norm: Literal[None, "affine", "plain"] = None,
     last_bias: bool = True,
     gelu: bool = False,
-    normal: bool = False,
 ) -> Network:
     """A projector or predictor: Linear, BatchNorm and ReLU for each size but the last, which is a Linear alone.
 
@@ -217,11 +215,10 @@ def mlp(
       last_bias: whether the last Linear has a bias.
       last_norm: BatchNorm after the last Linear, with ("affine") or without ("plain") a learned scale and bias.
       gelu: GELU instead of ReLU.
-      normal: weights start normal with deviation 0.02 and biases at 0, as in DINO's head; else both start uniform in
-        +-1 / sqrt(inputs), as PyTorch's do.
+
+    Weights and biases start uniform in +-1 / sqrt(inputs), as PyTorch's do.
     """
-    initial: Literal["uniform", "normal"] = "normal" if normal else "uniform"
-    return network(MLP(tuple(sizes), norm, bias, last_norm, last_bias, gelu, initial))
+    return network(MLP(tuple(sizes), norm, bias, last_norm, last_bias, gelu))
 
 
 def linear(size: int, bias: bool = True, zero: bool = False) -> Network:
