@@ -3,6 +3,7 @@
 import io
 import signal
 import time
+from pathlib import Path
 
 import forked
 import jax
@@ -17,6 +18,7 @@ from ssl_jax.augment.views import _draw_box, _numbers
 from ssl_jax.checkpoint import read_metadata, steps
 from ssl_jax.config import Data, View
 from ssl_jax.data import Partners, batches, open_source, order
+from ssl_jax.data.central import central
 from ssl_jax.data.crops import NUMBERS, Cutter, draw_box, draws
 from ssl_jax.data.folder import decode
 from ssl_jax.errors import UserError
@@ -252,6 +254,33 @@ def test_gray_bands_pages_and_arrays(tmp_path):
     cutter(gray).fill(out, 0, open_source(gray), 0, 0, [0])
     wanted = by_hand(picture(40, 30, 9).convert("L"), out["boxes"][0, 0], 12)
     np.testing.assert_array_equal(out["crops"][0][0], wanted[..., None])
+
+
+def test_records_of_tfds():
+    path = Path(__file__).parent / "data" / "tfds" / "tiny_squares" / "1.0.0"
+    data = data_of(path, name="tfds", size=8, test_side=9)
+    source, cut = open_source(data), cutter(data)
+    [batch] = feed(source, cut)
+    assert batch["boxes"][:, :, 4:].reshape(-1, 2).tolist() == [[12, 16]] * 16
+    whole = open_source(Data(name="tfds", path=str(path))).arrays()
+    for row, i in enumerate(batch["index"]):
+        np.testing.assert_array_equal(source.load(i), central(Image.fromarray(whole[i]), 8, 9))
+        image = Image.fromarray(whole[i])
+        np.testing.assert_array_equal(batch["crops"][1][row], by_hand(image, batch["boxes"][row, 1], 12))
+
+
+def test_a_dicom_file_is_cut_after_its_window(tmp_path):
+    pytest.importorskip("pydicom")
+    from test_data_dicom import made
+
+    content = made(np.arange(2000, dtype=np.uint16).reshape(40, 50), WindowCenter=1000, WindowWidth=400)
+    (tmp_path / "a.dcm").write_bytes(content)
+    data = data_of(tmp_path, channels=1)
+    out, cut = cutter(data).empty(1), cutter(data)
+    cut.fill(out, 0, open_source(data), 0, 0, [0])
+    whole = Image.fromarray(decode(content, 0, 1)[..., 0])
+    assert np.asarray(whole).min() == 0 and np.asarray(whole).max() == 255
+    np.testing.assert_array_equal(out["crops"][0][0, ..., 0], by_hand(whole, out["boxes"][0, 0], 12))
 
 
 def test_a_view_without_a_crop_is_the_test_image(photos):

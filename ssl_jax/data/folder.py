@@ -326,7 +326,7 @@ def read_image(files: Sequence[str], size: int, channels: int, data: Data) -> np
     """
     if not data.bands:
         content = Path(files[0]).read_bytes()
-        return decode(content, size, channels, data.window, data.background, side=data.test_side)
+        return decode(content, size, channels, data.window, data.background, False, data.test_side)
     planes, sizes = [], []
     for path in files:
         content = Path(path).read_bytes()
