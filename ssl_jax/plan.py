@@ -362,8 +362,8 @@ def compare(config: Config, topologies: Sequence[str], source: Source) -> list[P
 def table_row(plan: Plan) -> dict[str, Any]:
     """A row of plan.csv. Of a batch that does not fit only the memory is known; the other cells are empty."""
     known = ("topology", "chips", "batch", "micro_batch", "fits", "memory")
-    predicted = ("flops", "bytes", "compute_s", "memory_s", "network_s", "step_s", "limit", "images_per_s", "hours")
-    predicted += ("cores",)
+    times = ("compute_s", "memory_s", "network_s", "step_s")
+    predicted = ("flops", "bytes", *times, "limit", "images_per_s", "hours", "cores")
     row = {key: getattr(plan, key) for key in known}
     row |= {key: getattr(plan, key) if plan.fits else "" for key in predicted}
     return row | {kind: plan.collectives.get(kind, (0, 0.0))[0] for kind in hlo.COLLECTIVES}
