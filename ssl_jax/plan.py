@@ -29,9 +29,9 @@ from ssl_jax.train.step import in_memory, make_step, set_up
 
 KNOWN_DATA = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10)}  # TFDS: training images, classes
 DECODED = ("folder", "csv", "chexpert", "tfds")  # sources of image files, or of records that hold some
-# Images per second and core, by config.data.crops: JPEGs of 500 x 375 px and two views of 224 px, on one core with
-# AVX-512 (benchmarks/decode_rate.py).
-CORE_RATES = {"file": 0.0, "square": 0.0}
+# Images per second that a core cuts from files: JPEGs of 500 x 375 px, two views of 224 px, 3.3 ms of processor time
+# with AVX-512 (benchmarks/README.md). How fast squares are read depends too much on the size of the files.
+CORE_RATE = 300.0
 HOP_SECONDS = 1e-6  # from one chip to the next, roughly; https://jax-ml.github.io/scaling-book/sharding
 
 
@@ -221,8 +221,8 @@ def estimate(config: Config, topology: str, source: Source) -> Plan:
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, parallel.replicated(mesh)))
     traced = jitted.trace(*args)
     known = Plan(str(tpu), len(devices), train.batch, train.part, fits=False, memory=0.0, steps=setup.steps)
-    if not in_memory(config, source) and config.data.name in DECODED and not config.data.cache:
-        known = dataclasses.replace(known, core_rate=CORE_RATES[config.data.crops])
+    if config.data.crops == "file" and config.data.name in DECODED:
+        known = dataclasses.replace(known, core_rate=CORE_RATE)
     try:
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -362,10 +362,8 @@ def compare(config: Config, topologies: Sequence[str], source: Source) -> list[P
 def table_row(plan: Plan) -> dict[str, Any]:
     """A row of plan.csv. Of a batch that does not fit only the memory is known; the other cells are empty."""
     known = ("topology", "chips", "batch", "micro_batch", "fits", "memory")
-    predicted = (
-        *("flops", "bytes", "compute_s", "memory_s", "network_s", "step_s", "limit"),
-        *("images_per_s", "hours", "cores"),
-    )
+    times = ("compute_s", "memory_s", "network_s", "step_s")
+    predicted = ("flops", "bytes", *times, "limit", "images_per_s", "hours", "cores")
     row = {key: getattr(plan, key) for key in known}
     row |= {key: getattr(plan, key) if plan.fits else "" for key in predicted}
     return row | {kind: plan.collectives.get(kind, (0, 0.0))[0] for kind in hlo.COLLECTIVES}

@@ -134,6 +134,15 @@ def test_a_data_set_that_is_elsewhere_has_its_sizes():
         radiographs.load(3)
 
 
+def test_hosts_need_cores_to_cut_crops():
+    known = {"topology": "v5e:2x2", "chips": 4, "batch": 1000, "micro_batch": 0, "fits": True, "memory": 1e9}
+    fed = plan.Plan(**known, compute_s=0.5, core_rate=300.0)
+    assert fed.cores == 7 and "7 cores in all to feed it, if one decodes 300 images/s" in plan.summary(fed)
+    assert plan.table_row(fed)["cores"] == 7
+    held = plan.Plan(**known, compute_s=0.5)
+    assert held.cores == 0 and "hosts" not in plan.summary(held)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
