@@ -149,7 +149,7 @@ def page(made: Mapping[str, Any]) -> str:
 
 
 def hours() -> dict[str, dict[str, float]]:
-    """Recipe -> slice -> hours, of benchmarks/results/plans.csv; what does not fit or is not planned is absent."""
+    """Of each recipe and slice in benchmarks/results/plans.csv; what does not fit, or was not planned, is absent."""
     found: dict[str, dict[str, float]] = {}
     with PLANS.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -168,13 +168,8 @@ def overview(made: Mapping[str, Any]) -> str:
         differ = sum(row["ours"] != row["official"] for row in listed)
         numbers = ", ".join(f"{text(p['value'])} % {p['protocol']}" for p in made["get_published"](recipe))
         each = [f"{planned[recipe][s]:.1f} h" if s in planned.get(recipe, {}) else "" for s in SLICES]
-        cells = (
-            f"`{recipe}`",
-            numbers,
-            TOOK.get(recipe, ""),
-            *each,
-            f"[{differ} of {len(listed)}](recipes.md#{recipe})",
-        )
+        count = f"[{differ} of {len(listed)}](recipes.md#{recipe})"
+        cells = (f"`{recipe}`", numbers, TOOK.get(recipe, ""), *each, count)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
