@@ -21,6 +21,7 @@ import numpy as np
 
 from ssl_jax.config import Data
 from ssl_jax.data.blocks import Blocks
+from ssl_jax.data.central import check_side
 from ssl_jax.data.folder import FIRST, SIZE, check_background, decode, most_common, own_channels
 from ssl_jax.data.layout import PARTS
 from ssl_jax.data.remote import Files, MissingError, Stamp, base_name, has_magic, is_url, shown
@@ -223,6 +224,7 @@ def source_of(
         except Exception:  # decoding it says what is wrong
             continue
     size, channels = data.size or SIZE, data.channels or most_common(found)
+    check_side(data, size)
 
     def load(index: int) -> np.ndarray:
         try:
