@@ -75,7 +75,6 @@ lines. `tests/test_recipe_sources.py` holds this table to the config. None of th
 
 **Different in all of them**
 
-- A crop is cut from the image's centre square, resized to `data.size` px; in the sources from the whole photograph.
 - Crops are resized bilinearly with antialiasing; BYOL, Barlow Twins, VICReg, VICRegL, DINO and MAE resize bicubically.
 - Schedules move with every step; those of MoCo v1 and v2, SimSiam, instance discrimination, rotation and jigsaw move
   with every epoch.
