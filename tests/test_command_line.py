@@ -149,7 +149,8 @@ def test_help_of_a_command(capsys):
 def test_predictions_as_csv_and_as_json(tmp_path):
     source = Source(["=a.png", "b.png"], (2, 2, 1), lambda index: np.zeros((2, 2, 1), np.uint8))
     for name in ("p.csv", "p.json"):
-        write_predictions(tmp_path / name, source, np.log([[0.25, 0.75], [0.5, 0.5]]), ["x", "y"], False)
+        scores = [(np.arange(2), np.log([[0.25, 0.75], [0.5, 0.5]]))]
+        assert write_predictions(tmp_path / name, source, scores, ["x", "y"], False) == 2
     rows = json.loads((tmp_path / "p.json").read_text())
     assert [row["path"] for row in rows] == ["=a.png", "b.png"] and rows[0]["predicted"] == "y"
     assert rows[0]["probabilities"] == pytest.approx({"x": 0.25, "y": 0.75})

@@ -62,7 +62,7 @@ def test_the_next_slice_is_read_ahead_once():
     images = source(loads=loads, workers=3).all_images()
     for start in range(0, 60, 16):
         images[start : start + 16]
-        [part.result() for parts in images._ahead.values() for part in parts]
+        [following.result() for following in images._ahead.values()]
         assert set(loads) == set(range(min(60, start + 32))) and set(loads.values()) == {1}
     images[20:30]  # out of order: nothing more
     assert not images._ahead and sum(loads.values()) == 70

@@ -91,7 +91,9 @@ def test_killed_it_ends_bit_identical(whole, server, tmp_path, name, data):
     data = f"{'parquet' if name == 'parquet' else 'webdataset'}:{server.url}/{data}"
     process = forked.Python(forked.SLOWLY, *arguments(tmp_path / "run", data))
     end = time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None and len(read_lines(tmp_path / "run/metrics.jsonl")) < 8:
+    while time.monotonic() < end and process.poll() is None:
+        if len(read_lines(tmp_path / "run/metrics.jsonl")) >= 8 and steps(tmp_path / "run/checkpoints"):
+            break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

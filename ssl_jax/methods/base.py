@@ -9,7 +9,6 @@ sections, such as {"optim.lr": 0.3}, and
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -114,7 +113,7 @@ class Method(NamedTuple):
     needs: frozenset[str] = frozenset()
     transform: optax.GradientTransformation = optax.identity()
     constant_lr: frozenset[str] = frozenset()
-    frozen: Mapping[str, int] = MappingProxyType({})
+    frozen: Mapping[str, int] | None = None
     post_update: PostUpdate = no_update
     encoder: Callable[[Params, Params, State], tuple[Params, Stats]] = online_encoder
     collapsed: Callable[[Mapping[str, float]], str] = lambda metrics: ""
