@@ -20,8 +20,9 @@ from ssl_jax.files import COPY, json_digest, read_json, read_weights, remove_lef
 
 log = logging.getLogger("ssl_jax")
 PACKAGES = ("ssl_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
-# These say where a run computes and what is recorded of it, not what it computes: they may change when it resumes.
-FREE_KEYS = ("config.train.devices:", "config.train.shard:", "config.train.profile:")
+# These say where a run computes, how it reads and what is recorded of it, not what it computes: they may change when it
+# resumes.
+FREE = {"train": ("devices", "shard", "profile"), "data": ("workers", "retries", "timeout")}
 # These name files, which may be moved together with a run.
 PATHS = (("data", "path"), ("data", "cache"), ("model", "init"), ("train", "init"), ("method", "teacher"))
 
@@ -261,11 +262,17 @@ class StudyFolder(Folder):
 
 def compared(saved: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(the options in which a saved config and a new one differ, a line about each file that has been moved). Options
-    that change nothing of what is computed (FREE_KEYS) may differ."""
+    that change nothing of what is computed (FREE) may differ."""
     # The config of an older version lacks newer keys: they take their defaults.
     before = json.loads(json.dumps(to_json(resolve(from_json(saved)))))
     moved = _follow(before, new)
-    return [key for key in differences(before, new) if not key.startswith(FREE_KEYS)], moved
+    return differences(without_free(before), without_free(new)), moved
+
+
+def without_free(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the options in FREE."""
+    kept = {name: {k: v for k, v in config[name].items() if k not in free} for name, free in FREE.items()}
+    return {**config, **kept}
 
 
 def named_as_today(evaluation: dict[str, Any]) -> dict[str, Any]:
@@ -289,9 +296,8 @@ def _follow(saved: dict[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _digest(config: dict[str, Any]) -> str:
-    """Of a config without FREE_KEYS. In environment.json it tells later whether a command has the config of the run."""
-    free = [key.removeprefix("config.train.").removesuffix(":") for key in FREE_KEYS]
-    return json_digest({**config, "train": {k: v for k, v in config["train"].items() if k not in free}})
+    """Of a config without FREE. In environment.json it tells later whether a command has the config of the run."""
+    return json_digest(without_free(config))
 
 
 def _is_installed(package: str) -> bool:

@@ -49,6 +49,18 @@ def test_a_run_follows_files_that_were_moved(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
+def test_how_it_reads_and_where_it_computes_may_change(tmp_path):
+    run, config = RunFolder(tmp_path / "run"), tiny_config("simclr")
+    run.start(config)
+    run.metrics.write_text('{"step": 1}\n')
+    for key, value in (("workers", 9), ("retries", 0), ("timeout", 1.0)):
+        run.start(dataclasses.replace(config, data=dataclasses.replace(config.data, **{key: value})))
+    for key, value in (("devices", 2), ("shard", 2)):
+        run.start(dataclasses.replace(config, train=dataclasses.replace(config.train, **{key: value})))
+    with pytest.raises(UserError, match=r"another config \(config\.data\.shuffle_buffer: "):
+        run.start(dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_buffer=5)))
+
+
 def test_a_path_that_is_a_name_is_not_followed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mnist").mkdir()

@@ -14,7 +14,7 @@ from ssl_jax.config import SECTIONS, TOP_LEVEL, TRAINING, Config, from_json, res
 from ssl_jax.config_file import override
 from ssl_jax.errors import UserError, unknown
 from ssl_jax.files import json_digest
-from ssl_jax.run_folder import FREE_KEYS
+from ssl_jax.run_folder import without_free
 
 SEARCHES = ("grid", "random", "halving")
 ETA = 3  # of each rung of successive halving, one in ETA trials goes on, for ETA times as many steps
@@ -111,9 +111,8 @@ def trials(config: Config, over: str, search: str = "grid", count: int = 0, seed
 
 def identity(config: Mapping[str, Any]) -> str:
     """A digest of what a run with this config (`to_json`) computes. Not of where, and what is recorded."""
-    kept = {section: config[section] for section in TRAINING}
-    kept["train"] = {key: v for key, v in config["train"].items() if f"config.train.{key}:" not in FREE_KEYS}
-    return json_digest(json.loads(json.dumps(kept)))
+    fixed = without_free(config)
+    return json_digest(json.loads(json.dumps({section: fixed[section] for section in TRAINING})))
 
 
 def _name(values: Mapping[str, str]) -> str:
