@@ -456,7 +456,7 @@ def _data_spec(encoder: Encoder, config: Config, data: str) -> Data:
 
 def _train_and_test(encoder: Encoder, config: Config, data: str, test: str) -> tuple[Labelled, Labelled, str]:
     """(training images, test images, description of the test images), in the size that the encoder takes."""
-    from ssl_jax.evaluate.subsets import holdout
+    from ssl_jax.evaluate.subsets import without_test_part
 
     spec = _data_spec(encoder, config, data)
     source = open_source(spec)
@@ -466,9 +466,9 @@ def _train_and_test(encoder: Encoder, config: Config, data: str, test: str) -> t
     with contextlib.suppress(NoPartError):
         description = "test split"
         return train, labelled_part(open_source(spec, "test"), source, description), description
-    parts = holdout(train.labels, 0.2, seed=0, groups=train.source.groups)
-    kept, held_out = (Labelled(train.source.take(part), train.labels[part]) for part in parts)
-    return kept, held_out, "20 % of the labelled images, held out (pretraining may have seen them, without labels)"
+    return *without_test_part(
+        train
+    ), "20 % of the labelled images, held out (pretraining may have seen them, without labels)"
 
 
 def _require_ending(path: Path, flag: str, endings: Sequence[str]) -> None:

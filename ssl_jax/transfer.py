@@ -12,7 +12,7 @@ from ssl_jax.data import open_source
 from ssl_jax.data.labelled import Labelled, labelled_part
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import NoPartError, UserError, unknown
-from ssl_jax.evaluate.subsets import holdout
+from ssl_jax.evaluate.subsets import without_test_part
 from ssl_jax.load import load_with_settings
 from ssl_jax.run_folder import RunFolder
 from ssl_jax.settings import data_of
@@ -112,9 +112,7 @@ def _open(encoder: Encoder, config: Config, text: str) -> Opened:
     try:
         test, described = labelled_part(open_source(spec, splits.test), train, text), f"its {splits.test} part"
     except NoPartError:
-        kept, held = holdout(labelled.labels, 0.2, seed=0, groups=train.groups)
-        described = "20 % of its images, held out"
-        labelled, test = (Labelled(labelled.source.take(part), labelled.labels[part]) for part in (kept, held))
+        (labelled, test), described = without_test_part(labelled), "20 % of its images, held out"
     return Opened(text, splits.metric, spec, labelled, test, described)
 
 

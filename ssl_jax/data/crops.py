@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ssl_jax.augment import check_no_warp
+from ssl_jax.augment.views import TRIES
 from ssl_jax.config import Config, Data, View
 from ssl_jax.data.central import central, region
 from ssl_jax.data.channels import choose
@@ -25,7 +26,6 @@ from ssl_jax.data.folder import convert, decode, open_image, plain, read_image, 
 from ssl_jax.data.source import Content, Source, reading
 from ssl_jax.errors import UnreadableError, UserError
 
-TRIES = 10  # boxes, of which the first that fits into the image is used, as in torchvision
 NUMBERS = 2 * TRIES + 2  # uniform numbers of a crop: areas, ratios, and the corner
 SCALES = (8, 4, 2)  # parts of its sides at which libjpeg decodes in a fraction of the time
 TURNS = {  # the EXIF orientation of a file, and what puts it upright
@@ -102,10 +102,8 @@ class Cutter:
                 return self._cut_file(content, numbers, which)
             content = decode(content, 0, self.channels, self.data.window, self.data.background)
         array = convert(np.atleast_3d(content), 0, self.channels)
-        if array.shape[-1] in (1, 3):
-            planes = [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)]
-        else:
-            planes = [Image.fromarray(array[..., c]) for c in range(array.shape[-1])]
+        parts = [array] if array.shape[-1] == 3 else [array[..., c] for c in range(array.shape[-1])]
+        planes = [Image.fromarray(part) for part in parts]
         height, width = array.shape[:2]
         boxes = [self._box(v, numbers[v], height, width) for v in which]
         return [(self._shown(planes, v, box), (*box, height, width)) for v, box in zip(which, boxes, strict=True)]

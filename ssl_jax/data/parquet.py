@@ -11,7 +11,7 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.data.blocks import MARGIN, Blocks, Store
 from ssl_jax.data.remote import Files, shown
-from ssl_jax.data.shards import Index, Shard, class_names, find_shards, indexed, labels_of, source_of
+from ssl_jax.data.shards import Index, Shard, class_names, find_shards, indexed, labels_of, place, source_of
 from ssl_jax.data.source import Source
 from ssl_jax.errors import UnreadableError, UserError, first_line, unknown
 
@@ -46,18 +46,13 @@ def read(data: Data) -> Source:
     blocks = Blocks(sizes, data.shuffle_buffer)
     content = Store(lambda number: _read_group(files, *groups[number]), sizes, room)
 
-    def place(index: int) -> tuple[int, int]:
-        """(the number of its row group, its own number there)."""
-        number = int(np.searchsorted(blocks.starts, index, side="right")) - 1
-        return number, index - int(blocks.starts[number])
-
     def name(index: int) -> str:
-        number, row = place(index)
+        number, row = place(blocks.starts, index)
         shard, each, group = groups[number]
         return f"{shard.name}/{int(each['groups'][:group].sum()) + row}"
 
     def encoded(index: int) -> bytes:
-        number, row = place(index)
+        number, row = place(blocks.starts, index)
         image = content[number][row].as_py()
         if image is None:
             raise UnreadableError("no bytes in its row")

@@ -193,6 +193,12 @@ def class_names(files: Files, shards: Sequence[Shard]) -> list[str]:
     return [line.strip() for line in content.decode(errors="backslashreplace").splitlines() if line.strip()]
 
 
+def place(starts: np.ndarray, index: int) -> tuple[int, int]:
+    """(the number of an image's shard or block, its own number there). starts: the first image of each."""
+    number = int(np.searchsorted(starts, index, side="right")) - 1
+    return number, index - int(starts[number])
+
+
 def source_of(
     count: int,
     name: Callable[[int], str],

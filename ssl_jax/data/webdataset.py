@@ -22,6 +22,7 @@ from ssl_jax.data.shards import (
     indexed,
     json_label,
     labels_of,
+    place,
     source_of,
 )
 from ssl_jax.data.source import MAX_BYTES, Source, printable, warn_once
@@ -51,18 +52,13 @@ def read(data: Data) -> Source:
         for name, reason in each["bad"]
     ]
 
-    def place(index: int) -> tuple[int, int]:
-        """(the number of its tar, its own number there)."""
-        number = int(np.searchsorted(starts, index, side="right")) - 1
-        return number, index - int(starts[number])
-
     def name(index: int) -> str:
-        number, row = place(index)
+        number, row = place(starts, index)
         return f"{shards[number].name}/{printable(found[number]['name'][row])}"
 
     def encoded(index: int) -> bytes:
         """The image's file. Its header in the tar, read along with it, shows whether the tar is still the same."""
-        number, row = place(index)
+        number, row = place(starts, index)
         at, size = int(found[number]["offset"][row]), int(found[number]["size"][row])
         if size > MAX_BYTES:
             raise UnreadableError(f"{size / 1e9:.1f} GB; allowed: {MAX_BYTES / 1e9:g} GB")

@@ -75,8 +75,8 @@ class Classifier(NamedTuple):
         own = self.fitted_encoder.embed(images, batch, fixed) @ np.asarray(head["w"]) + np.asarray(head["b"])
         if self.pixels is None or not len(own):
             return own
-        own_encoder, starts = self.encoder, range(0, len(own), PIECE)
-        shape = own_encoder.size, own_encoder.channels, own_encoder.test_side
+        starts = range(0, len(own), PIECE)
+        shape = self.encoder.size, self.encoder.channels, self.encoder.test_side
         parts = [pixels(as_images(images, slice(start, start + PIECE), *shape)) for start in starts]
         return (own + self.pixels.scores(np.concatenate(parts))) / 2
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -168,7 +166,7 @@ class Unlabelled:
     def digest(self) -> str:
         """Of all images, or of their names if they do not fit."""
         if isinstance(self.images, Source):
-            return hashlib.sha256(json.dumps([list(self.images.names), self.images.shape]).encode()).hexdigest()
+            return LazyImages(self.images).digest()
         return digest(self.images)
 
     def neighbourhood(self, encoder: Encoder) -> Neighbourhood:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ssl_jax.data.labelled import labelled_indices
+from ssl_jax.data.labelled import Labelled, labelled_indices
 from ssl_jax.errors import UserError
 
 
@@ -42,6 +42,13 @@ def nested_subset(
     if not 1 <= count <= len(order):
         raise UserError(f"labels={count}: {len(order)} labelled images; allowed: 1 to {len(order)}")
     return np.sort(order[:count])
+
+
+def without_test_part(labelled: Labelled) -> tuple[Labelled, Labelled]:
+    """(to train on, to test on) of data that have no test part: a fifth is held out, always the same."""
+    parts = holdout(labelled.labels, 0.2, seed=0, groups=labelled.source.groups)
+    kept, held = (Labelled(labelled.source.take(part), labelled.labels[part]) for part in parts)
+    return kept, held
 
 
 def holdout(

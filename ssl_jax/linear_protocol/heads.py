@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ssl_jax import parallel
 from ssl_jax.augment import center_view, finish_views, make_views
 from ssl_jax.config import Optim, View
-from ssl_jax.encoder import compiler_options
+from ssl_jax.encoder import PIXELS_ON_CPU, compiler_options
 from ssl_jax.errors import UserError
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.network import Network
@@ -26,7 +26,6 @@ EPS = 1e-6  # of the BatchNorm (facebookresearch/mae, main_linprobe.py, line 222
 FORGET = 0.1  # share of a batch in the running statistics, PyTorch's default
 DEVIATION = 0.01  # of the initial weights (facebookresearch/dino, eval_linear.py, line 243)
 PIXELS_AT_A_TIME = 2**24  # on a GPU or TPU, for each device: 334 images of 224 px
-PIXELS_ON_CPU = 2**20
 
 State = dict[str, Any]
 
