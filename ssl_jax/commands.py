@@ -466,9 +466,8 @@ def _train_and_test(encoder: Encoder, config: Config, data: str, test: str) -> t
     with contextlib.suppress(NoPartError):
         description = "test split"
         return train, labelled_part(open_source(spec, "test"), source, description), description
-    return *without_test_part(
-        train
-    ), "20 % of the labelled images, held out (pretraining may have seen them, without labels)"
+    kept, held_out = without_test_part(train)
+    return kept, held_out, "20 % of the labelled images, held out (pretraining may have seen them, without labels)"
 
 
 def _require_ending(path: Path, flag: str, endings: Sequence[str]) -> None:
