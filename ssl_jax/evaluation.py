@@ -15,7 +15,7 @@ import numpy as np
 from ssl_jax import files, linear_protocol
 from ssl_jax.config import Config, Data
 from ssl_jax.data.labelled import Labelled
-from ssl_jax.data.lazy import Images, LazyImages, images_at
+from ssl_jax.data.source import Images, images_at
 from ssl_jax.encoder import Encoder
 from ssl_jax.evaluate.finetuning import loss_curve, still_falling
 from ssl_jax.evaluate.knn import knn_scores
@@ -155,8 +155,7 @@ def _scores(
         features, test_features = (_embedded(encoder, each, memory, folder, protocol) for each in (images, test_images))
     pool, pool_groups = others, None
     if pool is None:
-        given = train.source if isinstance(images, LazyImages) else images
-        pool, pool_groups = Unlabelled(given, train.source.memory_gb), all_groups
+        pool, pool_groups = Unlabelled(train.source), all_groups
     everything = np.arange(len(labels))
     for seed, rows in enumerate(draws):
         groups = None if all_groups is None else all_groups[rows]

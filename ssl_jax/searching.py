@@ -11,8 +11,8 @@ from ssl_jax import files
 from ssl_jax.config import Config
 from ssl_jax.data import Source, open_source
 from ssl_jax.data.csv import bands_at
+from ssl_jax.data.decoding import read_image
 from ssl_jax.data.exclude import key_of
-from ssl_jax.data.folder import read_image
 from ssl_jax.data.source import check_is_file
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UnreadableError, UserError

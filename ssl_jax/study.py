@@ -28,8 +28,7 @@ from ssl_jax import files
 from ssl_jax.config import Config, Data, Finetune, Model, Study, merge, to_json
 from ssl_jax.data import open_source, phantom
 from ssl_jax.data.labelled import labelled_indices, labelled_part
-from ssl_jax.data.lazy import Images, images_at
-from ssl_jax.data.source import Source
+from ssl_jax.data.source import Images, Source, images_at
 from ssl_jax.encoder import Encoder, given_encoder, model_of, plain
 from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import loss_curve
@@ -305,7 +304,7 @@ class _Evaluator:
 
     def __init__(self, config: Config, arms: Mapping[str, Config], train: Source, images: Images, labels: np.ndarray):
         self.protocol, self.images, self.labels, self.classes = config.study.protocol, images, labels, train.classes
-        self.unlabelled, self.groups = Unlabelled(train, config.data.memory_gb), train.groups
+        self.unlabelled, self.groups = Unlabelled(train), train.groups
         self.settings = {arm: _settings(arms[arm], from_scratch(config.study.arms[arm])) for arm in arms}
         protocol = self.protocol.removesuffix("_quick")  # the name that linear_quick had in the keys of older cells
         self.shared_inputs = {"test": digest(images, labels), "classes": self.classes, "protocol": protocol}

@@ -14,7 +14,7 @@ from ssl_jax import files
 from ssl_jax.classifier import load_classifier
 from ssl_jax.config import Config, Data
 from ssl_jax.data import Source, open_source
-from ssl_jax.data.folder import read_image
+from ssl_jax.data.decoding import read_image
 from ssl_jax.data.labelled import labelled_indices
 from ssl_jax.data.source import printable
 from ssl_jax.encoder import Encoder, load_encoder

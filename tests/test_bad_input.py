@@ -21,7 +21,7 @@ from ssl_jax.audit.command import _print_lesions
 from ssl_jax.audit.masks import find_lesions, open_masks
 from ssl_jax.augment import draw, ops, render
 from ssl_jax.config import Data, View, default, from_json, resolve, to_json
-from ssl_jax.data import folder as image_files
+from ssl_jax.data import decoding as image_files
 from ssl_jax.data import open_source
 from ssl_jax.data.labelled import labelled_part
 from ssl_jax.data.source import MAX_BYTES
@@ -66,7 +66,7 @@ def said(caplog):
 
 @pytest.mark.parametrize("headers", [10_000, 2])
 def test_pipes_and_sockets_among_images_are_never_opened(tmp_path, monkeypatch, said, headers):
-    monkeypatch.setattr(image_files, "MAX_HEADERS", headers)
+    monkeypatch.setattr("ssl_jax.data.folder.MAX_HEADERS", headers)
     for i in range(4):
         put(tmp_path / f"{i}.png", i)
     os.mkfifo(tmp_path / "pipe.png")
@@ -166,7 +166,7 @@ def test_dicom_that_takes_too_much_memory_or_an_unknown_encoding(tmp_path, monke
     assert not UID("1.2.840.10008.1.2.7").is_transfer_syntax and unknown != sound
     (tmp_path / "c.dcm").write_bytes(unknown)
     for headers in (10_000, 1):  # found at the first look, or when it is decoded
-        monkeypatch.setattr(image_files, "MAX_HEADERS", headers)
+        monkeypatch.setattr("ssl_jax.data.folder.MAX_HEADERS", headers)
         source = open_source(folder(tmp_path, max_bad_share=0.9))
         source.arrays()
         assert [line.partition(";")[0] for line in source.skipped] == [

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ssl_jax.config import Data
 from ssl_jax.data import batches, cache, open_source
-from ssl_jax.data import folder as image_files
+from ssl_jax.data import decoding as image_files
 from ssl_jax.errors import UserError
 
 
@@ -154,7 +154,7 @@ def test_killed_while_filling(photos, decoded, monkeypatch):
     """SIGKILL after 8 of 30 images: those are not decoded again."""
     code = f"""
 import os, signal
-from ssl_jax.data import folder as image_files
+from ssl_jax.data import decoding as image_files
 from ssl_jax.data import cache, open_source
 from ssl_jax.config import Data
 cache.GROUP, real = 4, image_files.decode

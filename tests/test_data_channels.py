@@ -11,7 +11,7 @@ from PIL import Image, TiffImagePlugin
 from ssl_jax.cli import main
 from ssl_jax.config import Data, Model
 from ssl_jax.data import batches, open_source
-from ssl_jax.data.folder import decode
+from ssl_jax.data.decoding import decode
 from ssl_jax.encoder import export, load_encoder, random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.models import to_torch

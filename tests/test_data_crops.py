@@ -20,7 +20,7 @@ from ssl_jax.config import Data, View
 from ssl_jax.data import Partners, batches, open_source, order
 from ssl_jax.data.central import central
 from ssl_jax.data.crops import NUMBERS, Cutter, draw_box, draws
-from ssl_jax.data.folder import decode
+from ssl_jax.data.decoding import decode
 from ssl_jax.errors import UserError
 from ssl_jax.files import read_lines
 from ssl_jax.parallel import make_mesh

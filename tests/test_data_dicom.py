@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ssl_jax.config import Data
+from ssl_jax.data import decoding as image_files
 from ssl_jax.data import dicom, open_source
-from ssl_jax.data import folder as image_files
 from ssl_jax.errors import UnreadableError, UserError
 
 pydicom = pytest.importorskip("pydicom")

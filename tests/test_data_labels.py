@@ -10,7 +10,6 @@ from PIL import Image
 from scipy.stats import kstest
 
 from ssl_jax.config import Data
-from ssl_jax.data import folder as image_files
 from ssl_jax.data import open_source
 from ssl_jax.data.chexpert import OBSERVATIONS, STUDY
 from ssl_jax.data.table import _uniform
@@ -224,7 +223,7 @@ def test_chexpert_errors(tmp_path):
 
 
 def test_of_a_large_table_no_header_is_read_but_all_files_must_be_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_files, "MAX_HEADERS", 2)
+    monkeypatch.setattr("ssl_jax.data.folder.MAX_HEADERS", 2)
     data = dataclasses.replace(
         chexpert(tmp_path, "train", [(i, 1, True, {}) for i in range(1, 6)]), max_bad_share=0.4, labels=("Edema",)
     )

@@ -14,7 +14,8 @@ from toy_encoder import NETWORK, TRACES, toy_encoder, toy_images
 from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.config import Finetune, Model
 from ssl_jax.data import Source
-from ssl_jax.data.lazy import LazyImages, ahead
+from ssl_jax.data.feed import ahead
+from ssl_jax.data.source import LazyImages
 from ssl_jax.encoder import random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import finetune

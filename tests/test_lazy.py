@@ -15,7 +15,7 @@ from ssl_jax import evaluation, files, outputs
 from ssl_jax.config import Augment, Data, Eval, Finetune, default, resolve
 from ssl_jax.data import Source, open_source
 from ssl_jax.data.labelled import Labelled
-from ssl_jax.data.lazy import LazyImages, images_at
+from ssl_jax.data.source import LazyImages, images_at
 from ssl_jax.errors import UnreadableError, UserError
 from ssl_jax.evaluate import finetuning, knn, references
 from ssl_jax.evaluate.stored import StoredFeatures, embeddings

@@ -13,9 +13,9 @@ from toy_encoder import toy_encoder, toy_images
 from ssl_jax import commands, linear_protocol
 from ssl_jax.config import Augment, Data, Model, default, resolve
 from ssl_jax.data import Source, order
-from ssl_jax.data.folder import from_array
+from ssl_jax.data.arrays import from_array
 from ssl_jax.data.labelled import Labelled
-from ssl_jax.data.lazy import LazyImages
+from ssl_jax.data.source import LazyImages
 from ssl_jax.encoder import random_encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.scores import selection_score

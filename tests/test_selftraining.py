@@ -12,8 +12,8 @@ from toy_study import toy_config, toy_run, toy_sources
 
 from ssl_jax import study as studies
 from ssl_jax.config import Augment, Data, Finetune, default, resolve
-from ssl_jax.data.folder import from_array
-from ssl_jax.data.source import Source
+from ssl_jax.data.arrays import from_array
+from ssl_jax.data.source import LazyImages, Source
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import finetune, holdout, self_train, selftraining
 from ssl_jax.evaluate.finetuning import trainings
@@ -127,8 +127,8 @@ def test_teacher_and_student_are_compared_on_the_labels_held_out(monkeypatch):
     # It stops where a student without these labels was best on them.
     assert len(student.losses) == round(student.chosen["stop"] * settings.steps)
     # Taught nonsense, the student is worse, and the teacher is kept.
-    answers = selftraining.by_piece
-    monkeypatch.setattr(selftraining, "by_piece", lambda *given: -9 * answers(*given))
+    original = selftraining._lessons
+    monkeypatch.setattr(selftraining, "_lessons", lambda targets, *more: original(-9 * targets, *more))
     teacher, kept = taught(dataclasses.replace(settings, unlabelled_weight=0.99), count=30)
     assert same(teacher, kept) and not kept.chosen["student"]
     np.testing.assert_array_equal(kept.held_out[0], teacher.held_out[0])
@@ -219,9 +219,9 @@ def test_mistakes():
 
 def test_an_arm_of_a_study_learns_from_all_training_images(tmp_path, monkeypatch):
     monkeypatch.setattr(studies, "_references", lambda *_: [])
-    pools, original = [], selftraining.by_piece
+    pools, original = [], selftraining._lessons
     monkeypatch.setattr(
-        selftraining, "by_piece", lambda teacher, pool: pools.append(len(pool)) or original(teacher, pool)
+        selftraining, "_lessons", lambda targets, *more: pools.append(len(targets)) or original(targets, *more)
     )
     good = {"train": {"seed": 1}}
     arms = {"scratch": {}, "good": good, "both": {**good, "finetune": {"unlabelled": "all"}, "select": "typical"}}
@@ -257,9 +257,10 @@ def test_the_finetune_command_finds_the_images(tmp_path):
     found = selftraining.unlabelled_of(toy_encoder(), config, str(tmp_path / "more.npz"))
     np.testing.assert_array_equal(found.images, images)
     source = from_array(images, None, [], Data(name="npz"), "here")
-    on_disk = selftraining.Unlabelled(source, memory_gb=0)
-    np.testing.assert_array_equal(on_disk.images.load_many([0, 2]), images[[0, 2]])
-    assert isinstance(on_disk.images, Source)
+    source.memory_gb, source._array = 0, None
+    on_disk = selftraining.Unlabelled(source)
+    np.testing.assert_array_equal(on_disk.images[[0, 2]], images[[0, 2]])
+    assert isinstance(on_disk.images, LazyImages)
     assert on_disk.digest != found.digest
     with pytest.raises(UserError, match="--unlabelled: missing; config.finetune.unlabelled=all needs it"):
         selftraining.unlabelled_of(toy_encoder(), config, "")

@@ -13,7 +13,7 @@ from toy_study import ARMS, NAMES, toy_config, toy_run, toy_sources, toy_tables
 
 from ssl_jax import study
 from ssl_jax.config import Data
-from ssl_jax.data.folder import from_array
+from ssl_jax.data.arrays import from_array
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate import metrics, nested_subset
 from ssl_jax.report.tables import class_gains, summarise, verdicts

@@ -7,7 +7,7 @@ import pytest
 from toy_encoder import toy_encoder, toy_images
 
 from ssl_jax.config import Augment, Data, Finetune, Study, default, resolve
-from ssl_jax.data.folder import from_array
+from ssl_jax.data.arrays import from_array
 from ssl_jax.report import figures
 from ssl_jax.study import run_study
 

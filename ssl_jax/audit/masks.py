@@ -130,7 +130,7 @@ def as_read(mask: np.ndarray, shape: tuple[int, ...], where: str, side: int = 0)
 
     side: config.data.test_side
     """
-    from ssl_jax.data.folder import convert
+    from ssl_jax.data.decoding import convert
 
     height, width = shape[:2]
     if mask.shape != (height, width) or side:
@@ -156,7 +156,7 @@ def full_size(source: Source, index: int, data: Data) -> tuple[int, int] | None:
 
 def _decode(file: Path) -> np.ndarray:
     """A whole image in gray, uint8 [H, W]. Raises UnreadableError, or OSError."""
-    from ssl_jax.data.folder import decode
+    from ssl_jax.data.decoding import decode
 
     with open_file(file) as content:
         return decode(content.read(), 0, 1)[..., 0]

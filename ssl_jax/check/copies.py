@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.folder import read_image
+from ssl_jax.data.decoding import read_image
 from ssl_jax.errors import UnreadableError
 from ssl_jax.neighbours import distance, nearest_others, normalized
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from ssl_jax.config import Data
 from ssl_jax.data import Source
+from ssl_jax.data.decoding import header
 from ssl_jax.data.exclude import key_of
-from ssl_jax.data.folder import header
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UnreadableError
 

@@ -20,9 +20,9 @@ from ssl_jax.augment.views import TRIES
 from ssl_jax.config import Config, Data, View
 from ssl_jax.data.central import central, region
 from ssl_jax.data.channels import choose
+from ssl_jax.data.decoding import convert, decode, open_image, plain, read_image, reason_of
 from ssl_jax.data.dicom import is_dicom
 from ssl_jax.data.feed import Batch
-from ssl_jax.data.folder import convert, decode, open_image, plain, read_image, reason_of
 from ssl_jax.data.source import Content, Source, reading
 from ssl_jax.errors import UnreadableError, UserError
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from ssl_jax.config import Data
 from ssl_jax.data.channels import band_files, by_stem, split_band
-from ssl_jax.data.folder import EXTENSIONS, File, from_files
+from ssl_jax.data.decoding import EXTENSIONS
+from ssl_jax.data.folder import File, from_files
 from ssl_jax.data.layout import PARTS
 from ssl_jax.data.source import Source, pick_parts
 from ssl_jax.data.table import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.folder import from_array
+from ssl_jax.data.arrays import from_array
 from ssl_jax.data.source import Source, pick_parts
 from ssl_jax.errors import UserError
 

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ssl_jax.data.source import Source
 from ssl_jax.errors import UserError
 
 PIECE = 16  # images that grain passes on at a time; passing on one takes three times as long as reading it from a cache
+T = TypeVar("T")
 Batch = dict[str, Any]  # arrays [B, ...], or tuples of them, by name
 
 
@@ -164,3 +166,14 @@ def _decode_ahead(
         raise UserError(str(error.args[0]).partition("\n")[0]) from None  # without grain's note about its traceback
     finally:
         loaded.close()  # ends the threads, also when the caller stops early
+
+
+def ahead(fetch: Callable[[int], T], count: int) -> Iterator[T]:
+    """fetch(0), fetch(1), ... fetch(count - 1), each called in a thread while the one before is used. What it raises is
+    raised here."""
+    with ThreadPoolExecutor(1) as thread:
+        following = [thread.submit(fetch, step) for step in range(count)[:1]]
+        for step in range(1, count + 1):
+            made = following.pop().result()
+            following += [thread.submit(fetch, step)] if step < count else []
+            yield made

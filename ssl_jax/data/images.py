@@ -56,7 +56,7 @@ def _one(image: Any, size: int, channels: int, side: int, where: str) -> np.ndar
     """uint8 or float32 [size, size, channels]."""
     from PIL import Image, ImageOps
 
-    from ssl_jax.data.folder import finish
+    from ssl_jax.data.decoding import finish
 
     if isinstance(image, Image.Image):
         if channels not in (1, 3):
@@ -100,7 +100,7 @@ def _with_channels(images: Any, ndim: int, channels: int, where: str, whole: Seq
 
 
 def _resized(image: np.ndarray, size: int, channels: int, side: int) -> np.ndarray:
-    from ssl_jax.data.folder import convert
+    from ssl_jax.data.decoding import convert
 
     image = image if image.dtype == np.uint8 else np.round(255 * image.clip(0, 1)).astype(np.uint8)
     return convert(image, size, channels, side)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.folder import from_array
+from ssl_jax.data.arrays import from_array
 from ssl_jax.data.source import Source, pick_parts, require_file
 from ssl_jax.errors import UserError, first_line, unknown
 

@@ -5,7 +5,7 @@ from pathlib import PurePath
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.folder import EXTENSIONS, KINDS, check_background
+from ssl_jax.data.decoding import EXTENSIONS, KINDS, check_background
 from ssl_jax.data.layout import in_parts
 from ssl_jax.data.remote import Files, relative_names, shown
 from ssl_jax.data.shards import source_of

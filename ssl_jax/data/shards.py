@@ -22,7 +22,7 @@ import numpy as np
 from ssl_jax.config import Data
 from ssl_jax.data.blocks import Blocks
 from ssl_jax.data.central import check_side
-from ssl_jax.data.folder import FIRST, SIZE, check_background, decode, most_common, own_channels
+from ssl_jax.data.decoding import FIRST, SIZE, check_background, decode, most_common, own_channels
 from ssl_jax.data.layout import PARTS
 from ssl_jax.data.remote import Files, MissingError, Stamp, base_name, has_magic, is_url, shown
 from ssl_jax.data.source import Names, Source, check_bad_share, pick_parts, warn_once

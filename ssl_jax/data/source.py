@@ -5,19 +5,20 @@ If an image turns out to be unreadable, another one stands in for it; results ne
 
 import contextlib
 import functools
+import hashlib
+import json
 import logging
 import os
 import stat
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from ssl_jax.data.blocks import Blocks
-from ssl_jax.data.lazy import Images, LazyImages
 from ssl_jax.errors import NoPartError, UnreadableError, UserError, unknown, visible
 
 log = logging.getLogger("ssl_jax")
@@ -217,7 +218,7 @@ class Source:
             self._array = images
         return self._array
 
-    def all_images(self) -> Images:
+    def all_images(self) -> "Images":
         """All images: an array, if they are in memory or take at most `memory_gb` (`config.data.memory_gb`); else a
         sequence that decodes what is asked for."""
         if self._array is not None or self.nbytes <= self.memory_gb * 1e9:
@@ -272,6 +273,63 @@ class Source:
             content=None if content is None else lambda i: content(int(kept[i])),
             blocks=blocks,
         )
+
+
+class LazyImages:
+    """The N images of a source, to be read like an array uint8 [N, H, W, C]; nothing is kept.
+
+    images[a:b] and images[indices] are arrays uint8 [n, H, W, C], images[i] is one image [H, W, C]. Threads decode
+    (`config.data.workers`). If slices come in order, the next one is read ahead, so memory holds two of them. An image
+    that cannot be decoded has a stand-in, as of `Source.load`; UserError if there are too many.
+    """
+
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, source: Source):
+        self.source, self.shape = source, (len(source), *source.shape)
+        self._thread = ThreadPoolExecutor(1)
+        self._end, self._ahead = 0, dict[range, Future[np.ndarray]]()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        if isinstance(rows, int | np.integer):
+            return self.source.load(range(len(self))[int(rows)])
+        if not isinstance(rows, slice):
+            return self._read(np.arange(len(self))[np.asarray(rows)])
+        wanted = range(len(self))[rows]
+        images = self._ahead.pop(wanted, None) or self._submit(wanted)
+        self._ahead.clear()
+        following = range(len(self))[wanted.stop : wanted.stop + len(wanted)]
+        if wanted.step == 1 and wanted.start == self._end and following:
+            self._ahead[following] = self._submit(following)
+        self._end = wanted.stop
+        return images.result()
+
+    def _submit(self, indices: Sequence[int] | np.ndarray) -> Future[np.ndarray]:
+        return self._thread.submit(self._read, np.asarray(indices, np.int64))
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        return self.source.load_many(indices) if len(indices) else np.zeros((0, *self.source.shape), np.uint8)
+
+    def digest(self) -> str:
+        """A hash of the images' names and shape: of their pixels it would take as long as decoding all of them."""
+        return hashlib.sha256(json.dumps([list(self.source.names), self.source.shape]).encode()).hexdigest()
+
+
+Images = np.ndarray | LazyImages  # uint8 [N, H, W, C]
+
+
+def images_at(images: Images, rows: np.ndarray) -> Images:
+    """The images at the indices `rows`, int [n]; those of LazyImages are decoded when they are needed."""
+    if isinstance(images, LazyImages):
+        return images if _is_all(rows, len(images)) else images.source.take(rows).all_images()
+    return images if _is_all(rows, len(images)) else images[rows]
+
+
+def _is_all(rows: np.ndarray, count: int) -> bool:
+    return len(rows) == count and np.array_equal(rows, np.arange(count))
 
 
 def same_object(values: Sequence[object] | np.ndarray, where: str, pairs: str) -> np.ndarray:

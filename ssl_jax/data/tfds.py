@@ -11,7 +11,7 @@ import numpy as np
 
 from ssl_jax.config import Data
 from ssl_jax.data.central import check_side
-from ssl_jax.data.folder import SIZE, check_background, decode
+from ssl_jax.data.decoding import SIZE, check_background, decode
 from ssl_jax.data.source import Source
 from ssl_jax.errors import NoPartError, UserError, first_line
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ssl_jax.config import Data
-from ssl_jax.data.folder import EXTENSIONS
+from ssl_jax.data.decoding import EXTENSIONS
 from ssl_jax.data.remote import Files, shown
 from ssl_jax.data.shards import (
     LONGEST,

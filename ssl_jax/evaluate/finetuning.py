@@ -11,8 +11,9 @@ import numpy as np
 
 from ssl_jax.augment import resolve_views
 from ssl_jax.config import Finetune
+from ssl_jax.data.feed import ahead
 from ssl_jax.data.images import as_images, as_pixels
-from ssl_jax.data.lazy import Images, LazyImages, ahead, images_at
+from ssl_jax.data.source import Images, LazyImages, images_at
 from ssl_jax.encoder import Encoder, with_drop_path
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import Probe, linear_probe
@@ -77,8 +78,8 @@ class Classifier(NamedTuple):
             return own
         starts = range(0, len(own), PIECE)
         shape = self.encoder.size, self.encoder.channels, self.encoder.test_side
-        parts = [pixels(as_images(images, slice(start, start + PIECE), *shape)) for start in starts]
-        return (own + self.pixels.scores(np.concatenate(parts))) / 2
+        parts = [self.pixels.scores(pixels(as_images(images, slice(start, start + PIECE), *shape))) for start in starts]
+        return (own + np.concatenate(parts)) / 2
 
     def predict(self, images: Any, batch: int = 256) -> np.ndarray:
         """Probabilities float64 [N, K], of images as `Encoder.embed` takes them.

@@ -22,7 +22,7 @@ import numpy as np
 
 from ssl_jax.augment import center_view
 from ssl_jax.config import Eval
-from ssl_jax.data.lazy import Images, LazyImages
+from ssl_jax.data.source import Images, LazyImages
 from ssl_jax.encoder import Encoder, model_of, random_encoder
 from ssl_jax.errors import DamagedError
 from ssl_jax.evaluate.knn import log_odds

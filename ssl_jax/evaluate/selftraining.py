@@ -14,8 +14,7 @@ from ssl_jax.augment import make_views, resolve_views
 from ssl_jax.config import Config, Finetune, View
 from ssl_jax.data import open_source
 from ssl_jax.data.feed import order
-from ssl_jax.data.lazy import LazyImages, images_at
-from ssl_jax.data.source import Source
+from ssl_jax.data.source import Images, LazyImages, Source, images_at
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.finetuning import (
@@ -34,18 +33,16 @@ from ssl_jax.evaluate.tuning_step import loss_of_labels
 from ssl_jax.losses import binary_cross_entropy, cross_entropy
 from ssl_jax.settings import data_of, images_only
 
-PIECE = 4_096  # images that the teacher is shown at a time
 STOPS = (0.25, 0.5, 0.75, 1.0)  # shares of its steps after which a student may stop
 ALMOST_NEVER = 1e-6  # the smallest probability that a teacher gives
-Images = np.ndarray | LazyImages | Source
 
 
 def self_train(
     teacher: Classifier | None,
     encoder: Encoder,
-    images: np.ndarray | LazyImages,
+    images: Images,
     labels: np.ndarray,
-    unlabelled: "Images | Unlabelled",
+    unlabelled: "Images | Source | Unlabelled",
     *,
     classes: int,
     settings: Finetune,
@@ -101,7 +98,7 @@ def self_train(
             targets = _logits(pool.neighbourhood(encoder).spread(*known, classes), task.labels.ndim == 2)
         else:
             assert teacher is not None  # for mypy: only a propagated one is missing
-            targets = by_piece(teacher, pool.images)
+            targets = teacher.logits(pool.images, fixed=True)
         lessons = _lessons(targets, encoder, pool, task.labels[index], settings, seed)
         return list(task.fit(index, [pair], lessons, stops))
 
@@ -126,7 +123,7 @@ def self_train(
 
 def train_classifier(
     encoder: Encoder,
-    images: np.ndarray | LazyImages,
+    images: Images,
     labels: np.ndarray,
     unlabelled: "Unlabelled | None",
     **options: Any,
@@ -143,36 +140,33 @@ def train_classifier(
 
 
 class Unlabelled:
-    """Images uint8 [M, H, W, C], or a source, whose labels are not looked at. A source is decoded once if it fits into
-    memory_gb, and else batch by batch."""
+    """Images uint8 [M, H, W, C], or a source of such images (`Source.all_images`), whose labels are not looked at."""
 
-    def __init__(self, images: Images, memory_gb: float = 0):
-        self._given, self._memory = images, memory_gb * 1e9
+    def __init__(self, images: Images | Source):
+        self._given = images
         self._last: tuple[Any, Neighbourhood] | None = None
         # Of the source, also where its images are in memory, so that this does not change their order.
         self.blocks = images.blocks if isinstance(images, Source) else None
 
     @functools.cached_property
     def images(self) -> Images:
-        if not isinstance(self._given, Source):
-            return self._given
-        if self._given.nbytes <= self._memory:
-            return self._given.arrays()
-        source = self._given.take(range(len(self._given)))
-        source.forget_labels()
-        return source
+        given = self._given
+        images = given.all_images() if isinstance(given, Source) else given
+        if isinstance(images, LazyImages):
+            source = images.source.take(range(len(images)))
+            source.forget_labels()  # any image may stand in for one that is damaged
+            images = LazyImages(source)
+        return images
 
     @functools.cached_property
     def digest(self) -> str:
         """Of all images, or of their names if they do not fit."""
-        if isinstance(self.images, Source):
-            return LazyImages(self.images).digest()
-        return digest(self.images)
+        return self.images.digest() if isinstance(self.images, LazyImages) else digest(self.images)
 
     def neighbourhood(self, encoder: Encoder) -> Neighbourhood:
         """In the embedding of `encoder`; that of the last encoder is kept."""
         if self._last is None or self._last[0] is not encoder.params:
-            self._last = encoder.params, Neighbourhood(by_piece(encoder, self.images))
+            self._last = encoder.params, Neighbourhood(encoder.embed(self.images, fixed=True))
         return self._last[1]
 
 
@@ -184,7 +178,7 @@ def unlabelled_of(encoder: Encoder, config: Config, data: str) -> Unlabelled:
     if not data and not config.data.name:
         raise UserError("--unlabelled: missing; config.finetune.unlabelled=all needs it, or the folder of a run")
     spec = encoder.data(data_of(data, "--unlabelled", config.data) if data else config.data)
-    return Unlabelled(open_source(images_only(spec)), config.data.memory_gb)
+    return Unlabelled(open_source(images_only(spec)))
 
 
 def _check_mixing(settings: Finetune) -> None:
@@ -193,7 +187,7 @@ def _check_mixing(settings: Finetune) -> None:
             raise UserError(f"config.finetune.{key}={value:g}: a teacher knows no mixtures; allowed with unlabelled: 0")
 
 
-def _check(images: np.ndarray | LazyImages, unlabelled: Images) -> None:
+def _check(images: Images, unlabelled: Images) -> None:
     if not len(unlabelled):
         raise UserError(
             "config.finetune.unlabelled=all: there is no image without a label; allowed: at least one, or "
@@ -221,25 +215,11 @@ def _lessons(
 
     def more(step: int) -> tuple[Any, ...]:
         rows = order(seed, len(unlabelled), size, step, pool.blocks)
-        return _take(unlabelled, rows), targets[rows], *constants
+        return unlabelled[rows], targets[rows], *constants
 
     views = resolve_views(settings.augment, 1, encoder.size)
     strong = resolve_views(settings.strong, 1, views[0].size) if settings.consistency else ()
     return Batch(_Objective(views, strong, settings.label_smoothing), more)
-
-
-def _take(images: Images, rows: np.ndarray) -> np.ndarray:
-    return images.load_many(rows) if isinstance(images, Source) else images[rows]
-
-
-def by_piece(model: Classifier | Encoder, unlabelled: Images) -> np.ndarray:
-    """A teacher's logits float32 [M, K], or an encoder's embeddings [M, D]; PIECE images are in memory at a time."""
-    ask, parts = model.logits if isinstance(model, Classifier) else model.embed, []
-    for start in range(0, len(unlabelled), PIECE):
-        rows = np.arange(start, min(start + PIECE, len(unlabelled)))
-        piece = unlabelled.take(rows).arrays() if isinstance(unlabelled, Source) else unlabelled[rows]
-        parts.append(ask(piece, fixed=True))
-    return np.concatenate(parts)
 
 
 def _logits(shares: np.ndarray, several: bool) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ssl_jax.data.lazy import Images
+from ssl_jax.data.source import Images
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
 

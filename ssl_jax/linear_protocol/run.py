@@ -17,8 +17,7 @@ from ssl_jax import files, parallel
 from ssl_jax.augment import check_no_warp, resolve_views
 from ssl_jax.config import Config, Linear, to_steps
 from ssl_jax.data.labelled import Labelled
-from ssl_jax.data.lazy import Images
-from ssl_jax.data.source import Source
+from ssl_jax.data.source import Images, Source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import DamagedError, UserError
 from ssl_jax.evaluate.scores import selection_score

@@ -8,7 +8,7 @@ import numpy as np
 from ssl_jax.config import Config, Data, to_steps
 from ssl_jax.data import Source, open_source
 from ssl_jax.data.labelled import labelled_indices, labelled_part
-from ssl_jax.data.lazy import Images
+from ssl_jax.data.source import Images
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.cross_validation import cross_validated, folds, mean_and_error
