@@ -95,6 +95,12 @@ class WithTarget(Peer):
         )
 
 
+def without_last_bias(head: heads.ProjectionHead) -> heads.ProjectionHead:
+    """The authors' last layer has no bias, and so ours; lightly's has."""
+    head.layers[-1].register_parameter("bias", None)
+    return head
+
+
 class SimCLR(Peer):
     def __init__(self, run):
         m = run.method
@@ -125,8 +131,8 @@ class MoCo(WithTarget):
 class BYOL(WithTarget):
     def __init__(self, run):
         m = run.method
-        super().__init__(run, heads.BYOLProjectionHead(run.features, m.hidden, m.out))
-        self.predictor = heads.BYOLPredictionHead(m.out, m.hidden, m.out)
+        super().__init__(run, without_last_bias(heads.BYOLProjectionHead(run.features, m.hidden, m.out)))
+        self.predictor = without_last_bias(heads.BYOLPredictionHead(m.out, m.hidden, m.out))
         self.criterion = NegativeCosineSimilarity()
 
     def loss(self, views, step):

@@ -1,6 +1,6 @@
 """Methods told apart from random weights and from each other, ssl_jax beside lightly: kNN and linear, three seeds.
 
-    python benchmarks/told_apart.py --peer=peer/bin/python                       two CPU cores; takes hours
+    python benchmarks/told_apart.py --peer=peer/bin/python --at-once=2           two CPU cores, two hours and a half
     python benchmarks/told_apart.py gpu --peer=peer/bin/python --minutes=60      one GPU; fits itself into the time
     python benchmarks/told_apart.py --table                                      what is finished so far
 
@@ -20,8 +20,11 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 # A GPU is shared by the processes that take turns on it.
@@ -51,9 +54,9 @@ VIEWS = {"augment.jitter_prob": 1.0, "augment.brightness": 0.8, "augment.contras
 SETUPS: dict[str, dict[str, Any]] = {
     # Rate and temperatures: of the trials in results/methods_trials.csv, which ran ours alone, the best.
     "cpu": {
-        "methods": ("simclr", "moco", "barlow_twins", "byol", "supervised"),
+        "methods": ("simclr", "moco", "barlow_twins", "supervised"),
         "size": 28,
-        "epochs": 8,
+        "epochs": 4,
         "batch": 128,
         "model": {"model.name": "resnet_thin"},
         "all": {**VIEWS, "optim.lr": 3e-3},
@@ -89,6 +92,11 @@ class Runner:
         self.workdir = args.workdir.resolve()
         self.cells, self.data = self.workdir / "cells", self.workdir / f"images-{args.images}.npz"
         self.methods = tuple(args.methods.split(",")) if args.methods else self.setup["methods"]
+        self.cores = max(1, args.cores // args.at_once)  # of a cell
+        self.shares: SimpleQueue[range] = SimpleQueue()
+        for number in range(args.at_once):
+            self.shares.put(range(number * self.cores, (number + 1) * self.cores))
+        self.stopping = threading.Event()
 
     # One cell.
 
@@ -133,8 +141,8 @@ class Runner:
             return {"step_s": step, "other_s": max(0.0, wall - 2 * self.timed * step)} if timed else {"loss": loss}
         folder.mkdir(parents=True, exist_ok=True)
         resolved = resolve(load_config(config, flags))
-        source, about = self.source(), {key: getattr(self.args, key) for key in ("images", "cores", "workers")}
-        about = argparse.Namespace(**about, epochs=epochs, batch=self.setup["batch"])
+        source, about = self.source(), {key: getattr(self.args, key) for key in ("images", "workers")}
+        about = argparse.Namespace(**about, cores=self.cores, epochs=epochs, batch=self.setup["batch"])
         settings = settings_of(resolved, set_up(resolved, source), about, folder)
         settings |= {"device": self.args.device, "timed": self.timed if timed else 0, "classes": len(source.classes)}
         settings["data"] = str(self.data)
@@ -170,14 +178,16 @@ class Runner:
 
     def start(self, command: list) -> float:
         """Seconds that a process took, without those in which it stood still because the pause file exists."""
-        cores = str(self.args.cores)
-        environment = {**os.environ, "OMP_NUM_THREADS": cores, "OMP_WAIT_POLICY": "passive"}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.cores), "OMP_WAIT_POLICY": "passive"}
         if self.args.device == "cpu":
             environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        share = self.shares.get()
         process = subprocess.Popen(list(map(str, command)), env=environment, start_new_session=True)
+        if self.args.at_once > 1:
+            os.sched_setaffinity(process.pid, share)
         pause, stopped, seconds = self.args.pause_file, False, 0.0
         try:
-            while process.poll() is None:
+            while process.poll() is None and not self.stopping.is_set():
                 if pause and pause.exists() != stopped:
                     stopped = not stopped
                     os.killpg(process.pid, signal.SIGSTOP if stopped else signal.SIGCONT)
@@ -186,6 +196,8 @@ class Runner:
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self.shares.put(share)
         if process.returncode:
             sys.exit(f"ended with status {process.returncode}: {' '.join(map(str, command))}")
         return seconds
@@ -238,7 +250,7 @@ class Runner:
                 times[f"{side} {method}"] = self.train(side, method, 0, max(1, epochs), folder, timed=True)
                 took = times[f"{side} {method}"]
                 print(f"{side} {method}: {took['step_s']:.3f} s a step, {took['other_s']:.0f} s beside", flush=True)
-        seeds, epochs = fit(times, judge, self.steps(1), args.minutes, args.seeds, epochs)
+        seeds, epochs = fit(times, judge, self.steps(1), args.minutes * args.at_once, args.seeds, epochs)
         made = {"asked": asked, "seeds": seeds, "epochs": epochs, "times": times, "judge_s": judge}
         path.write_text(json.dumps(made, indent=1))
         return made
@@ -262,13 +274,23 @@ class Runner:
             f"{len(self.methods)} methods, {plan['seeds']} seeds, {plan['epochs']} epochs of {self.args.images} images"
         )
         print(told, flush=True)
-        for number, cell in enumerate(cells):
-            if self.result(*cell):
-                continue
-            left = sum(self.seconds(plan, other) for other in cells[number:]) / 60
-            told = f"{number} of {len(cells)} done, about {left:.0f} minutes left"
+
+        def one(cell: tuple[str, str, int]) -> None:
+            if self.result(*cell) or self.stopping.is_set():
+                return
+            left = sum(self.seconds(plan, other) for other in cells) / self.args.at_once / 60
+            done = sum(bool(self.result(*other)) for other in cells)
+            told = f"{done} of {len(cells)} done, about {left:.0f} minutes left"
             print(f"{' '.join(map(str, cell))}: {told}", flush=True)
             print(self.run(*cell, plan["epochs"]), flush=True)
+
+        with ThreadPoolExecutor(self.args.at_once) as pool:
+            running = [pool.submit(one, cell) for cell in cells]
+            try:
+                for each in running:
+                    each.result()
+            finally:
+                self.stopping.set()
         print(self.table())
 
     def table(self) -> str:
@@ -362,14 +384,13 @@ def main() -> None:
     parser.add_argument("--peer", default="peer/bin/python", help="python of the environment with lightly")
     parser.add_argument("--methods", help="default: those of the setup")
     parser.add_argument("--minutes", type=float, default=0.0, help="what all of it may take; 0: what it takes")
-    parser.add_argument("--epochs", type=int, default=0, help="at most; 0: those of the setup (cpu 8, gpu 200)")
+    parser.add_argument("--epochs", type=int, default=0, help="at most; 0: those of the setup (cpu 4, gpu 200)")
     parser.add_argument("--seeds", type=int, default=3, help="at most")
     parser.add_argument("--batch", type=int, default=0, help="0: that of the setup (cpu 128, gpu 256)")
     parser.add_argument("--timed", type=int, default=30, help="steps that are timed, after as many that are not")
     parser.add_argument("--images", type=int, default=60_000, help="the first of the training images")
-    parser.add_argument(
-        "--cores", type=int, default=os.cpu_count(), help="threads of each side; they never run at once"
-    )
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="of all cells that compute at once")
+    parser.add_argument("--at-once", type=int, default=1, help="cells that compute at once, each on its share of cores")
     parser.add_argument(
         "--workers", type=int, help="processes of lightly's DataLoader; default: cpu none, gpu as cores"
     )

@@ -33,7 +33,9 @@ def test_too_little_time_is_one_line():
 
 
 def test_the_table_pairs_seeds_and_subtracts_random_weights(tmp_path):
-    args = argparse.Namespace(setup="cpu", methods="byol", workdir=tmp_path, images=600, batch=0, timed=30)
+    args = argparse.Namespace(
+        setup="cpu", methods="byol", workdir=tmp_path, images=600, batch=0, timed=30, cores=2, at_once=1
+    )
     runner = told_apart.Runner(args)
     runner.cells.mkdir()
     scores = [("ssl_jax", "random weights", 0, 0.70), ("ssl_jax", "byol", 0, 0.80), ("lightly", "byol", 0, 0.79)]
