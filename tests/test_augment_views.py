@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssl_jax.augment import PRESETS, center_view, draw, make_views, ops, render, resolve_views
+from ssl_jax.augment import PRESETS, center_view, draw, make_views, ops, origins, render, resolve_views
 from ssl_jax.augment.views import COLOUR
 from ssl_jax.config import Augment, View
 from ssl_jax.errors import UserError
@@ -274,3 +274,31 @@ def test_mistakes_are_one_line(augment, message):
 def test_views_without_a_size_are_refused():
     with pytest.raises(UserError, match="view.size=0: allowed: 1 or more"):
         make_views([View()])
+
+
+@pytest.mark.parametrize("warps", [{}, {"rotate": 20.0}, {"perspective": 0.3, "perspective_prob": 1.0}, "all"])
+def test_positions_are_where_the_pixels_come_from(warps):
+    """Pixels hold their own column and row; what a place shows is the x and y of its position."""
+    if warps == "all":
+        warps = {"rotate": 10.0, "shear": 8.0, "zoom": (0.9, 1.2), "translate": 0.1, "perspective": 0.2}
+    size, held = 32, np.arange(32) * 7
+    image = np.stack([*np.broadcast_arrays(held, held[:, None]), np.full((size, size), 255)], -1).astype(np.uint8)[None]
+    views = (View(size=size, crop_scale=(0.3, 1.0), flip=0.5, **warps),) * 2
+
+    @jax.jit
+    def draw(seed):
+        made, drawn = make_views(views)(jax.random.key(seed), image)
+        return [(shown[0], origins(box, 4, 4)[0]) for shown, box in zip(made, drawn)]
+
+    compared = 0
+    for seed in range(6):
+        for shown, where in jax.device_get(draw(seed)):
+            pixels = shown.reshape(4, 8, 4, 8, 3)
+            x, y = np.moveaxis(pixels.mean((1, 3))[..., :2] * 255 / 7 + 0.5, -1, 0)
+            inside = pixels[..., 2].min((1, 3)) > 0.999  # nothing black from outside the image
+            # Not at the image's border, where there is less to interpolate from.
+            at = where.reshape(4, 4, 2)
+            inside &= (at > 3).all(-1) & (at < size - 3).all(-1)
+            np.testing.assert_allclose(np.stack([x, y], -1)[inside], at[inside], atol=0.2)
+            compared += inside.sum()
+    assert compared > 60

@@ -11,9 +11,8 @@ import optax
 import pytest
 
 from ssl_jax import checkpoint, losses, train
-from ssl_jax.augment import make_views, resolve_views
+from ssl_jax.augment import make_views, origins
 from ssl_jax.methods.base import Context, State, entropies, entropy_collapse
-from ssl_jax.methods.vicregl import positions
 from ssl_jax.parallel import make_mesh
 from ssl_jax.testing.tiny import Images, batch_of, set_up, start, tiny_config
 from ssl_jax.transforms import by_name, frozen, target_of, track_target
@@ -199,8 +198,9 @@ def test_vicregl_positions_equal_loops_on_boxes_with_a_flip():
         "height": np.array([6.0, 12.0]),
         "width": np.array([8.0, 20.0]),
         "flip": np.array([False, True]),
+        "source": np.array([[24, 24], [24, 24]]),
     }
-    made = np.asarray(jax.jit(positions, static_argnums=(1, 2))(boxes, 3, 4))
+    made = np.asarray(jax.jit(origins, static_argnums=(1, 2))(boxes, 3, 4))
     for b, r, c in itertools.product(range(2), range(3), range(4)):
         column = 3 - c if boxes["flip"][b] else c
         x = boxes["left"][b] + (column + 0.5) * boxes["width"][b] / 4
@@ -228,26 +228,6 @@ def test_vicregl_positions_ignore_flips_if_asked():
         assert not np.allclose(rows[0], rows[1])
     else:
         raise AssertionError("a feature map of one place cannot tell")
-
-
-def test_vicregl_positions_are_where_the_pixels_come_from():
-    """Each pixel of an image holds its own column; the column that a place shows is the x of its position."""
-    size = 32
-    image = np.broadcast_to(np.arange(size) * 7, (size, size)).astype(np.uint8)[None, :, :, None]
-    view = tiny_config("vicregl", augment__brightness=0.0).augment
-    views = resolve_views(view, 2, size, True)[:2]
-
-    @jax.jit
-    def draw(seed):
-        made, drawn = make_views(views)(jax.random.key(seed), image)
-        return [(shown[0, :, :, 0], positions(box, 4, 4)) for shown, box in zip(made, drawn)]
-
-    for seed in range(6):
-        for shown, where in jax.device_get(draw(seed)):
-            shown = shown.reshape(4, 8, 4, 8).mean((1, 3)) * 255 / 7 + 0.5
-            where = where.reshape(4, 4, 2)
-            # Not at the image's border, where there is less to interpolate from.
-            np.testing.assert_allclose(shown[:, 1:3], where[:, 1:3, 0], atol=0.15)
 
 
 def test_settings_are_checked():

@@ -10,6 +10,7 @@ from ssl_jax.augment.views import (
     finish_views,
     geometry,
     make_views,
+    origins,
     render,
     resolve_views,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "finish_views",
     "geometry",
     "make_views",
+    "origins",
     "preset_of",
     "render",
     "resolve_views",

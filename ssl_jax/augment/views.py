@@ -283,7 +283,7 @@ def _convex(corners: jax.Array) -> jax.Array:
     return (before[:, 0] * ahead[:, 1] - before[:, 1] * ahead[:, 0] > 0).all()
 
 
-def _corners(height: int, width: int) -> jax.Array:
+def _corners(height: int | jax.Array, width: int | jax.Array) -> jax.Array:
     right, bottom = width - 1.0, height - 1.0
     return jnp.array([[0, 0], [right, 0], [right, bottom], [0, bottom]])
 
@@ -308,7 +308,8 @@ def render(image: jax.Array, parameters: Parameters, view: View) -> jax.Array:
     """
     height, width, channels = image.shape
     image = image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
-    image = _warp(image, parameters)
+    matrix = _warp_matrix(parameters, height, width)
+    image = image if matrix is None else ops.warp(image, matrix)
     if "top" in parameters or (height, width) != (view.size, view.size):
         box = {"top": 0, "left": 0, "height": height, "width": width}
         image = ops.resized_crop(image, **{k: parameters.get(k, whole) for k, whole in box.items()}, size=view.size)
@@ -339,13 +340,34 @@ def appearance(parameters: Parameters) -> Parameters:
     return {name: value for name, value in parameters.items() if name not in GEOMETRY}
 
 
+def origins(drawn: Parameters, rows: int, columns: int) -> jax.Array:
+    """Where the centres of a view's rows x columns places come from, row by row: (x, y) in px of the image, [B, P, 2].
+
+    drawn: the parameters of a view, each [B, ...], as `make_views` returns them.
+    """
+
+    def one(own: Parameters) -> jax.Array:
+        y, x = jnp.divmod(jnp.arange(rows * columns), columns)
+        x = jnp.where(own["flip"], columns - 1 - x, x)
+        across = own["left"] + (x + 0.5) * own["width"] / columns
+        down = own["top"] + (y + 0.5) * own["height"] / rows
+        matrix = _warp_matrix(own, *own["source"])
+        if matrix is not None:
+            points = jnp.stack([across, down, jnp.ones_like(down)])
+            across, down, depth = jnp.matmul(matrix, points, precision=ops.EXACT)
+            across, down = across / depth, down / depth
+        return jnp.stack([across, down], axis=-1)
+
+    return jax.vmap(one)(drawn)
+
+
 def blur_kernel(size: int) -> int:
     """The size of the blur kernel in px: a tenth of the view's side, odd, at least 3 (SimCLR, appendix A)."""
     return max(3, 2 * (size // 20) + 1)
 
 
-def _warp(image: jax.Array, parameters: Parameters) -> jax.Array:
-    height, width, _ = image.shape
+def _warp_matrix(parameters: Parameters, height: int | jax.Array, width: int | jax.Array) -> jax.Array | None:
+    """For `ops.warp`: all warps of a view in one; None if it has none."""
     matrices = []
     if "angle" in parameters:
         matrices.append(ops.rotation_matrix(height, width, parameters["angle"]))
@@ -357,7 +379,7 @@ def _warp(image: jax.Array, parameters: Parameters) -> jax.Array:
         matrices.append(ops.perspective_matrix(_corners(height, width), parameters["corners"]))
     if "shift" in parameters:
         matrices.append(ops.translation_matrix(*parameters["shift"]))
-    return ops.warp(image, ops.compose(*matrices)) if matrices else image
+    return ops.compose(*matrices) if matrices else None
 
 
 def _jitter(image: jax.Array, parameters: Parameters) -> jax.Array:

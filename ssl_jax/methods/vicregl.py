@@ -1,9 +1,9 @@
 r"""VICRegL: VICReg on whole views and on places of their feature maps, which match in the image or in feature space.
 
 For segmentation, detection and small findings. Places are matched where they show the same spot of the image, and where
-they look most alike. Positions follow crop and flip, not rotation or other warps; the official code ignores flips, too
-(`flips=False`). Two views of 224 px for a ResNet; the paper's multi-crop has crop_scale 0.4 to 1 and
-config.augment.local_views=6 of 96 px (local.crop_scale 0.08 to 0.4).
+they look most alike. Positions follow the crop, the flip and every warp of a view. The views of the official code have
+no warps, and it ignores flips (`flips=False`). Two views of 224 px for a ResNet; the paper's multi-crop has crop_scale
+0.4 to 1 and config.augment.local_views=6 of 96 px (local.crop_scale 0.08 to 0.4).
 
 $$\alpha\,\mathrm{VICReg}(\mathrm{whole}) + (1-\alpha)\,\mathrm{VICReg}(\mathrm{matched\ places})$$
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from ssl_jax.augment import origins
 from ssl_jax.fields import option
 from ssl_jax.losses import vicregl
 from ssl_jax.methods.base import Method, State, refuse_randaugment, require_batch, std_collapse
@@ -78,7 +79,7 @@ def make(config, encoder, run):
         drawn = batch["drawn"]
         if not config.flips:
             drawn = [{**own, "flip": jnp.zeros_like(own["flip"])} for own in drawn]
-        where = [positions(own, *y["maps"].shape[1:3]) for y, own in zip(each, drawn, strict=True)]
+        where = [origins(own, *y["maps"].shape[1:3]) for y, own in zip(each, drawn, strict=True)]
         maps = [y["maps"].reshape(*p.shape[:2], -1) for y, p in zip(each, where, strict=True)]
         outputs = {"embedding": each[0]["embedding"], "z": [y["z"] for y in each], "maps": maps, "positions": where}
         return outputs, stats
@@ -91,16 +92,3 @@ def make(config, encoder, run):
 
     collapsed = std_collapse("config.method.variance too small")
     return Method(init, forward, loss, local_views=True, collapsed=collapsed)
-
-
-def positions(drawn, rows: int, columns: int) -> jax.Array:
-    """The centres (x, y) of a feature map's rows x columns places, row by row, in the source image: [B, P, 2], px.
-
-    drawn: the crop box and the flip of the view, each [B], as `augment.draw` names them.
-    """
-    y, x = jnp.divmod(jnp.arange(rows * columns), columns)
-    box = {k: drawn[k][:, None] for k in ("top", "left", "height", "width", "flip")}
-    x = jnp.where(box["flip"], columns - 1 - x, x)
-    across = box["left"] + (x + 0.5) * box["width"] / columns
-    down = box["top"] + (y + 0.5) * box["height"] / rows
-    return jnp.stack([across, down], axis=-1)
