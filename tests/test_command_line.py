@@ -177,6 +177,7 @@ def test_completion(capsys):
     typed = {
         "ssl-jax pre": "pretrain predict",
         "ssl-jax pretrain sim": "simclr simmim simsiam",
+        "ssl-jax pretrain m": "mae moco moco_v3 msn",  # and no module beside the methods
         "ssl-jax pretrain simclr --w": "--workdir=",
         "ssl-jax help st": "study",
         "ssl-jax report runs": "",  # a file, which bash completes by itself
