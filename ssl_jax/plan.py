@@ -28,14 +28,8 @@ from ssl_jax.train import memory
 from ssl_jax.train.step import in_memory, make_step, set_up
 
 KNOWN_DATA = {"imagenet2012": (1_281_167, 1000), "cifar10": (50_000, 10)}  # TFDS: training images, classes
-DECODED = (
-    "folder",
-    "csv",
-    "chexpert",
-    "tfds",
-    "webdataset",
-    "parquet",
-)  # sources of image files, or of records that hold some
+# Sources of image files, or of records that hold some.
+DECODED = ("folder", "csv", "chexpert", "tfds", "webdataset", "parquet")
 # Images per second that a core with AVX-512 cuts from files: JPEGs of 500 x 375 px, two views of 224 px
 # (benchmarks/README.md). How fast squares are read depends too much on the size of the files.
 CORE_RATE = 290.0

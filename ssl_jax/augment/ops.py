@@ -160,7 +160,7 @@ def perspective(
     return warp(image, perspective_matrix(startpoints, endpoints), fill)
 
 
-def rotation_matrix(height: int, width: int, degrees: ArrayLike) -> jax.Array:
+def rotation_matrix(height: int | jax.Array, width: int | jax.Array, degrees: ArrayLike) -> jax.Array:
     """The matrix of `rotate`, for `warp`."""
     angle = jnp.deg2rad(jnp.asarray(degrees, jnp.float32))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -168,7 +168,7 @@ def rotation_matrix(height: int, width: int, degrees: ArrayLike) -> jax.Array:
     return _matrix([cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y], [0, 0, 1])
 
 
-def shear_matrix(height: int, width: int, degrees: ArrayLike) -> jax.Array:
+def shear_matrix(height: int | jax.Array, width: int | jax.Array, degrees: ArrayLike) -> jax.Array:
     """For `warp`: rows shift along themselves by tan(degrees) x their distance from the centre, the upper ones right.
 
     torchvision's `affine(shear=(degrees, 0))`.
@@ -178,7 +178,7 @@ def shear_matrix(height: int, width: int, degrees: ArrayLike) -> jax.Array:
     return _matrix([1, tan, -tan * height / 2], [0, 1, 0], [0, 0, 1])
 
 
-def zoom_matrix(height: int, width: int, factor: ArrayLike) -> jax.Array:
+def zoom_matrix(height: int | jax.Array, width: int | jax.Array, factor: ArrayLike) -> jax.Array:
     """For `warp`: enlarge about the centre by `factor` (below 1: shrink), as torchvision's `affine(scale=factor)`."""
     scale = 1 / jnp.asarray(factor, jnp.float32)
     return _matrix([scale, 0, (1 - scale) * width / 2], [0, scale, (1 - scale) * height / 2], [0, 0, 1])
