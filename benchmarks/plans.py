@@ -25,8 +25,12 @@ from ssl_jax.start import start_jax
 HERE = Path(__file__).resolve().parent
 CSV, PAGE = HERE / "results" / "plans.csv", HERE / "scale.md"
 BEGIN, END = "<!-- table of benchmarks/plans.py -->\n", "<!-- end of table -->"
-RECIPES = ("simclr", "moco_v2", "moco_v3", "byol", "swav", "dino", "mae")
-UNGROUPED = ("dino", "mae", "moco_v2")  # without BatchNorm, or with groups of their own
+RECIPES = (
+    *("simclr", "moco_v1", "moco_v2", "moco_v3", "moco_v3_vit_small", "byol", "simsiam", "barlow_twins", "vicreg"),
+    *("vicregl", "tico", "swav", "swav_256", "dino", "dino_resnet50", "instance_discrimination", "rotation", "jigsaw"),
+    *("mae", "simmim"),
+)
+GROUPED = ("simclr", "byol")  # of those whose statistics of BatchNorm are the whole batch's, the largest batches
 
 
 def predict(recipe: str, topology: str, grouped: bool) -> dict:
@@ -73,7 +77,7 @@ def main() -> None:
         for recipe in args.recipes.split(","):
             job = {"recipe": recipe, "topology": topology, "grouped": str(args.groups)}
             done = any(all(row[key] == value for key, value in job.items()) for row in rows(CSV))
-            if done or (args.groups and recipe in UNGROUPED):
+            if done or (args.groups and recipe not in GROUPED):
                 continue
             print(f"{recipe}, {topology}", flush=True)
             try:

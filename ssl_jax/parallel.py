@@ -49,6 +49,13 @@ def mesh_of(devices: Sequence[Any], batch: int, micro_batch: int = 0, shard: int
     return jax.make_mesh((count // shard, shard), AXES, axis_types=axes, devices=devices)
 
 
+def mesh_within(batch: int, least: int) -> Mesh:
+    """A mesh of as many of this process's devices as split `batch` into equal parts of at least `least`; or of one."""
+    devices = jax.local_devices()
+    fitting = [n for n in range(2, len(devices) + 1) if batch % n == 0 and batch // n >= least]
+    return mesh_of(devices[: max(fitting, default=1)], batch)
+
+
 AXES = ("data", "shard")
 SMALL = 2**16  # arrays of the state with up to this many elements are not worth splitting
 LARGE = 2**26  # arrays with this many (a queue, a bank) are split over all devices, whatever config.train.shard says

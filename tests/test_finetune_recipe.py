@@ -18,9 +18,10 @@ from ssl_jax.data.feed import ahead
 from ssl_jax.data.source import LazyImages
 from ssl_jax.encoder import random_encoder
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate import finetune
+from ssl_jax.evaluate import finetune, finetuning
 from ssl_jax.evaluate.finetuning import task_of
-from ssl_jax.evaluate.tuning_step import How, _adamw, rates
+from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
+from ssl_jax.evaluate.tuning_step import How, _adamw, rates, take_step
 from ssl_jax.losses import cross_entropy
 from ssl_jax.transforms import layers, matrices
 
@@ -227,3 +228,31 @@ def test_ahead_is_one_ahead():
     while len(asked) < 2:
         pass
     assert asked == [0, 1] and list(made) == [1, 2, 3] and asked == [0, 1, 2, 3] and list(ahead(int, 0)) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        EVERYTHING,
+        dataclasses.replace(SETTINGS, unlabelled="all", unlabelled_batch=32, batch_norm="train"),
+        dataclasses.replace(SETTINGS, unlabelled="all", unlabelled_batch=32, consistency=True, confidence=0.4),
+    ],
+    ids=["everything", "taught", "consistent"],
+)
+def test_four_devices_train_what_one_does(settings, monkeypatch):
+    settings = dataclasses.replace(settings, steps=6, batch=16, lr=(1e-3,), backbone_ratio=(1.0,))
+    (images, labels), (pool, _), used = toy_images(40), toy_images(64, seed=5), []
+    options = {"classes": 3, "settings": settings, "seed": 4}
+
+    def spied(state, data, *more):
+        used.append({len(part.sharding.device_set) for part in data if isinstance(part, jax.Array)})
+        return take_step(state, data, *more)
+
+    monkeypatch.setattr(finetuning, "take_step", spied)
+    made = []
+    for share in (32, 4):
+        monkeypatch.setattr(finetuning, "SHARE", share)
+        classifier = train_classifier(toy_encoder(), images, labels, Unlabelled(pool), **options)
+        made.append(classifier.logits(images))
+    assert used[0] == set() and used[-1] == {4}
+    np.testing.assert_allclose(made[0], made[1], atol=1e-4)

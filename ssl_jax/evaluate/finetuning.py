@@ -22,9 +22,11 @@ from ssl_jax.evaluate.references import pixels, regression
 from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.evaluate.subsets import holdout
 from ssl_jax.evaluate.tuning_step import How, Supervised, copied, rates, start, take_step
+from ssl_jax.parallel import batch_sharding, mesh_within, replicated
 
 FALLING, FITTED = 0.05, 0.15  # parts of the loss of guessing: see `still_falling`
 PIECE = 1_024  # images whose pixels are read at a time
+SHARE = 32  # images of a batch that a device gets at least, or fewer devices are used
 Watch = Callable[[float], None]
 
 
@@ -108,7 +110,8 @@ def finetune(
     images may also be `LazyImages`: then the next batch is decoded while a step computes.
 
     AdamW with a short warm-up and a cosine to zero, for settings.steps steps or settings.epochs passes over the labels,
-    whichever is longer. The model after the last step is returned, or, with settings.ema, the average over the steps.
+    whichever is longer. A batch is split over the devices of this process, if each gets at least SHARE images of it.
+    The model after the last step is returned, or, with settings.ema, the average over the steps.
 
     If settings.lr and settings.backbone_ratio give more than one pair, each pair is first trained without a stratified
     settings.validation share of the labels. The pair with the best `selection_score` on that share is then trained
@@ -343,12 +346,20 @@ def _train(
     guess = np.tile(log_frequencies(labels, head["b"].shape[0]), (len(labels), 1))
     guessing = max(-selection_score(guess, labels)[1], 1e-6)
     state = start(encoder.params, encoder.stats, head, how)
+    mesh = mesh_within(size, SHARE)
+    if mesh.size > 1:
+        state = jax.device_put(state, replicated(mesh))
     key, losses = jax.random.key(task.seed), list[jax.Array]()
     ends = [max(1, round(share * steps)) for share in stops]
 
     def fetch(step: int) -> tuple[Any, ...]:
         rows = order[step * size : (step + 1) * size]
-        return task.images[rows], task.labels[rows], task.weights, *more(step)
+        data = task.images[rows], task.labels[rows], task.weights, *more(step)
+        return tuple(map(split, data)) if mesh.size > 1 else data
+
+    def split(part: Any) -> Any:
+        images = getattr(part, "ndim", 0) == 4 and len(part) % mesh.size == 0
+        return jax.device_put(part, batch_sharding(mesh)) if images else part
 
     batches = ahead(fetch, ends[-1]) if isinstance(task.images, LazyImages) else map(fetch, range(ends[-1]))
     for step, data in enumerate(batches):
