@@ -87,10 +87,9 @@ def reproduce(
     results = []
     for entry in published:
         protocol, _ = PROTOCOLS[entry["protocol"]]
-        each = []
+        each, known = list[dict[str, Any]](), before.get(_key(entry), {}).get("runs", [])
         for number, (run, folder) in enumerate(runs):
             inputs = _inputs(run, folder, test)
-            known = before.get(_key(entry), {}).get("runs", [])
             if number < len(known) and known[number]["inputs"] == inputs:
                 each.append(known[number])
                 continue
@@ -100,6 +99,9 @@ def reproduce(
             value = 100 * result["mean"][entry["metric"]]
             images = sum(result["per_seed"][0]["support"].values())
             each.append({"inputs": inputs, "value": value, "tested_on": result["test"], "test_images": images})
+            # So that it is not evaluated again if a later one fails.
+            before[_key(entry)] = {**entry, "runs": each + known[number + 1 :]}
+            files.write_json(path, {"recipe": recipe, "results": list(before.values())})
         mean, half = interval([run["value"] for run in each])
         differs = _differs(theirs, config, entry, source, runs, each)
         difference = None if differs else mean - entry["value"]

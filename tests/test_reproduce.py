@@ -9,6 +9,7 @@ from ssl_jax.cli import main
 from ssl_jax.config import resolve
 from ssl_jax.config_file import load_config
 from ssl_jax.encoder import export, random_encoder
+from ssl_jax.errors import UserError
 from ssl_jax.run_folder import RunFolder
 
 RECIPE = """
@@ -113,6 +114,24 @@ def test_a_second_call_evaluates_nothing_and_says_the_same(recipe, tmp_path, cap
     )  # no longer its digest
     assert main(["reproduce", recipe, f"--workdir={run}", "--test=synthetic"]) == 0
     assert len(quick) == 8 and "99.5" not in (run / "reproduce.json").read_text()
+
+
+def test_what_was_evaluated_before_a_failure_is_kept(recipe, tmp_path, quick, monkeypatch):
+    evaluate = commands.evaluate
+
+    def fail(workdir, protocol, test=""):
+        if protocol == "linear":
+            raise UserError("no more disk")
+        return evaluate(workdir, protocol, test)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "evaluate", fail)
+        assert main(["reproduce", recipe, f"--workdir={tmp_path / 'a'}", "--seeds=2"]) == 2
+    assert quick == [("knn", "")] * 2
+    assert main(["reproduce", recipe, f"--workdir={tmp_path / 'a'}", "--seeds=2"]) == 0
+    assert quick[2:] == [("linear", "")] * 2
+    results = json.loads((tmp_path / "a" / "reproduce.json").read_text())["results"]
+    assert [len(result["runs"]) for result in results] == [2, 2]
 
 
 @pytest.mark.parametrize(
