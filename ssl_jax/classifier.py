@@ -13,6 +13,7 @@ from ssl_jax.evaluate.linear import Probe
 
 # What `ssl-jax finetune` writes, in this order, before classifier.json. Without that, it is what a killed one left.
 PARTS = ("classifier.safetensors", "test.csv", "reliability.png")
+STATE = ".unfinished"  # a folder: what a killed `finetune` goes on from
 # What classifier.json says of its encoder, with the options of config.data that its images are read with.
 OF_ENCODER = ("model", "size", "channels", "mean", "std", "method", "step", "read")
 # Options of config.data that a classifier keeps: its images are read as in training.
@@ -21,8 +22,8 @@ AGAIN = "remove the folder and run its `ssl-jax finetune` command again"
 
 
 def begin_classifier(folder: Path, flag: str) -> None:
-    """Removes what a killed `finetune` left in a folder. Raises UserError if there is anything else in it."""
-    found = list(folder.iterdir()) if folder.is_dir() else []
+    """Removes what a killed `finetune` left in a folder, but for STATE. UserError if there is anything else in it."""
+    found = [path for path in folder.iterdir() if path.name != STATE] if folder.is_dir() else []
     parts = PARTS if (folder / PARTS[0]).exists() else ()  # a test.csv alone may be anybody's
     left = [path for path in found if path.name in parts or files.is_leftover(path)]
     if len(left) < len(found) or (folder.exists() and not folder.is_dir()):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,12 +190,12 @@ def finetune(
     whether training was probably too short.
 
     With test data it also writes out/test.csv, the prediction for every image, and for multi-label data
-    out/reliability.png. `out` is a new folder, or one in which an earlier call was killed. Returns the content of
-    classifier.json.
+    out/reliability.png. `out` is a new folder, or one in which an earlier call was killed: it goes on from there.
+    Returns the content of classifier.json.
 
     unlabelled: images to learn from beside the labelled ones; "": those of the run, if config.finetune.unlabelled=all.
     """
-    from ssl_jax.classifier import READ, begin_classifier, save_about, save_weights
+    from ssl_jax.classifier import READ, STATE, begin_classifier, save_about, save_weights
     from ssl_jax.evaluate.classification_report import choose_thresholds
     from ssl_jax.evaluate.finetuning import loss_curve, still_falling
     from ssl_jax.evaluate.selftraining import train_classifier, unlabelled_of
@@ -225,7 +226,7 @@ def finetune(
         print(f"then on {len(others.images)} images without a label, taught by {teacher}", flush=True)
     known = encoder, train.source.all_images(), train.labels
     with trainings_watched(config.finetune, len(train.labels)) as watch:
-        classifier = train_classifier(*known, others, **options, watch=watch)
+        classifier = train_classifier(*known, others, **options, watch=watch, saved=folder / STATE)
     about = {**encoder.about, "classes": classes, "finetune": config.finetune.inputs(), "seed": seed}
     about |= {"chosen": classifier.chosen, "multilabel": source.multilabel, "data": data, "test_data": test}
     about["read"] = {k: v for k, v in dataclasses.asdict(config.data).items() if k in READ}
@@ -244,6 +245,7 @@ def finetune(
         title = "Phantoms: reliability" if phantom_of(data_of(test, "--test", config.data)) else "Reliability"
         about["test"] = write_test(classifier, held_out, classes, about.get("thresholds", {}), folder, title)
     save_about(folder, about)
+    shutil.rmtree(folder / STATE, ignore_errors=True)
     print(f"classifier: {out}")
     return about
 

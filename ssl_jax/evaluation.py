@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def evaluate(
     if protocol == "linear":
         scores, chosen = _linear(encoder, config, pool, draws, test_images, path, about)
     else:
-        scores, curve = _scores(encoder, config, protocol, pool, draws, test_images, others, path.parent)
+        scores, curve = _scores(encoder, config, protocol, pool, draws, test_images, others, path)
     each = [metrics(s, test.labels, classes) for s in scores]
     compared = References({RANDOM: encoder}, test_images, test.labels, classes, config.eval)
     # Those of all protocols and steps are the same.
@@ -109,8 +110,14 @@ def evaluate(
     files.write_npz(path.with_name(f"{path.name}.npz"), **arrays)
     files.write_json(path.with_name(f"{path.name}.json"), result)
     linear_protocol.finished(path, seeds)
+    shutil.rmtree(_unfinished(path), ignore_errors=True)
     print(f"predictions: {path}.npz")
     return result
+
+
+def _unfinished(path: Path) -> Path:
+    """What a killed fine-tuning goes on from, beside the results."""
+    return path.with_name(f".{path.name}")
 
 
 def _linear(
@@ -143,7 +150,7 @@ def _scores(
     draws: Sequence[np.ndarray],
     test_images: Images,
     others: Unlabelled | None,
-    folder: Path,
+    path: Path,
 ) -> tuple[list[np.ndarray], list[float] | None]:
     """For each draw of labelled images, the scores [N, K] that a classifier trained on it gives to the test images;
     and the mean loss curve of fine-tuning."""
@@ -152,7 +159,9 @@ def _scores(
     if protocol != "finetune":
         # Neighbours are looked for in a part of the embeddings at a time; what is trained has all of them in memory.
         memory = train.source.memory_gb if protocol == "knn" and not spread else math.inf
-        features, test_features = (_embedded(encoder, each, memory, folder, protocol) for each in (images, test_images))
+        features, test_features = (
+            _embedded(encoder, each, memory, path.parent, protocol) for each in (images, test_images)
+        )
     pool, pool_groups = others, None
     if pool is None:
         pool, pool_groups = Unlabelled(train.source), all_groups
@@ -161,6 +170,7 @@ def _scores(
         groups = None if all_groups is None else all_groups[rows]
         if protocol == "finetune":
             options = {"classes": classes, "settings": config.finetune, "seed": seed, "groups": groups}
+            options["saved"] = _unfinished(path)
             classifier = train_classifier(encoder, images_at(images, rows), labels[rows], pool, **options)
             scores.append(classifier.logits(test_images))
             curves.append(loss_curve(classifier))

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-import jax
 import numpy as np
 
 from ssl_jax import files
@@ -34,7 +33,7 @@ from ssl_jax.errors import DamagedError, NoPartError, UserError, unknown
 from ssl_jax.evaluate.finetuning import loss_curve
 from ssl_jax.evaluate.linear import linear_probe
 from ssl_jax.evaluate.propagation import spread_probe
-from ssl_jax.evaluate.references import RANDOM, References, digest
+from ssl_jax.evaluate.references import RANDOM, References, digest, weights_digest
 from ssl_jax.evaluate.scores import metrics
 from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 from ssl_jax.evaluate.subsets import nested_subset
@@ -295,7 +294,7 @@ class _Encoders:
             if scratch:  # random encoders of the previous seed are no longer needed
                 self.cache = {k: v for k, v in self.cache.items() if k[0] not in self.scratch or k[1] == number}
             encoder = self.get_encoder(cell.arm, self.arms[cell.arm], number)
-            self.cache[cell.arm, number] = encoder, _encoder_digest(encoder)
+            self.cache[cell.arm, number] = encoder, weights_digest(encoder)
         return self.cache[cell.arm, number]
 
 
@@ -431,13 +430,6 @@ class _Chosen:
 def _check_test_labels(labels: np.ndarray) -> None:
     if labels.ndim == 2 and not ((labels >= 0.5).any(axis=0) & (labels < 0.5).any(axis=0)).any():
         raise UserError("config.study.test: no class has both positive and negative images; at least one must")
-
-
-def _encoder_digest(encoder: Encoder) -> str:
-    leaves, structure = jax.tree.flatten((encoder.params, encoder.stats))
-    # As JSON, in which the metadata of a loaded encoder and of one just trained are equal.
-    metadata = json.dumps([str(structure), encoder.size, encoder.channels, encoder.about.get("model")], sort_keys=True)
-    return hashlib.sha256((metadata + digest(*map(np.asarray, leaves))).encode()).hexdigest()
 
 
 def _load(path: Path, key: str, log: Callable[[str], None]) -> Cell | None:

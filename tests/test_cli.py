@@ -105,8 +105,10 @@ def test_finetune_then_predict(images, trained, capsys):
     out = images / "classifier"
     out.mkdir()
     (out / "classifier.safetensors").write_bytes(b"cut sh")
+    (out / ".unfinished").mkdir()
     more = [f"--config.finetune.{key}" for key in ("steps=60", "epochs=20", "batch=16")]
     assert ssl_jax("finetune", f"--workdir={trained}", f"--data={images / 'labelled.csv'}", f"--out={out}", *more) == 0
+    assert not (out / ".unfinished").exists()
     table = images / "predictions.csv"
     assert ssl_jax("predict", f"--workdir={out}", f"--data={images / 'scans'}", f"--out={table}") == 0
     with table.open() as file:

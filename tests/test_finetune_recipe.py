@@ -18,7 +18,7 @@ from ssl_jax.data.feed import ahead
 from ssl_jax.data.source import LazyImages
 from ssl_jax.encoder import random_encoder
 from ssl_jax.errors import UserError
-from ssl_jax.evaluate import finetune, finetuning
+from ssl_jax.evaluate import finetune, finetuning, saved
 from ssl_jax.evaluate.finetuning import task_of
 from ssl_jax.evaluate.selftraining import Unlabelled, train_classifier
 from ssl_jax.evaluate.tuning_step import How, _adamw, rates, take_step
@@ -256,3 +256,35 @@ def test_four_devices_train_what_one_does(settings, monkeypatch):
         made.append(classifier.logits(images))
     assert used[0] == set() and used[-1] == {4}
     np.testing.assert_allclose(made[0], made[1], atol=1e-4)
+
+
+def test_a_killed_training_goes_on_bit_identically(tmp_path, monkeypatch, capsys):
+    """With two learning rates: the training that had ended is not repeated, and no other labels go on from it."""
+    monkeypatch.setattr(saved, "SECONDS", 0.0)
+    monkeypatch.setattr(saved, "SHARE", np.inf)
+    settings = dataclasses.replace(EVERYTHING, mixup=0.0, cutmix=0.0, steps=6, batch=16, lr=(1e-3, 1e-2))
+    (images, labels), taken = toy_images(40), []
+    options = {"classes": 3, "settings": settings, "seed": 4}
+    whole = finetune(toy_encoder(), images, labels, **options)
+
+    def counted(*args):
+        taken.append(int(args[3]))
+        if len(taken) == killed_at:
+            raise KeyboardInterrupt
+        return take_step(*args)
+
+    monkeypatch.setattr(finetuning, "take_step", counted)
+    killed_at = 10
+    with pytest.raises(KeyboardInterrupt):
+        finetune(toy_encoder(), images, labels, **options, saved=tmp_path)
+    killed_at = 0
+    again = finetune(toy_encoder(), images, labels, **options, saved=tmp_path)
+    assert taken == [*range(6), *range(4), *range(3, 6), *range(6)]
+    assert "fine-tuning goes on after step 3 of 6" in capsys.readouterr().out
+    for want, found in zip(leaves(whole), leaves(again), strict=True):
+        np.testing.assert_array_equal(want, found)
+    np.testing.assert_array_equal(whole.losses, again.losses)
+    assert whole.chosen == again.chosen
+    taken.clear()
+    finetune(toy_encoder(), images, labels[::-1].copy(), **options, saved=tmp_path)
+    assert len(taken) == 18

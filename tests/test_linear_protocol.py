@@ -18,6 +18,7 @@ from ssl_jax.data.labelled import Labelled
 from ssl_jax.data.source import LazyImages
 from ssl_jax.encoder import random_encoder
 from ssl_jax.errors import UserError
+from ssl_jax.evaluate import saved
 from ssl_jax.evaluate.scores import selection_score
 from ssl_jax.evaluate.subsets import holdout
 from ssl_jax.linear_protocol import run
@@ -179,7 +180,8 @@ def test_crops_of_files(tmp_path):
 def test_it_goes_on_after_an_error_bit_identical_and_begins_anew_for_other_labels(tmp_path, monkeypatch, capsys):
     settings = config(**GRID)
     whole = train(tmp_path / "whole", settings=settings)
-    monkeypatch.setattr(run, "SECONDS", 0.0)
+    monkeypatch.setattr(saved, "SECONDS", 0.0)
+    monkeypatch.setattr(saved, "SHARE", np.inf)
 
     def cut(*args, batches=run.batches):
         for number, batch in enumerate(batches(*args)):
@@ -209,7 +211,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 import test_linear_protocol as t
-t.run.SECONDS = 0.0
+t.saved.SECONDS, t.saved.SHARE = 0.0, float("inf")
 if sys.argv[3] == "kill":
     def cut(*args, batches=t.run.batches):
         for number, batch in enumerate(batches(*args)):

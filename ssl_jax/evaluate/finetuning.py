@@ -1,12 +1,16 @@
 """Fine-tuning an encoder on few labels: the model that a practitioner came for."""
 
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ssl_jax.augment import resolve_views
@@ -18,7 +22,8 @@ from ssl_jax.encoder import Encoder, with_drop_path
 from ssl_jax.errors import UserError
 from ssl_jax.evaluate.linear import Probe, linear_probe
 from ssl_jax.evaluate.mixing import draw_mix
-from ssl_jax.evaluate.references import pixels, regression
+from ssl_jax.evaluate.references import digest, pixels, regression, weights_digest
+from ssl_jax.evaluate.saved import Saved
 from ssl_jax.evaluate.scores import log_frequencies, selection_score
 from ssl_jax.evaluate.subsets import holdout
 from ssl_jax.evaluate.tuning_step import How, Supervised, copied, rates, start, take_step
@@ -101,6 +106,7 @@ def finetune(
     seed: int,
     groups: np.ndarray | None = None,
     watch: Watch = lambda share: None,
+    saved: Path | None = None,
 ) -> Classifier:
     """Trains encoder and head on images uint8 [N, H, W, C].
 
@@ -122,12 +128,16 @@ def finetune(
 
     watch is called after each step, with the share of its training that is done; there are `trainings(settings)`.
 
+    saved: a folder. A training of more than a minute leaves its state there, and the same call goes on from it,
+    bit-identically. Whoever calls removes it.
+
     Raises UserError if labels and images do not fit, or if training diverges with every pair.
     """
     pairs = list(itertools.product(settings.lr, settings.backbone_ratio))
     if not pairs:
         raise UserError("config.finetune: lr or backbone_ratio is empty; give at least one value for each")
-    task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups, watch=watch)
+    options: Any = {"classes": classes, "settings": settings, "seed": seed, "groups": groups}
+    task = task_of(encoder, images, labels, **options, watch=watch, saved=saved)
     best, choice, held_out = pairs[0], {}, None
     if len(pairs) > 1:
         kept, held = task.holdout()
@@ -187,6 +197,8 @@ class Task(NamedTuple):
     settings: Finetune
     seed: int
     watch: Watch
+    saved: Path | None = None  # a folder for what a killed training goes on from
+    key: str = ""  # a hash of all that a training depends on, if there is such a folder
 
     @property
     def mixes(self) -> bool:
@@ -245,6 +257,7 @@ def task_of(
     seed: int,
     groups: np.ndarray | None = None,
     watch: Watch = lambda share: None,
+    saved: Path | None = None,
 ) -> Task:
     """Arguments and errors as of `finetune`."""
     if not isinstance(images, LazyImages):
@@ -259,7 +272,11 @@ def task_of(
     weights = balance(labels, classes) if settings.class_weights == "balanced" else None
     features = encoder.embed(images, fixed=True) if settings.head == "probe" else None
     raw = pixels(images) if settings.pixels else None
-    return Task(encoder, images, labels, groups, classes, features, raw, weights, settings, seed, watch)
+    key = ""
+    if saved:
+        parts = weights_digest(encoder), digest(images, labels, *([] if groups is None else [np.asarray(groups)]))
+        key = json.dumps([*parts, classes, settings.inputs(), seed], sort_keys=True)
+    return Task(encoder, images, labels, groups, classes, features, raw, weights, settings, seed, watch, saved, key)
 
 
 def check_finite(classifier: Classifier, problem: str) -> None:
@@ -345,14 +362,21 @@ def _train(
     how = How(objective, settings.batch_norm == "frozen", settings.layer_decay, settings.clip_norm, settings.ema)
     guess = np.tile(log_frequencies(labels, head["b"].shape[0]), (len(labels), 1))
     guessing = max(-selection_score(guess, labels)[1], 1e-6)
-    state = start(encoder.params, encoder.stats, head, how)
-    mesh = mesh_within(size, SHARE)
+    ends = [max(1, round(share * steps)) for share in stops]
+    state, losses, begun = start(encoder.params, encoder.stats, head, how), list[Any](), 0
+    # A student is not saved: what it is taught by is no part of the key.
+    kept = _saved(task, index, head, lr, ratio) if task.saved and batch is None else None
+    if kept:
+        begun, found = kept.read({"state": state, "losses": np.zeros(ends[-1], np.float32)})
+        state, losses = jax.tree.map(jnp.array, found["state"]), list(found["losses"][:begun])
+        if begun:
+            print(f"fine-tuning goes on after step {begun} of {steps}", flush=True)
+    mesh, key = mesh_within(size, SHARE), jax.random.key(task.seed)
     if mesh.size > 1:
         state = jax.device_put(state, replicated(mesh))
-    key, losses = jax.random.key(task.seed), list[jax.Array]()
-    ends = [max(1, round(share * steps)) for share in stops]
 
-    def fetch(step: int) -> tuple[Any, ...]:
+    def fetch(number: int) -> tuple[Any, ...]:
+        step = begun + number
         rows = order[step * size : (step + 1) * size]
         data = task.images[rows], task.labels[rows], task.weights, *more(step)
         return tuple(map(split, data)) if mesh.size > 1 else data
@@ -361,16 +385,32 @@ def _train(
         images = getattr(part, "ndim", 0) == 4 and len(part) % mesh.size == 0
         return jax.device_put(part, batch_sharding(mesh)) if images else part
 
-    batches = ahead(fetch, ends[-1]) if isinstance(task.images, LazyImages) else map(fetch, range(ends[-1]))
-    for step, data in enumerate(batches):
+    def made() -> tuple[Any, Any, np.ndarray]:
+        # Copies, because the next step donates the state.
+        (params, stats), so_far = jax.device_get((copied(state[3] if how.ema else state[:2]), losses))
+        return params, stats, np.asarray(so_far) / guessing
+
+    left = ends[-1] - begun
+    if not left:
+        task.watch(1.0)
+        yield made()
+    batches = ahead(fetch, left) if isinstance(task.images, LazyImages) else map(fetch, range(left))
+    for step, data in enumerate(batches, begun):
         state, loss = take_step(state, data, key, np.int32(step), per_step[step], *scales, encoder.network, how)
         jax.block_until_ready(losses[-1:])  # of the step before, so that the device never waits for `watch`
         losses.append(loss)
         task.watch((step + 1) / ends[-1])
+        if kept and (kept.due() or step + 1 == ends[-1] and kept.path.exists()):
+            so_far = np.resize(jax.device_get(losses), ends[-1]).astype(np.float32)
+            kept.write(step + 1, {"state": state, "losses": so_far})
         for _ in range(ends.count(step + 1)):
-            # Copies, because the next step donates the state.
-            (params, stats), so_far = jax.device_get((copied(state[3] if how.ema else state[:2]), losses))
-            yield params, stats, np.asarray(so_far) / guessing
+            yield made()
+
+
+def _saved(task: Task, index: np.ndarray, head: Any, lr: float, ratio: float) -> Saved:
+    assert task.saved is not None  # for mypy
+    key = hashlib.sha256((task.key + digest(index, head["w"], head["b"]) + f" {lr} {ratio}").encode()).hexdigest()
+    return Saved(task.saved / f"{key[:16]}.npz", key)
 
 
 def _supervised(task: Task) -> Batch:

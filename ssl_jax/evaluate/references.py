@@ -217,3 +217,11 @@ def digest(*arrays: Images) -> str:
         total.update(f"{array.dtype}{array.shape}".encode())
         total.update(array)
     return total.hexdigest()
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """A hash of an encoder's weights, statistics and architecture."""
+    leaves, structure = jax.tree.flatten((encoder.params, encoder.stats))
+    # As JSON, in which the metadata of a loaded encoder and of one just trained are equal.
+    metadata = json.dumps([str(structure), encoder.size, encoder.channels, encoder.about.get("model")], sort_keys=True)
+    return hashlib.sha256((metadata + digest(*map(np.asarray, leaves))).encode()).hexdigest()

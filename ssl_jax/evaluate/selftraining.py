@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,6 +50,7 @@ def self_train(
     seed: int,
     groups: np.ndarray | None = None,
     watch: Watch = lambda share: None,
+    saved: Path | None = None,
 ) -> Classifier:
     """A student of `teacher`, which `finetune` trained on the same images uint8 [N, H, W, C] and labels, with the same
     settings and seed; or the teacher, if that is better. None: there is none to compare with, as it takes none to teach
@@ -79,12 +81,15 @@ def self_train(
     With settings.teacher="propagated", the probabilities are those of the labels spread over the graph of the nearest
     neighbours in the embedding of `encoder` (`propagate`).
 
+    saved: as of `finetune`, for what is trained on labels only; a student begins anew.
+
     The teacher looks at each image once, without its gradient. The same seed gives the same student.
 
     Raises UserError if there are no images without a label, if they have another shape, or if training diverges.
     """
     _check_mixing(settings)
-    task = task_of(encoder, images, labels, classes=classes, settings=settings, seed=seed, groups=groups, watch=watch)
+    options: Any = {"classes": classes, "settings": settings, "seed": seed, "groups": groups}
+    task = task_of(encoder, images, labels, **options, watch=watch, saved=saved)
     pool = unlabelled if isinstance(unlabelled, Unlabelled) else Unlabelled(unlabelled)
     _check(task.images, pool.images)
     propagated = settings.teacher == "propagated"

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from ssl_jax.config import Config, Linear, to_steps
 from ssl_jax.data.labelled import Labelled
 from ssl_jax.data.source import Images, Source
 from ssl_jax.encoder import Encoder
-from ssl_jax.errors import DamagedError, UserError
+from ssl_jax.errors import UserError
+from ssl_jax.evaluate.saved import Saved
 from ssl_jax.evaluate.scores import selection_score
 from ssl_jax.evaluate.subsets import holdout
 from ssl_jax.linear_protocol import heads as of_heads
@@ -29,7 +29,6 @@ from ssl_jax.train.step import batches
 
 VERSION = 1  # of the computation; raise it when a change to the code changes the numbers
 FOLDER = "heads"  # beside the results: what a killed evaluation goes on from
-SECONDS = 60.0  # between two saves
 AT_A_TIME = 1024  # images that are scored at a time
 Grid = Sequence[tuple[float, float]]
 
@@ -102,7 +101,7 @@ def train(
     image = jax.ShapeDtypeStruct((1, spec.views[0].size, spec.views[0].size, encoder.channels), np.float32)
     width = of_heads.width_of(encoder.network, encoder.params, encoder.stats, image, spec)
     state = of_heads.init_state(width, classes, len(grid), spec, seed)
-    saved = _Saved(path.parent / FOLDER / f"{path.name}-{seed}.npz", _key(encoder, spec, grid, source, kept, inputs))
+    saved = Saved(path.parent / FOLDER / f"{path.name}-{seed}.npz", _key(encoder, spec, grid, source, kept, inputs))
     state = _trained(scorer, encoder, config, source, spec, grid, state, saved)
     chosen, winner = dict[str, Any](batch=batch), 0
     if len(held):
@@ -149,33 +148,6 @@ def _key(encoder: Encoder, spec: Spec, grid: Grid, source: Source, kept: np.ndar
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class _Saved:
-    """A state in a .npz file, with the key of what it belongs to and the step."""
-
-    def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
-
-    def write(self, step: int, state: State) -> None:
-        leaves: Any = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-        with files.writing(self.path) as file:
-            np.savez(file, key=np.array(self.key), step=np.array(step), **leaves)
-
-    def read(self, like: State) -> tuple[int, State]:
-        """(step, state); (0, like) if there is none with this key, or if it is damaged, which is told."""
-        files.remove_leftovers(self.path.parent)
-        if not self.path.exists():
-            return 0, like
-        leaves, structure = jax.tree.flatten(like)
-        try:
-            found = files.read_npz(self.path, ["key", "step", *(f"leaf{i}" for i in range(len(leaves)))])
-        except DamagedError as error:
-            print(f"{error.damage}; training begins anew", flush=True)
-            return 0, like
-        if found["key"] != self.key:
-            return 0, like
-        return int(found["step"]), jax.tree.unflatten(structure, [found[f"leaf{i}"] for i in range(len(leaves))])
-
-
 def _trained(
     scorer: Scorer,
     encoder: Encoder,
@@ -184,7 +156,7 @@ def _trained(
     spec: Spec,
     grid: Grid,
     state: State,
-    saved: _Saved,
+    saved: Saved,
 ) -> State:
     """The state after all steps, each of which shows the encoder a batch of random views once, for all heads."""
     settings, mesh = config.linear, scorer.mesh
@@ -195,16 +167,15 @@ def _trained(
         print(f"linear: goes on after step {start} of {spec.steps}", flush=True)
     state, key = parallel.replicate(mesh, state), jax.random.key(config.train.seed)
     step_fn = of_heads.compiled_step(encoder.network, spec, mesh)
-    last, losses = time.monotonic(), None
+    losses = None
     with counting("linear", f"steps of {config.train.batch} images") as progress:
         for step, batch in enumerate(batches(config, source, mesh, start, spec.steps, spec.views), start):
             before = losses
             state, losses = step_fn(state, *scorer.weights, batch, key, step, rates * scale, decays)
             jax.block_until_ready(before)  # so that the device never waits for the host, nor the clock runs ahead
             progress(step + 1, spec.steps)
-            if step + 1 == spec.steps or time.monotonic() - last > SECONDS:
+            if step + 1 == spec.steps or saved.due():
                 saved.write(step + 1, state)
-                last = time.monotonic()
     return state
 
 
