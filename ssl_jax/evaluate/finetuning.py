@@ -356,7 +356,6 @@ def _train(
     objective, more = batch or _supervised(task)
     size = settings.batch
     steps = length(settings, len(labels))
-    order = index[_order(len(labels), steps * size, task.seed)]
     per_step = rates(lr, steps, settings.warmup)
     scales = np.float32(ratio), np.float32(settings.weight_decay)
     how = How(objective, settings.batch_norm == "frozen", settings.layer_decay, settings.clip_norm, settings.ema)
@@ -376,8 +375,7 @@ def _train(
         state = jax.device_put(state, replicated(mesh))
 
     def fetch(number: int) -> tuple[Any, ...]:
-        step = begun + number
-        rows = order[step * size : (step + 1) * size]
+        step, rows = begun + number, index[next(order)]
         data = task.images[rows], task.labels[rows], task.weights, *more(step)
         return tuple(map(split, data)) if mesh.size > 1 else data
 
@@ -390,7 +388,7 @@ def _train(
         (params, stats), so_far = jax.device_get((copied(state[3] if how.ema else state[:2]), losses))
         return params, stats, np.asarray(so_far) / guessing
 
-    left = ends[-1] - begun
+    order, left = itertools.islice(_order(len(labels), size, task.seed), begun, None), ends[-1] - begun
     if not left:
         task.watch(1.0)
         yield made()
@@ -423,7 +421,11 @@ def _supervised(task: Task) -> Batch:
     return Batch(Supervised(views, settings.label_smoothing), mix)
 
 
-def _order(examples: int, count: int, seed: int) -> np.ndarray:
-    """`count` indices: one shuffle of all examples after another, so that each is used equally often."""
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.permutation(examples) for _ in range(-(-count // examples))])[:count]
+def _order(examples: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """`size` indices for each step: one shuffle of all examples after another, so that each is used equally often."""
+    rng, left = np.random.default_rng(seed), np.zeros(0, np.int64)
+    while True:
+        while len(left) < size:
+            left = np.concatenate([left, rng.permutation(examples)])
+        yield left[:size]
+        left = left[size:]
