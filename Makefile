@@ -47,15 +47,16 @@ docs: $(VENV)/installed-docs  ## the documentation site, in site/; a broken link
 bench-gpu: $(VENV)/installed  ## images/s and memory of training steps on a GPU; PyTorch's beside them if it is installed
 	$(BIN)/python benchmarks/gpu.py
 
+# Without --no-compile, pip compiles every module of every package (20 s and more); Python compiles what it imports.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/python setup.py pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --editable .
 	@touch $@
 
 $(VENV)/installed-%: $(VENV)/bin/python setup.py pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[$*]'
 	@touch $(VENV)/installed $@ $(if $(filter dev,$*),$(VENV)/installed-test)
 
 clean:

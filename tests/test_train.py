@@ -159,7 +159,7 @@ def test_signals_save_and_ask_for_requeue(uninterrupted, tmp_path, capsys, numbe
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_devices(tmp_path):
-    """8 devices, then 2, then 1: parameters and queue are restored, and the losses are those of 1 throughout."""
+    """4 devices, then 2, then 1: parameters and queue are restored, and the losses are those of 1 throughout."""
 
     def on(devices):
         flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
@@ -169,7 +169,7 @@ def test_a_run_goes_on_with_fewer_devices(tmp_path):
     # on one processor (and to 2e-7 on another).
     flags = (*RESNET, "--config.train.devices=0", "--config.eval.every=0 steps", "--config.optim.lr=0.001")
     workdir = tmp_path / "run"
-    for devices, until in ((8, 4), (2, 11)):
+    for devices, until in ((4, 4), (2, 11)):
         process = start(workdir, *flags, **on(devices))
         wait_for(process, workdir, until)
         process.send_signal(signal.SIGTERM)
