@@ -19,6 +19,7 @@ from ssl_jax.data.labelled import Labelled
 from ssl_jax.data.source import Images, Source
 from ssl_jax.encoder import Encoder
 from ssl_jax.errors import UserError
+from ssl_jax.evaluate.references import weights_digest
 from ssl_jax.evaluate.saved import Saved
 from ssl_jax.evaluate.scores import selection_score
 from ssl_jax.evaluate.subsets import holdout
@@ -140,11 +141,9 @@ def _spec(settings: Linear, size: int, images: int, batch: int) -> Spec:
 
 def _key(encoder: Encoder, spec: Spec, grid: Grid, source: Source, kept: np.ndarray, inputs: Any) -> str:
     """A hash of all that the training depends on."""
-    leaves = jax.tree_util.tree_leaves_with_path((encoder.params, encoder.stats))
-    weights = files.digest({jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})
     known = files.digest({"kept": kept, "labels": np.asarray(source.labels)})
     names = hashlib.sha256("\n".join(source.names).encode()).hexdigest()
-    parts = [VERSION, weights, known, names, list(map(str, spec)), list(grid), inputs]
+    parts = [VERSION, weights_digest(encoder), known, names, list(map(str, spec)), list(grid), inputs]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
